@@ -1,0 +1,235 @@
+r"""Integer mini-batch sizes that minimise the slowest rank.
+
+Minimise :math:`\max_r (a_r + c_r n_r)` subject to :math:`\sum_r n_r = B`, :math:`l_r \le n_r \le u_r`, and every
+:math:`n_r` a multiple of :math:`m`, except one rank that also takes the remainder :math:`B \bmod m`.
+
+========================  ==============================================
+:math:`a_r`, :math:`c_r`  ``step_times[r]``, seconds and seconds a sample
+:math:`B`                 ``global_batch_size``
+:math:`l_r`               ``min_samples``
+:math:`u_r`, :math:`m`    ``limits.max_samples``, ``limits.batch_multiple``
+========================  ==============================================
+
+What a rank can finish within :math:`T` seconds grows with :math:`T`, so the least feasible :math:`T` is found by
+bisection down to neighbouring floating-point numbers, which makes the integer answer exact: of the plans with the
+least maximum, the one whose further ranks finish early too.  This is the classic threshold method for min-max
+allocation with increasing costs (T. Ibaraki and N. Katoh, *Resource Allocation Problems*, MIT Press 1988, ch. 5).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
+from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
+
+__all__ = ["predicted_step_s", "proportional_plan", "solve_batch"]
+
+_Floats = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+_NO_LIMITS = BatchLimits()
+
+
+def predicted_step_s(step_times: Sequence[StepTime], plan: BatchPlan) -> float:
+    """Return the seconds of a step under ``plan``: those of its slowest rank."""
+    return max(time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True))
+
+
+def solve_batch(
+    step_times: Sequence[StepTime],
+    global_batch_size: int,
+    limits: BatchLimits = _NO_LIMITS,
+    min_samples: int | Sequence[int] = 0,
+) -> BatchPlan:
+    """Divide a global batch such that the slowest rank finishes as early as possible.
+
+    Args:
+        step_times: duration of a step of each rank, shape ``(world_size,)``.
+        global_batch_size: number of samples to divide.
+        limits: what the plan has to respect.
+        min_samples: fewest samples a rank gets: one number for all or one a rank.
+
+    Returns:
+        The plan. Equal ranks differ by one multiple at most, and the earlier rank has the more.
+
+    Raises:
+        ConfigurationError: an argument is outside its range.
+        InfeasiblePlanError: the limits of the ranks exclude every plan.
+
+    Example:
+        >>> solve_batch([StepTime(0.0, 0.001), StepTime(0.0, 0.002)], 96).samples
+        (64, 32)
+    """
+    problem = _Problem(step_times, global_batch_size, limits, min_samples)
+    low, high = 0.0, problem.least_feasible_upper_bound()
+    while True:
+        middle = low + (high - low) / 2
+        if not low < middle < high:
+            break
+        if problem.feasible(middle):
+            high = middle
+        else:
+            low = middle
+    return BatchPlan(problem.plan_within(high))
+
+
+def proportional_plan(
+    shares: Sequence[float],
+    global_batch_size: int,
+    limits: BatchLimits = _NO_LIMITS,
+    min_samples: int | Sequence[int] = 0,
+) -> BatchPlan:
+    """Divide a global batch in proportion to ``shares``: N and 2N for shares 1 and 2.
+
+    It is :func:`solve_batch` for ranks without overhead, so limits and rounding follow the same rules.
+
+    Args:
+        shares: a positive number for each rank, shape ``(world_size,)``.
+        global_batch_size: number of samples to divide.
+        limits: what the plan has to respect.
+        min_samples: as in :func:`solve_batch`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: an argument is outside its range.
+        InfeasiblePlanError: the limits of the ranks exclude every plan.
+
+    Example:
+        >>> proportional_plan([1, 2], 96).samples
+        (32, 64)
+    """
+    largest = max(shares)
+    return solve_batch([StepTime(0.0, largest / share) for share in shares], global_batch_size, limits, min_samples)
+
+
+class _Problem:
+    """The arguments as arrays, in units of ``batch_multiple`` samples, and the questions that the bisection asks."""
+
+    def __init__(
+        self,
+        step_times: Sequence[StepTime],
+        global_batch_size: int,
+        limits: BatchLimits,
+        min_samples: int | Sequence[int],
+    ) -> None:
+        world_size = len(step_times)
+        batch_multiple = limits.batch_multiple
+        if world_size < 1:
+            raise ConfigurationError("`step_times` must have at least one rank, got none.")
+        if global_batch_size < 1:
+            raise ConfigurationError(f"`global_batch_size` must be positive, got {global_batch_size}.")
+        if batch_multiple < 1:
+            raise ConfigurationError(f"`batch_multiple` must be positive, got {batch_multiple}.")
+        self.overhead: _Floats = np.array([time.overhead_s for time in step_times])
+        self.cost: _Floats = np.array([time.seconds_per_sample for time in step_times])
+        self.total = global_batch_size
+        self.multiple = batch_multiple
+        self.units, self.remainder = divmod(global_batch_size, batch_multiple)
+        most = global_batch_size if limits.max_samples is None else limits.max_samples
+        self.most: _Ints = np.minimum(_per_rank("max_batch_size", most, world_size), global_batch_size)
+        # in whole units, since the remainder alone would leave a rank below its minimum
+        self.least_units: _Ints = -(-_per_rank("min_samples", min_samples, world_size) // batch_multiple)
+        self._check_feasible()
+
+    def _check_feasible(self) -> None:
+        most_units = self.most // self.multiple
+        if np.any(most_units < self.least_units):
+            rank = int(np.argmax(most_units < self.least_units))
+            raise InfeasiblePlanError(
+                f"`max_batch_size` must leave every rank its minimum of"
+                f" {self.least_units[rank] * self.multiple} samples (`batch_multiple`={self.multiple}),"
+                f" got {self.most[rank]} for rank {rank}. Raise it."
+            )
+        if self.least_units.sum() > self.units:
+            raise InfeasiblePlanError(
+                f"`global_batch_size` must hold the minimum of every rank, together"
+                f" {self.least_units.sum() * self.multiple} samples (`batch_multiple`={self.multiple}),"
+                f" got {self.total}. Raise it or use fewer devices."
+            )
+        if not self.feasible(np.inf):
+            raise InfeasiblePlanError(
+                f"`max_batch_size` must together hold the global batch of {self.total} samples, got"
+                f" {self.most.tolist()}, which hold {int(most_units.sum()) * self.multiple} in multiples of"
+                f" {self.multiple}: {self.total - int(most_units.sum()) * self.multiple} too few. Raise the limits"
+                f" or lower the global batch size."
+            )
+
+    def least_feasible_upper_bound(self) -> float:
+        """Return a time within which every rank reaches its limit."""
+        return float(np.max(self.overhead + self.cost * self.most)) * 2 + 1e-9
+
+    def capacity(self, seconds: float, extra: int = 0) -> _Ints:
+        """Return how many units each rank finishes within ``seconds`` if it takes ``extra`` samples besides."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            guess = np.floor((seconds - self.overhead) / self.cost)
+        samples = np.clip(guess, -1, self.most).astype(np.int64)
+        # the division is rounded, the finishing time that counts is not: correct by one either way
+        samples += (samples < self.most) & (self.overhead + self.cost * (samples + 1) <= seconds)
+        samples -= (samples >= 0) & (self.overhead + self.cost * samples > seconds)
+        units: _Ints = np.maximum((np.maximum(samples, 0) - extra) // self.multiple, -1)
+        return np.maximum(units, self.least_units) if extra == 0 else units
+
+    def feasible(self, seconds: float) -> bool:
+        """Tell whether all ranks finish the global batch within ``seconds``, those held at their minimum excepted.
+
+        A rank whose minimum alone takes longer sets the maximum whatever the others do; leaving it out of the
+        question lets the others be done as early as they can.
+        """
+        units = self.capacity(seconds)
+        if self.remainder == 0:
+            return int(units.sum()) >= self.units
+        return self._best_carrier(units, self.capacity(seconds, self.remainder)) is not None
+
+    def _best_carrier(self, units: _Ints, units_with_remainder: _Ints) -> int | None:
+        """Return the rank that can take the remainder and loses least by it, or None."""
+        loss = units - units_with_remainder
+        able = (units_with_remainder >= self.least_units) & (units.sum() - loss >= self.units)
+        if not np.any(able):
+            return None
+        finish = self.overhead + self.cost * (units_with_remainder * self.multiple + self.remainder)
+        ranks = np.flatnonzero(able)
+        # the rank that loses no unit first, of these the one that is done earliest
+        return int(ranks[np.lexsort((finish[ranks], loss[ranks]))[0]])
+
+    def plan_within(self, seconds: float) -> tuple[int, ...]:
+        """Return a plan that is done within ``seconds``, a feasible time."""
+        units = self.capacity(seconds)
+        extra = np.zeros_like(units)
+        if self.remainder:
+            with_remainder = self.capacity(seconds, self.remainder)
+            carrier = self._best_carrier(units, with_remainder)
+            assert carrier is not None  # `seconds` is feasible
+            units[carrier] = with_remainder[carrier]
+            extra[carrier] = self.remainder
+        # what is too much comes off the rank that would be done last, of equals off the last rank
+        surplus = int(units.sum()) - self.units
+        sizes = units * self.multiple + extra
+        heap = [(-self._rank_finish(r, int(sizes[r])), -r) for r in range(len(units)) if units[r] > self.least_units[r]]
+        heapq.heapify(heap)
+        for _ in range(surplus):
+            rank = -heap[0][1]
+            units[rank] -= 1
+            sizes[rank] -= self.multiple
+            if units[rank] > self.least_units[rank]:
+                heapq.heapreplace(heap, (-self._rank_finish(rank, int(sizes[rank])), -rank))
+            else:
+                heapq.heappop(heap)
+        return tuple(int(n) for n in sizes)
+
+    def _rank_finish(self, rank: int, samples: int) -> float:
+        return float(self.overhead[rank] + self.cost[rank] * samples)
+
+
+def _per_rank(name: str, value: int | Sequence[int], world_size: int) -> _Ints:
+    values = np.full(world_size, value) if isinstance(value, int) else np.array(value)
+    if values.shape != (world_size,):
+        raise ConfigurationError(f"`{name}` must be one integer or one a rank ({world_size}), got {value}.")
+    if not np.issubdtype(values.dtype, np.integer) or np.any(values < 0):
+        raise ConfigurationError(f"`{name}` must be integers that are not negative, got {value}.")
+    return values.astype(np.int64)

@@ -1,0 +1,194 @@
+"""The values that cross layers: frozen, of plain numbers and strings, and therefore JSON-able.
+
+A plan travels from the solver through a broadcast into a sampler, a table and a checkpoint without being
+translated on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_hetero.exceptions import ConfigurationError
+
+__all__ = ["BatchLimits", "BatchPlan", "BatchSlice", "DeviceProfile", "PlanSchedule", "StepTime", "StepTiming"]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a rank runs on.
+
+    Attributes:
+        host: name of the machine.
+        device: where on that machine, for example ``"cuda:0"`` or ``"cpu"``.
+        name: the model, for example ``"Tesla V100-SXM2-16GB"``.
+    """
+
+    host: str
+    device: str
+    name: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One measured step of one rank.
+
+    Attributes:
+        samples: size of the rank's mini-batch.
+        own_s: the rank's own time, which counts no waiting for other ranks.
+        waiting_s: from its last local gradient until the gradients of all ranks were combined.
+    """
+
+    samples: int
+    own_s: float
+    waiting_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a rank takes for a mini-batch of n samples: ``overhead_s + seconds_per_sample * n``.
+
+    Attributes:
+        overhead_s: what a step costs whatever its size; not negative.
+        seconds_per_sample: what each further sample costs; positive.
+    """
+
+    overhead_s: float
+    seconds_per_sample: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.overhead_s) and self.overhead_s >= 0):
+            raise ConfigurationError(f"`overhead_s` must be finite and not negative, got {self.overhead_s}.")
+        if not (math.isfinite(self.seconds_per_sample) and self.seconds_per_sample > 0):
+            raise ConfigurationError(
+                f"`seconds_per_sample` must be finite and positive, got {self.seconds_per_sample}."
+            )
+
+    def seconds(self, samples: float) -> float:
+        """Return the predicted duration in seconds of a step on ``samples`` samples."""
+        return self.overhead_s + self.seconds_per_sample * samples
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is divided.
+
+    Attributes:
+        samples: mini-batch size of each rank, shape ``(world_size,)``.
+    """
+
+    samples: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples or any(n < 0 for n in self.samples) or sum(self.samples) < 1:
+            raise ConfigurationError(
+                f"`samples` must hold at least one sample and no negative size, got {self.samples}."
+            )
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self.samples)
+
+    @property
+    def global_batch_size(self) -> int:
+        """The number of samples of all ranks together."""
+        return sum(self.samples)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What every plan has to respect.
+
+    Attributes:
+        max_samples: most samples a rank can hold, shape ``(world_size,)``, or None for no limit.
+        batch_multiple: every size is a multiple of this, but for one rank that takes the remainder.
+    """
+
+    max_samples: tuple[int, ...] | None = None
+    batch_multiple: int = 1
+
+
+@dataclass(frozen=True)
+class BatchSlice:
+    """A rank's part of one global batch, as it was really drawn.
+
+    Attributes:
+        step: training step, counted from 0 over all epochs (in evaluation: batch of the loader).
+        samples: the rank's samples; 0 where the batch had none for it and a stand-in was drawn.
+        global_samples: samples of all ranks together.
+        world_size: number of ranks.
+    """
+
+    step: int
+    samples: int
+    global_samples: int
+    world_size: int
+
+    @property
+    def loss_weight(self) -> float:
+        """What the rank's mean loss counts, such that the mean over ranks is the mean over samples.
+
+        Averaging over W ranks divides by W, and rank r holds n of the N samples, so its weight is W * n / N.
+        """
+        return self.world_size * self.samples / self.global_samples
+
+
+@dataclass(frozen=True)
+class PlanSchedule:
+    """Which plan holds at which training step.
+
+    Attributes:
+        first_steps: the step from which the plan of the same position holds; strictly increasing, starts with 0.
+        plans: the plans, of one global batch size and one number of ranks each.
+    """
+
+    first_steps: tuple[int, ...]
+    plans: tuple[BatchPlan, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.first_steps) != len(self.plans) or not self.plans or self.first_steps[0] != 0:
+            raise ConfigurationError(
+                f"`first_steps` must start with 0 and have one entry a plan, got {self.first_steps} for {self.plans}."
+            )
+        if any(a >= b for a, b in zip(self.first_steps, self.first_steps[1:], strict=False)):
+            raise ConfigurationError(f"`first_steps` must increase, got {self.first_steps}.")
+
+    @classmethod
+    def constant(cls, plan: BatchPlan) -> PlanSchedule:
+        """Return the schedule that follows ``plan`` at every step."""
+        return cls((0,), (plan,))
+
+    def at(self, step: int) -> BatchPlan:
+        """Return the plan of training step ``step`` (counted from 0 over all epochs)."""
+        for first_step, plan in zip(reversed(self.first_steps), reversed(self.plans), strict=True):
+            if first_step <= step:
+                return plan
+        return self.plans[0]
+
+    def with_change(self, first_step: int, plan: BatchPlan) -> PlanSchedule:
+        """Return a schedule that follows ``plan`` from ``first_step`` on.
+
+        Changes that were due at ``first_step`` or later are replaced.
+        """
+        kept = sum(1 for known in self.first_steps if known < first_step)
+        return PlanSchedule((*self.first_steps[:kept], first_step), (*self.plans[:kept], plan))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return lists of plain numbers, fit for JSON and for a checkpoint."""
+        return {"first_steps": list(self.first_steps), "plans": [list(plan.samples) for plan in self.plans]}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Sequence[Any]]) -> PlanSchedule:
+        """Return what :meth:`to_dict` described."""
+        return cls(tuple(state["first_steps"]), tuple(BatchPlan(tuple(samples)) for samples in state["plans"]))

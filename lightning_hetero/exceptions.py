@@ -1,0 +1,19 @@
+"""Every error that this package raises on purpose."""
+
+__all__ = ["ConfigurationError", "HeteroError", "InfeasiblePlanError", "UnsupportedFeatureError"]
+
+
+class HeteroError(Exception):
+    """Base class of all errors of this package."""
+
+
+class ConfigurationError(HeteroError, ValueError):
+    """An argument is outside its rule; the message names argument, rule, value and way out."""
+
+
+class InfeasiblePlanError(ConfigurationError):
+    """No plan satisfies the constraints, for example caps that together hold less than the global batch."""
+
+
+class UnsupportedFeatureError(HeteroError, RuntimeError):
+    """The user's set-up is legitimate, but this version cannot train it exactly and refuses to do it wrongly."""
