@@ -1,0 +1,1 @@
+"""The glue to torch.distributed and torch's data loading; knows nothing of Lightning."""

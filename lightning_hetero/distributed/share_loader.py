@@ -1,0 +1,85 @@
+"""Give a DataLoader another batch sampler, and know which batch it has just handed out."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_hetero.balance.types import BatchSlice
+from lightning_hetero.distributed.share_sampler import ShareBatchSampler
+
+__all__ = ["FetchObserver", "share_loader"]
+
+
+class FetchObserver(Protocol):
+    """Is told when a batch is asked for and what was handed out."""
+
+    def before_fetch(self) -> None:
+        """A batch has been asked for."""
+
+    def after_fetch(self, batch_slice: BatchSlice) -> None:
+        """The batch of ``batch_slice`` is handed out."""
+
+
+def share_loader(
+    loader: DataLoader[Any],
+    shares: ShareBatchSampler,
+    observer: FetchObserver,
+    batch_sampler: Sampler[list[int]] | Iterable[list[int]] | None = None,
+) -> DataLoader[Any]:
+    """Return a copy of ``loader`` that draws its batches from ``shares``.
+
+    The copy is of a subclass of the loader's own class, so whatever a user's subclass does stays; dataset, workers,
+    collate function, generator and all other settings are those of the original, which is left as it was.
+
+    Args:
+        loader: a loader with automatic batching.
+        shares: what decides which samples make a batch.
+        observer: is told of every batch.
+        batch_sampler: what the loader shall iterate instead of ``shares``; a wrapper around it.
+
+    Returns:
+        The copy.
+    """
+    shared = copy.copy(loader)
+    cls = type(loader)
+    if not issubclass(cls, _ShareLoader):
+        object.__setattr__(shared, "__class__", type(cls.__name__, (_ShareLoader, cls), {"__module__": cls.__module__}))
+    # DataLoader refuses to have this attribute set, but only in its own `__setattr__`: it reads the attribute anew
+    # at each `iter()`. Constructing a second loader instead would need arguments that a subclass may not keep.
+    object.__setattr__(shared, "batch_sampler", shares if batch_sampler is None else batch_sampler)
+    object.__setattr__(shared, "_iterator", None)  # persistent workers of the original stay with it
+    object.__setattr__(shared, "_shares", shares)
+    object.__setattr__(shared, "_observer", observer)
+    return shared
+
+
+class _ShareLoader(DataLoader[Any]):
+    _shares: ShareBatchSampler
+    _observer: FetchObserver
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return _ObservedIterator(batches, self._shares.slices, self._observer)
+
+
+class _ObservedIterator:
+    """Pairs each batch with its slice; loaders hand out batches in the order in which the sampler drew them."""
+
+    def __init__(self, batches: Iterator[Any], slices: deque[BatchSlice], observer: FetchObserver) -> None:
+        self._batches = batches
+        self._slices = slices
+        self._observer = observer
+
+    def __iter__(self) -> _ObservedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        self._observer.before_fetch()
+        batch = next(self._batches)
+        self._observer.after_fetch(self._slices.popleft())
+        return batch

@@ -1,0 +1,177 @@
+"""Measure a rank's own time: how long a step takes it, without the waiting for other ranks.
+
+The timer is a stopwatch.  It stands still wherever the rank may be waiting for others: from its last local gradient
+until the gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own
+time is what ran between the last gradients of two consecutive steps, so it counts the optimiser, the callbacks, the
+waiting for data, the transfer, forward and backward.  Only durations of one clock are taken; clocks are never compared.
+
+On CUDA the marks are events in the current stream, read when the timings are asked for, steps later.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lightning_hetero.balance.types import StepTiming
+
+__all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
+
+
+class Clock(Protocol):
+    """Marks moments and measures between two of them."""
+
+    def mark(self) -> Any:
+        """Return a mark of this moment; must not wait for the device."""
+        ...
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the seconds between two marks; may wait until the device has passed the second."""
+        ...
+
+
+class HostClock:
+    """The processor's monotonic clock."""
+
+    def mark(self) -> float:
+        """Return the present reading in seconds."""
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        """Return the seconds between two readings."""
+        return end - start
+
+
+class CudaClock:
+    """Events in the current stream of the current device."""
+
+    def mark(self) -> torch.cuda.Event:
+        """Record an event and return it."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Return the seconds between two events, once the device has passed them."""
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+_Span = tuple[Any, Any]
+
+
+@dataclass
+class _Step:
+    samples: int = 0
+    own: list[_Span] = field(default_factory=list)
+    waiting: list[_Span] = field(default_factory=list)
+
+
+class StepTimer:
+    """The stopwatch of one rank; does nothing while it is not enabled.
+
+    Args:
+        clock: what marks the moments.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._enabled = False
+        self._since: Any = None
+        self._ready: Any = None
+        self._running: list[_Span] = []
+        self._step = _Step()
+        self._measured: list[_Step] = []
+        self._whole = False
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is measured."""
+        return self._enabled
+
+    def enable(self) -> None:
+        """Begin to measure; the step under way is not whole and will not be counted."""
+        if not self._enabled:
+            self.disable()
+            self._enabled = True
+
+    def disable(self) -> None:
+        """Measure nothing any more and forget what was not read."""
+        self._enabled = False
+        self._since = self._ready = None
+        self._running = []
+        self._step = _Step()
+        self._measured = []
+        self._whole = False
+
+    def resume(self) -> None:
+        """From here on the rank works."""
+        if self._enabled and self._since is None:
+            self._since = self._clock.mark()
+
+    def pause(self) -> None:
+        """From here on the rank may wait for others."""
+        if self._enabled and self._since is not None:
+            self._running.append((self._since, self._clock.mark()))
+            self._since = None
+
+    def watch_backward(self, loss: torch.Tensor) -> None:
+        """Note the moment at which the coming backward pass has computed its last gradient.
+
+        Args:
+            loss: what ``backward`` will be called on.
+        """
+        if self._enabled and loss.requires_grad:
+            loss.register_hook(self._queue_gradients_ready)
+
+    def _queue_gradients_ready(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
+        # Callbacks of the engine run in the order in which they were queued, once all gradients are computed. DDP
+        # waits for its peers in such a callback, which it queues in the midst of the backward pass; this one was
+        # queued at its start. Nothing public marks this moment: hooks on parameters cost Python for each of them.
+        # tests/distributed/test_step_timer.py fails where the order changes.
+        torch.autograd.Variable._execution_engine.queue_callback(self.gradients_ready)
+
+    def gradients_ready(self) -> None:
+        """The last local gradient is computed."""
+        if not self._enabled:
+            return
+        self.pause()
+        self._ready = self._clock.mark()
+        self._step.own += self._running
+        self._running = []
+
+    def gradients_reduced(self) -> None:
+        """The backward pass has returned: on the device the gradients of all ranks are combined."""
+        if not self._enabled:
+            return
+        if self._ready is not None:
+            self._step.waiting.append((self._ready, self._clock.mark()))
+            self._ready = None
+        self.resume()
+
+    def finish_step(self, samples: int, keep: bool = True) -> None:
+        """Close the account of a step.
+
+        Args:
+            samples: what the rank processed in it.
+            keep: whether the step counts as measured.
+        """
+        if not self._enabled:
+            return
+        step, self._step = self._step, _Step()
+        step.samples = samples
+        if keep and self._whole and step.own:
+            self._measured.append(step)
+        # the first step lacks what came before the timer was enabled
+        self._whole = bool(step.own)
+
+    def take(self) -> list[StepTiming]:
+        """Return the steps measured since the last call; on CUDA this waits for the latest of them."""
+        measured, self._measured = self._measured, []
+        return [StepTiming(step.samples, self._sum(step.own), self._sum(step.waiting)) for step in measured]
+
+    def _sum(self, spans: list[_Span]) -> float:
+        return sum(self._clock.seconds(start, end) for start, end in spans)

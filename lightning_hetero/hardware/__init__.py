@@ -1,0 +1,1 @@
+"""What each device is; may use torch, but not torch.distributed."""
