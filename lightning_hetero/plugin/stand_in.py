@@ -1,0 +1,70 @@
+"""Run a step on a stand-in batch such that nothing of it remains.
+
+Where a short last batch has no sample for a rank, the rank runs the step all the same, because its peers communicate in
+it: in the backward pass, in synchronised batch normalisation, in logging.  What it contributes is taken back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import Metric
+
+__all__ = ["discarded_metrics", "muted_gradients"]
+
+# what torchmetrics keeps of an update beside the states
+_BOOKKEEPING = ("_update_count", "_computed", "_forward_cache")
+
+
+@contextmanager
+def muted_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Replace every gradient computed in this context by zeros before it is accumulated or communicated.
+
+    Multiplying the loss by zero is not enough: zero times infinity is not a number.
+    """
+    handles: list[RemovableHandle] = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def discarded_metrics(module: LightningModule) -> Iterator[None]:
+    """Take back what the step in this context adds to the module's metrics and to what it logs."""
+    # `trainer._results` has no public counterpart: it is where `self.log` accumulates
+    logged: dict[str, Metric] | None = module.trainer._results
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    metrics += list((logged or {}).values())
+    saved = [(metric, _state(metric)) for metric in metrics]
+    known = set(logged or {})
+    try:
+        yield
+    finally:
+        for metric, state in saved:
+            metric.__dict__.update(state)
+        for key in set(logged or {}) - known:
+            _forget_updates((logged or {})[key])
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """Copy what an update changes: tensors may be changed in place, lists are appended to."""
+    kept = {name: metric.__dict__[name] for name in (*metric._defaults, *_BOOKKEEPING) if name in metric.__dict__}
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value) for name, value in kept.items()
+    }
+
+
+def _forget_updates(metric: Metric) -> None:
+    """Empty a metric that the discarded step created; it stays registered, since its peers will synchronise it."""
+    updates = metric._update_count
+    Metric.reset(metric)
+    metric._update_count = updates

@@ -1,0 +1,124 @@
+"""Mixed hardware for those who have none: slow chosen ranks down, for trying the package and for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_hetero.balance.types import StepTime
+from lightning_hetero.exceptions import ConfigurationError
+from lightning_hetero.plugin import arguments
+
+__all__ = ["SlowDown"]
+
+# of a training step on most networks a third is the forward pass, two thirds the backward pass
+_FORWARD_PART = 1 / 3
+
+
+class SlowDown(Callback):
+    """Makes the training steps of each rank take ``factors[rank]`` times as long; works under any strategy.
+
+    By default a rank sleeps after each stretch of its own work, ``factor - 1`` times as long as the stretch lasted: in
+    the forward pass, and in the backward pass before each gradient reaches DDP, as on a device that is that much
+    slower. How exact that is depends on how steady the machine is.
+
+    With ``seconds_per_sample`` every rank becomes a device of known speed: a step of n samples lasts
+    ``factor * (overhead_s + seconds_per_sample * n)``, its real work included, as long as the real work is shorter.
+    That is exact to a few per cent even on a busy machine, so it is what to use for comparisons.
+
+    Args:
+        factors: How many times as long each rank takes, one positive number a rank. Without ``seconds_per_sample`` a
+            factor is at least 1.
+        seconds_per_sample: Seconds that a sample takes on a device of factor 1.
+        overhead_s: Seconds that a step takes besides, whatever its size, on a device of factor 1.
+
+    Raises:
+        ConfigurationError: an argument breaks its rule.
+
+    Example:
+        >>> slow_second_rank = SlowDown(factors=[1, 2])
+        >>> ten_ms_and_two_ms_a_sample = SlowDown(factors=[1, 2], seconds_per_sample=0.002, overhead_s=0.010)
+    """
+
+    def __init__(
+        self, factors: Sequence[float], seconds_per_sample: float | None = None, overhead_s: float = 0.0
+    ) -> None:
+        if isinstance(factors, str) or not isinstance(factors, Sequence) or not factors:
+            raise ConfigurationError(f"`factors` must be one number a rank, got {factors!r}. For example [1, 2].")
+        for rank, factor in enumerate(factors):
+            arguments.check_at_least(f"factors[{rank}]", factor, 0 if seconds_per_sample else 1, whole=False)
+        super().__init__()
+        self.factors = list(factors)
+        self.step_time = None if seconds_per_sample is None else StepTime(overhead_s, seconds_per_sample)
+        if self.step_time is None and overhead_s:
+            raise ConfigurationError(
+                f"`overhead_s` must be 0 without `seconds_per_sample`, got {overhead_s}. Give both."
+            )
+        self._factor = 1.0
+        self._started = 0.0
+        self._duration_s = 0.0
+        self._stretched = 0.0
+        self._hooks: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if len(self.factors) != trainer.world_size:
+            raise ConfigurationError(
+                f"`factors` must have one number a rank ({trainer.world_size}),"
+                f" got {len(self.factors)}: {self.factors}."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove_hooks()
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        total, done = sum(p.numel() for p in parameters), 0
+        # backward computes the gradients of the last layers first
+        for parameter in reversed(parameters):
+            done += parameter.numel()
+            part = _FORWARD_PART + (1 - _FORWARD_PART) * done / total
+            self._hooks.append(parameter.register_hook(self._gradient_hook(part)))
+
+    def _gradient_hook(self, part: float) -> Any:
+        def hook(_: torch.Tensor) -> None:
+            self._wait(part)
+
+        return hook
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._factor = self.factors[trainer.global_rank]
+        self._started = self._stretched = time.perf_counter()
+        if self.step_time is not None:
+            self._duration_s = self._factor * self.step_time.seconds(extract_batch_size(batch))
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        self._wait(_FORWARD_PART)
+
+    def _wait(self, part: float) -> None:
+        """Sleep until ``part`` of the step's time has passed, or in proportion to the work since the last sleep."""
+        now = time.perf_counter()
+        if self.step_time is not None:
+            pause_s = self._started + self._duration_s * part - now
+        else:
+            pause_s = (self._factor - 1) * (now - self._stretched)
+        if pause_s > 0:
+            time.sleep(pause_s)
+        self._stretched = time.perf_counter()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
