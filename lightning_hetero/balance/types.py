@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from lightning_hetero.exceptions import ConfigurationError
@@ -161,7 +162,7 @@ class PlanSchedule:
             raise ConfigurationError(
                 f"`first_steps` must start with 0 and have one entry a plan, got {self.first_steps} for {self.plans}."
             )
-        if any(a >= b for a, b in zip(self.first_steps, self.first_steps[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.first_steps)):
             raise ConfigurationError(f"`first_steps` must increase, got {self.first_steps}.")
 
     @classmethod

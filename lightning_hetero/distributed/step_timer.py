@@ -138,8 +138,10 @@ class StepTimer:
         """The last local gradient is computed."""
         if not self._enabled:
             return
-        self.pause()
         self._ready = self._clock.mark()
+        if self._since is not None:
+            self._running.append((self._since, self._ready))
+            self._since = None
         self._step.own += self._running
         self._running = []
 
@@ -147,10 +149,12 @@ class StepTimer:
         """The backward pass has returned: on the device the gradients of all ranks are combined."""
         if not self._enabled:
             return
+        now = self._clock.mark()
         if self._ready is not None:
-            self._step.waiting.append((self._ready, self._clock.mark()))
+            self._step.waiting.append((self._ready, now))
             self._ready = None
-        self.resume()
+        if self._since is None:
+            self._since = now
 
     def finish_step(self, samples: int, keep: bool = True) -> None:
         """Close the account of a step.

@@ -1,0 +1,34 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from harness import RankPools
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """Pools of real gloo ranks: ``ranks.run(world_size, function, *args)``."""
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_environment() -> Iterator[None]:
+    """Fail a test that leaves environment variables behind: Lightning's would change the tests after it."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+    ignored = {"PYTEST_CURRENT_TEST"}
+    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - ignored
+    assert not changed, f"environment variables left changed: {sorted(changed)}"

@@ -1,0 +1,28 @@
+"""The probe names what the machine has; what it lacks is faked."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from lightning_hetero.hardware.probe import TorchDeviceProbe
+
+
+def test_processor_has_a_name() -> None:
+    profile = TorchDeviceProbe().profile(torch.device("cpu"))
+    assert profile.host == socket.gethostname()
+    assert profile.device == "cpu"
+    assert profile.name
+
+
+def test_cuda_device_has_the_name_that_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Tesla K80 of {device}")
+    profile = TorchDeviceProbe().profile(torch.device("cuda", 1))
+    assert (profile.device, profile.name) == ("cuda:1", "Tesla K80 of cuda:1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_real_cuda_device_has_a_name() -> None:
+    assert TorchDeviceProbe().profile(torch.device("cuda", 0)).name == torch.cuda.get_device_name(0)

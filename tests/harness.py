@@ -1,0 +1,140 @@
+"""Run a function on real gloo ranks and return what each rank returned.
+
+Starting ranks costs seconds, so a pool of them is kept for the whole session and shared by all tests.  A call that
+fails or runs out of time takes its pool down, for its ranks may wait for each other; the next call starts another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # source: Linux, include/uapi/linux/prctl.h
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds the traceback of every rank that did."""
+
+
+class RankPool:
+    """``world_size`` processes in one gloo group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = mp.get_context("spawn")
+        port = free_port()
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            # not daemons, which may not have the workers of a DataLoader
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port))
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        """Call ``function(*args)``, a top-level function, on every rank and return the results in order of ranks."""
+        for connection in self._connections:
+            connection.send((function, args))
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) + len(errors) < self.world_size:
+            ready = wait(self._connections, timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                missing = sorted(set(range(self.world_size)) - set(results) - set(errors))
+                if errors:  # the others wait for a rank that has failed
+                    break
+                raise TimeoutError(f"ranks {missing} did not finish {function.__name__} within {timeout_s} s")
+            for rank in [r for r, connection in enumerate(self._connections) if connection in ready]:
+                ok, value = self._receive(rank)
+                if ok:
+                    results[rank] = value
+                elif rank not in errors:
+                    errors[rank] = value
+                    deadline = min(deadline, time.monotonic() + 5.0)
+                    self._connections[rank] = mp.Pipe()[0]
+        if errors:
+            raise RankError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(errors.items())))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._connections[rank].recv()  # type: ignore[no-any-return]
+        except EOFError:
+            return False, f"the process ended with exit code {self._processes[rank].exitcode}"
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+class RankPools:
+    """One pool for each number of ranks, started when first needed."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        """Call ``function(*args)`` on ``world_size`` ranks."""
+        pool = self._pools.pop(world_size, None) or RankPool(world_size)
+        try:
+            results = pool.run(function, *args, timeout_s=timeout_s)
+        except BaseException:
+            pool.close()
+            raise
+        self._pools[world_size] = pool
+        return results
+
+    def close(self) -> None:
+        """End all pools."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    # no orphans: a rank that waits for a dead peer ends with the tests all the same
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # what Lightning's own launcher sets, so that a Trainer takes these processes for its ranks
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(*args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
