@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_hetero.balance.step_time import trimmed_mean
 from lightning_hetero.balance.types import StepTiming
 
-__all__ = ["RankStatus", "rank_status", "speed_up", "step_s"]
+__all__ = ["RankStatus", "rank_status", "speed_up"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ def rank_status(timings: Sequence[StepTiming], samples: int) -> RankStatus | Non
     return RankStatus(samples, trimmed_mean([t.own_s for t in steps]), trimmed_mean([t.waiting_s for t in steps]))
 
 
-def step_s(statuses: Sequence[RankStatus]) -> float:
-    """Return how long a step lasts; all ranks are done together, so their times differ by noise only."""
-    return max(status.own_s + status.waiting_s for status in statuses)
-
-
 def speed_up(before: Sequence[RankStatus], after: Sequence[RankStatus]) -> float:
     """Return how many times as many samples a second are processed after as before."""
-    samples = sum(status.samples for status in after) / sum(status.samples for status in before)
-    return samples * step_s(before) / step_s(after)
+    return _samples_per_s(after) / _samples_per_s(before)
+
+
+def _samples_per_s(statuses: Sequence[RankStatus]) -> float:
+    # all ranks are done together, so the times of their steps differ by noise only
+    return sum(status.samples for status in statuses) / max(s.own_s + s.waiting_s for s in statuses)

@@ -20,7 +20,7 @@ from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
 __all__ = ["LoadBalancer"]
 
-_REPORT_STEPS = 5
+_REPORT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class LoadBalancer(Callback):
         report = _Report(tuple(timings), strategy.fetched_through)
         decision = agree(report, lambda reports: self._decide(reports, current))
         if self._reporting:
-            self._finish(decision.statuses)
+            self._finish(decision)
         else:
             self._follow(decision, current)
 
@@ -190,18 +190,13 @@ class LoadBalancer(Callback):
         )
 
     def _follow(self, decision: _Decision, current: BatchPlan) -> None:
-        proposal, strategy = decision.proposal, self._the_strategy
+        proposal = decision.proposal
         self.step_times = proposal.step_times
         if self._window == 0:
             self.statuses_before = decision.statuses
         self._window += 1
         if proposal.plan != current:
-            strategy.change_plan(decision.first_step, proposal.plan)
-            self.changes.append((decision.first_step, proposal.plan))
-            self._say(
-                f"hetero_ddp: {list(proposal.plan.samples)} samples a rank from training step {decision.first_step} on"
-                f" (predicted: {1 + proposal.gain:.2f}x as many samples/s)"
-            )
+            self._change(decision.first_step, proposal.plan, f"predicted: {1 + proposal.gain:.2f}x as many samples/s")
         self.finished = proposal.settled or self._window == len(self._windows.measured_steps)
         settle = self._windows.settle_steps if proposal.plan != current else 0
         self._start_window(decision.first_step + settle)
@@ -214,15 +209,26 @@ class LoadBalancer(Callback):
                 )
                 self._stop_measuring()
 
-    def _finish(self, statuses: tuple[RankStatus, ...]) -> None:
-        self.statuses_after = statuses
-        profiles = self._the_strategy.profiles
-        self._stop_measuring()
-        complete = len(self.statuses_before) == len(statuses) == len(profiles)
-        if complete and self.verbose and self._the_strategy.is_global_zero:
-            from lightning_hetero.plugin.table import balance_table, print_table  # rich takes a while to import
+    def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
+        self._the_strategy.change_plan(first_step, plan)
+        self.changes.append((first_step, plan))
+        self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
 
-            print_table(balance_table(profiles, self.statuses_before, statuses))
+    def _finish(self, decision: _Decision) -> None:
+        self.statuses_after = decision.statuses
+        strategy = self._the_strategy
+        self._stop_measuring()
+        if not len(self.statuses_before) == len(self.statuses_after) == len(strategy.profiles):
+            return
+        gain = speed_up(self.statuses_before, self.statuses_after)
+        if self.verbose and strategy.is_global_zero:
+            from lightning_hetero.plugin.table import print_balance  # rich takes a while to import
+
+            print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
+        if gain < 1:
+            # noise had promised a gain: the statuses came with the decision, so all ranks see the same
+            assert self._initial is not None
+            self._change(decision.first_step, self._initial, f"measured: {gain:.2f}x, back to the initial shares")
 
     def _stop_measuring(self) -> None:
         if self._strategy is not None:

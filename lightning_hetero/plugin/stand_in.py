@@ -42,17 +42,18 @@ def discarded_metrics(module: LightningModule) -> Iterator[None]:
     """Take back what the step in this context adds to the module's metrics and to what it logs."""
     # `trainer._results` has no public counterpart: it is where `self.log` accumulates
     logged: dict[str, Metric] | None = module.trainer._results
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    metrics += list((logged or {}).values())
-    saved = [(metric, _state(metric)) for metric in metrics]
+    saved = [(metric, _state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
+    saved += [(metric, _state(metric)) for metric in (logged or {}).values()]
     known = set(logged or {})
     try:
         yield
     finally:
         for metric, state in saved:
-            metric.__dict__.update(state)
+            _restore(metric, state)
         for key in set(logged or {}) - known:
-            _forget_updates((logged or {})[key])
+            # created by the discarded step, and registered on the peers too: empty, but there to be synchronised
+            metric = (logged or {})[key]
+            _restore(metric, copy.deepcopy(metric._defaults))
 
 
 def _state(metric: Metric) -> dict[str, Any]:
@@ -63,8 +64,10 @@ def _state(metric: Metric) -> dict[str, Any]:
     }
 
 
-def _forget_updates(metric: Metric) -> None:
-    """Empty a metric that the discarded step created; it stays registered, since its peers will synchronise it."""
-    updates = metric._update_count
-    Metric.reset(metric)
-    metric._update_count = updates
+def _restore(metric: Metric, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        current = metric.__dict__.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor):
+            # an update may promote a state; where it did so on the peers, this rank has to follow
+            value = value.to(current)  # noqa: PLW2901
+        metric.__dict__[name] = value

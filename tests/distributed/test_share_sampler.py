@@ -6,9 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetero.balance.types import BatchPlan, BatchSlice, PlanSchedule
 from lightning_hetero.distributed.share_loader import share_loader
@@ -107,6 +108,10 @@ class Observer:
         self.handed_out.append(batch_slice)
 
 
+def indices(samples: list[tuple[torch.Tensor]]) -> list[int]:
+    return [int(index) for (index,) in samples]
+
+
 class LoaderWithOwnArguments(DataLoader[int]):
     """A subclass that cannot be constructed again from its attributes."""
 
@@ -147,7 +152,11 @@ def test_a_change_takes_effect_behind_what_workers_have_read_ahead() -> None:
     samplers = [sampler_of(r, 80, schedules[0], plan_at=lambda step: schedules[0].at(step)) for r in (0, 1)]
     observers = [Observer(), Observer()]
     loaders = [
-        share_loader(DataLoader(list(range(200)), num_workers=2 * r, collate_fn=list), samplers[r], observers[r])
+        share_loader(
+            DataLoader(TensorDataset(torch.arange(200)), num_workers=2 * r, collate_fn=indices),
+            samplers[r],
+            observers[r],
+        )
         for r in (0, 1)
     ]
     iterators = [iter(loader) for loader in loaders]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Run:
 class ChangeAt(Callback):
     """Follows another plan from a step on, as the balancer would have it."""
 
-    def __init__(self, changes: dict[int, Sequence[int]]) -> None:
+    def __init__(self, changes: Mapping[int, Sequence[int]]) -> None:
         self.changes = changes
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -183,7 +183,8 @@ def test_a_global_batch_of_ones_own(ranks: RankPools) -> None:
 
 class SumModule(SmallModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return super().training_step(batch, batch_idx) * len(batch[0])
+        loss: torch.Tensor = super().training_step(batch, batch_idx) * len(batch[0])
+        return loss
 
 
 def test_a_sum_over_the_batch_acts_as_under_ddp(ranks: RankPools) -> None:
@@ -232,8 +233,9 @@ class InfiniteOnStandIn(SmallModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         index, features, _ = batch
         loss = super().training_step(batch, batch_idx)
-        twice = len(index) == 2 and index[0] == index[1]
-        return loss / (features - features).sum() if twice else loss
+        if len(index) == 2 and index[0] == index[1]:
+            loss = loss / (features - features).sum()
+        return loss
 
 
 def test_a_stand_in_adds_nothing_even_where_its_loss_is_infinite(ranks: RankPools) -> None:

@@ -1,0 +1,236 @@
+"""The balancer on virtual devices of known speed: what it finds, when, and what it leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from harness import RankError, RankPools
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
+
+from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.batch_solver import solve_batch
+from lightning_hetero.balance.types import BatchPlan, StepTime
+from lightning_hetero.testing import SlowDown
+
+BATCH_SIZE = 32
+STEPS_AN_EPOCH = 12
+
+
+@dataclass
+class Outcome:
+    """What a balanced run did on one rank."""
+
+    changes: list[tuple[int, BatchPlan]]
+    finished: bool
+    speed_up: float | None
+    sizes: list[int]
+    parameters: list[float]
+    waiting_s: list[float]
+
+
+def balanced_run(
+    factors: list[float],
+    seconds_per_sample: float,
+    overhead_s: float = 0.0,
+    steps: int = 45,
+    shares: Any = "auto",
+    loader: dict[str, Any] | None = None,
+    balancer: LoadBalancer | None = None,
+    steps_an_epoch: int = STEPS_AN_EPOCH,
+) -> Outcome:
+    world_size = dist.get_world_size()
+    model = SmallModule()
+    callbacks: list[Callback] = [SlowDown(factors, seconds_per_sample, overhead_s)]
+    if balancer is not None:
+        callbacks.append(balancer)
+    trainer = make_trainer(HeteroDDPStrategy(shares=shares), world_size, callbacks, max_steps=steps)
+    # the last batch of each epoch is ragged
+    size = BATCH_SIZE * world_size * (steps_an_epoch - 1) + 17
+    trainer.fit(model, DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True, **(loader or {})))
+    found = [c for c in trainer.callbacks if isinstance(c, LoadBalancer)]  # type: ignore[attr-defined]
+    assert len(found) <= 1
+    done = found[0] if found else LoadBalancer()
+    return Outcome(
+        changes=done.changes,
+        finished=done.finished,
+        speed_up=done.measured_speed_up,
+        sizes=[len(samples) for samples in model.ledger],
+        parameters=flat(model.network),
+        waiting_s=[status.waiting_s for status in done.statuses_after],
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "overhead_s"),
+    [([1.0, 2.0], 0.0), ([4.0, 1.0], 0.01), ([1.0, 1.0, 2.0], 0.01)],
+)
+def test_finds_the_optimum_and_trains_exactly(ranks: RankPools, factors: list[float], overhead_s: float) -> None:
+    """Within a sample of the optimum in at most tune_steps + 5 steps, and the parameters are those of one process."""
+    world_size, batch = len(factors), BATCH_SIZE * len(factors)
+    outcomes = ranks.run(world_size, balanced_run, factors, 0.002, overhead_s)
+    optimum = solve_batch([StepTime(f * overhead_s, f * 0.002) for f in factors], batch, min_samples=1)
+    assert all(outcome.changes == outcomes[0].changes and outcome.finished for outcome in outcomes)
+    step, plan = outcomes[0].changes[-1]
+    assert max(abs(a - b) for a, b in zip(plan.samples, optimum.samples, strict=True)) <= 1
+    assert step <= 20 + 5
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.sizes[0] == BATCH_SIZE
+        assert outcome.sizes[-1] == plan.samples[rank]
+        assert outcome.speed_up is not None
+        assert outcome.speed_up > 1.2
+    expected = reference_parameters(BATCH_SIZE * world_size * (STEPS_AN_EPOCH - 1) + 17, batch, 45)
+    for outcome in outcomes:
+        assert max(abs(a - b) for a, b in zip(outcome.parameters, expected, strict=True)) < 1e-10
+
+
+def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
+    loader = {"num_workers": 2, "prefetch_factor": 3}
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 40, "auto", loader, None, 40)
+    step, plan = outcomes[0].changes[0]
+    # the ranks speak to each other after 3 + 6 steps, and six batches have been read ahead by then
+    assert step == 9 + 6
+    assert outcomes[0].sizes[step - 1 : step + 1] == [BATCH_SIZE, plan.samples[0]]
+    expected = reference_parameters(BATCH_SIZE * 2 * 39 + 17, BATCH_SIZE * 2, 40)
+    assert max(abs(a - b) for a, b in zip(outcomes[0].parameters, expected, strict=True)) < 1e-10
+
+
+def test_equal_devices_keep_equal_shares(ranks: RankPools) -> None:
+    for outcome in ranks.run(2, balanced_run, [1.0, 1.0], 0.002):
+        assert (outcome.changes, outcome.finished) == ([], True)
+
+
+def test_fixed_shares_are_not_tuned(ranks: RankPools) -> None:
+    for outcome in ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 30, [1, 1]):
+        assert (outcome.changes, outcome.finished) == ([], False)
+
+
+def test_shares_beside_a_balancer_are_where_it_starts(ranks: RankPools) -> None:
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 45, [1, 3], None, LoadBalancer(verbose=False))
+    assert outcomes[0].sizes[0] == 16
+    plan = outcomes[0].changes[-1][1]
+    assert max(abs(a - b) for a, b in zip(plan.samples, (43, 21), strict=True)) <= 1
+
+
+class Misled(LoadBalancer):
+    """Believes that the ranks' own times are the other way round while it tunes."""
+
+    def _decide(self, reports: list[Any], current: BatchPlan) -> Any:
+        return super()._decide(reports if self._reporting else reports[::-1], current)
+
+
+def test_shares_that_bring_nothing_are_taken_back(ranks: RankPools) -> None:
+    balancer = Misled(tune_steps=5, verbose=False)
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 30, "auto", None, balancer)
+    (_, wrong), (_, back) = outcomes[0].changes
+    assert wrong.samples[0] < BATCH_SIZE
+    assert back.samples == (BATCH_SIZE, BATCH_SIZE)
+    assert outcomes[0].speed_up is not None
+    assert outcomes[0].speed_up < 1
+    assert [outcome.sizes[-1] for outcome in outcomes] == [BATCH_SIZE, BATCH_SIZE]
+
+
+def test_a_few_tuning_steps_correct_in_proportion(ranks: RankPools) -> None:
+    balancer = LoadBalancer(warmup_steps=2, tune_steps=4)
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.002, 0.0, 20, "auto", None, balancer)
+    assert outcomes[0].changes[0][0] == 6
+    assert max(abs(a - b) for a, b in zip(outcomes[0].changes[0][1].samples, (43, 21), strict=True)) <= 1
+    assert outcomes[0].finished
+
+
+def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
+    """Tune, save, and go on in a new Trainer; then the same with devices of another name."""
+    world_size = dist.get_world_size()
+
+    def fit(steps: int, path: Path | None, device: str = "the same") -> tuple[SmallModule, LoadBalancer]:
+        model, balancer = SmallModule(), LoadBalancer(verbose=False)
+        checkpoint = ModelCheckpoint(folder, every_n_train_steps=30, save_top_k=-1)
+        slow_down = SlowDown([1.0, 2.0], seconds_per_sample)
+        trainer = make_trainer(
+            _Named(device), world_size, [slow_down, balancer, checkpoint], max_steps=steps, enable_checkpointing=True
+        )
+        size = BATCH_SIZE * world_size * STEPS_AN_EPOCH
+        loader = DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True)
+        trainer.fit(model, loader, ckpt_path=path, weights_only=False)
+        return model, balancer
+
+    _, first = fit(36, None)
+    path = folder / "epoch=2-step=30.ckpt"
+    assert path.exists()
+    model, second = fit(40, path)
+    other_model, third = fit(33, path, "another")
+    return {
+        "found": first.changes[-1][1].samples,
+        "resumed": [len(samples) for samples in model.ledger],
+        "tuned_again": second.changes,
+        "finished": second.finished,
+        "step_times": (first.step_times, second.step_times),
+        "elsewhere": [len(samples) for samples in other_model.ledger],
+        "finished_elsewhere": third.finished,
+    }
+
+
+class _Named(HeteroDDPStrategy):
+    """A strategy whose devices have a given name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        from dataclasses import replace
+
+        self.profiles = tuple(replace(profile, name=self._name) for profile in self.profiles)
+
+
+def test_a_resumed_run_keeps_its_shares_and_does_not_tune_again(ranks: RankPools, tmp_path: Path) -> None:
+    for rank, result in enumerate(ranks.run(2, resumed_run, tmp_path, 0.001)):
+        assert set(result["resumed"]) == {result["found"][rank]}
+        assert result["tuned_again"] == []
+        assert result["finished"]
+        assert result["step_times"][0] == result["step_times"][1] != ()
+        # on other devices it begins anew
+        assert result["elsewhere"][0] == BATCH_SIZE
+        assert not result["finished_elsewhere"]
+
+
+def run_with_balancer_under_ddp() -> None:
+    trainer = make_trainer("ddp", dist.get_world_size(), [LoadBalancer()], max_steps=1)
+    trainer.fit(SmallModule(), DataLoader(Numbered(8), batch_size=2))
+
+
+def test_the_balancer_needs_a_strategy_that_can_divide(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="`LoadBalancer` needs a strategy that can divide batches unequally, got DDPSt"):
+        ranks.run(2, run_with_balancer_under_ddp)
+
+
+def default_callbacks(shares: Any, own: LoadBalancer | None) -> list[str]:
+    """Return the names of the callbacks that a run has, in their order."""
+    checkpoint = ModelCheckpoint(save_top_k=0)
+    callbacks: list[Callback] = [checkpoint] if own is None else [own, checkpoint]
+    trainer = make_trainer(
+        HeteroDDPStrategy(shares=shares), dist.get_world_size(), callbacks, max_steps=1, enable_checkpointing=True
+    )
+    for _ in range(2):
+        trainer.fit(SmallModule(), DataLoader(Numbered(8), batch_size=2))
+    return [
+        type(callback).__name__ + ("*" if callback is own else "")
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    ]
+
+
+def test_a_default_balancer_is_added_where_it_is_needed(ranks: RankPools) -> None:
+    assert ranks.run(2, default_callbacks, "auto", None)[0] == ["LoadBalancer", "ModelCheckpoint"]
+    own = LoadBalancer(tune_steps=8)
+    assert [name.rstrip("*") for name in ranks.run(2, default_callbacks, "auto", own)[0]] == [
+        "LoadBalancer",
+        "ModelCheckpoint",
+    ]
+    assert ranks.run(2, default_callbacks, [1, 2], None)[0] == ["ModelCheckpoint"]
