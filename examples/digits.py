@@ -14,7 +14,6 @@ The data are the 1797 scans of handwritten digits that ship inside scikit-learn;
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -160,18 +160,21 @@ def compare(factors: list[float], epochs: int, seconds_per_sample: float | None)
     runs = {}
     for strategy in ("ddp", "hetero_ddp"):
         slow_down = SlowDown(factors, seconds_per_sample)
-        logging.getLogger("lightning.pytorch").info("training with %s", strategy)
+        rank_zero_info(f"training with {strategy}")
         runs[strategy] = train(strategy, epochs, slow_down)
     if not _is_rank_zero():
         return
     (ddp_samples_per_s, ddp_accuracy, ddp_parameters), (samples_per_s, accuracy, parameters) = runs.values()
-    table = Table(title=f"digits on two CPU ranks that take {factors} times as long")
+    table = Table()
     for heading in ("", "ddp", "hetero_ddp"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("samples/s, tuning included", f"{ddp_samples_per_s:.0f}", f"{samples_per_s:.0f}")
     table.add_row("accuracy", f"{ddp_accuracy:.4f}", f"{accuracy:.4f}")
     bound = max(factors) * sum(1 / factor for factor in factors) / len(factors)
-    console = Console()
+    console = Console(highlight=False)
+    console.print(
+        f"digits, {epochs} epochs on two CPU ranks whose steps take {factors[0]:g} and {factors[1]:g} times as long"
+    )
     console.print(table)
     console.print(f"ratio {samples_per_s / ddp_samples_per_s:.2f} of at most {bound:.2f}")
     console.print(f"largest difference of a parameter {(parameters - ddp_parameters).abs().max():.1e}")
@@ -184,7 +187,8 @@ def _is_rank_zero() -> bool:
 def main() -> None:
     """Compare the strategies, or run the LightningCLI where a subcommand is given."""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
-        LightningCLI(DigitsClassifier, DigitsData)
+        # without a saved copy of the configuration, so that the command can be repeated
+        LightningCLI(DigitsClassifier, DigitsData, save_config_callback=None)
         return
     parser = argparse.ArgumentParser(description="compare ddp and hetero_ddp on two unequal CPU ranks")
     parser.add_argument("--factors", type=float, nargs=2, default=[1.0, 2.0], help="how much longer each rank takes")

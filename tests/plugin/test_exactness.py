@@ -204,7 +204,7 @@ class MaskedModule(SmallModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         index, features, targets = batch
         kept = index % 2 == 0
-        loss = ((self.network(features) - targets)[kept] ** 2).sum() / kept.sum()
+        loss: torch.Tensor = ((self.network(features) - targets)[kept] ** 2).sum() / kept.sum()
         self.log("loss", torch.nan_to_num(loss), on_epoch=True, sync_dist=True)
         return loss
 

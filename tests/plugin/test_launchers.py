@@ -1,0 +1,80 @@
+"""The registered names start real processes, as a user's script does; an error ends them all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch.utils.data import DataLoader
+from training import Numbered, SmallModule, flat
+from lightning_hetero import HeteroDDPStrategy
+
+def main(strategy):
+    seed_everything(7, verbose=False)
+    module = SmallModule()
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=12, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                      limit_val_batches=0)
+    trainer.fit(module, DataLoader(Numbered(46), batch_size=4, shuffle=True))
+    if trainer.is_global_zero:
+        print("parameters", flat(module.network))
+
+if __name__ == "__main__":
+    main(eval(sys.argv[1]))
+"""
+
+
+def run_script(folder: Path, strategy: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Run the script as a user would and return what it printed."""
+    script = folder / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(script), strategy],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment,
+        cwd=folder,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["hetero_ddp", "hetero_ddp_spawn", "hetero_ddp_fork_find_unused_parameters_true"])
+def test_a_name_starts_ranks_that_train(tmp_path: Path, name: str) -> None:
+    from training import reference_parameters
+
+    done = run_script(tmp_path, repr(name))
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("parameters ")]
+    found = [float(number) for number in line.removeprefix("parameters [").removesuffix("]").split(",")]
+    expected = reference_parameters(46, 8, 12)
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            'HeteroDDPStrategy(shares={"Tesla K80": 1})',
+            "`shares` must name the device of every rank, got ['Tesla K80']",
+        ),
+        ("HeteroDDPStrategy(shares=[1, 2, 3])", "`shares` must have one number a rank (2), got 3"),
+        ("HeteroDDPStrategy(max_batch_size=3)", "`max_batch_size` must together hold the global batch of 8 samples"),
+    ],
+)
+def test_bad_input_ends_the_script_with_one_clear_error(tmp_path: Path, strategy: str, message: str) -> None:
+    """A device name and a loader's batch size are known only to the ranks; all of them raise, none is left waiting."""
+    done = run_script(tmp_path, strategy)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "parameters" not in done.stdout

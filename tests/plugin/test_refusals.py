@@ -1,0 +1,103 @@
+"""What cannot be trained exactly is refused, or left as it is with a warning; never trained wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankError, RankPools
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from training import Numbered, SmallModule, flat, make_trainer
+
+from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.types import BatchPlan
+
+
+class Odd(BatchSampler):
+    """A batch sampler of the user's own."""
+
+
+class Stream(IterableDataset[Any]):
+    """Each rank reads its own part."""
+
+    def __iter__(self) -> Iterator[Any]:
+        data = Numbered(46)
+        return (data[i] for i in range(dist.get_rank(), 46, dist.get_world_size()))
+
+
+class TwoLoaders(SmallModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch[0], batch_idx)
+
+
+def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
+    data, model, trainer = Numbered(46), SmallModule(), arguments.pop("trainer", {})
+    loader: Any
+    if kind == "batch_sampler":
+        loader = DataLoader(data, batch_sampler=Odd(SequentialSampler(data), 4, False))
+    elif kind == "no_batching":
+        loader = DataLoader(data, batch_size=None)
+    elif kind == "iterable":
+        loader = DataLoader(Stream(), batch_size=4)
+    elif kind == "two":
+        model, loader = TwoLoaders(), [DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)]
+    else:
+        loader = DataLoader(data, batch_size=4)
+    if strategy == "hetero":
+        strategy = HeteroDDPStrategy(**arguments)
+    fitted = make_trainer(strategy, dist.get_world_size(), max_steps=5, **trainer)
+    fitted.fit(model, loader)
+    assert not any(isinstance(c, LoadBalancer) and c.changes for c in fitted.callbacks)  # type: ignore[attr-defined]
+    return flat(model.network)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("batch_sampler", {}, "cannot divide the batches of 'Odd': it needs a loader with `batch_size`"),
+        ("no_batching", {}, "cannot divide the batches of 'NoneType'"),
+        ("two", {}, "divides one training loader, got 2"),
+        ("iterable", {"shares": [1, 2]}, "`shares` cannot be honoured for the training loader 'DataLoader': it has no"),
+    ],
+)
+def test_is_refused_on_every_rank(ranks: RankPools, kind: str, arguments: dict[str, Any], message: str) -> None:
+    def run() -> None:
+        ranks.run(2, fit_with, kind, arguments)
+
+    with pytest.raises(RankError) as caught:
+        run()
+    assert str(caught.value).count(message) >= 2
+
+
+def fit_with(kind: str, arguments: dict[str, Any]) -> list[float]:
+    return fit(kind, "hetero", **arguments)
+
+
+def fit_plain(kind: str, trainer: dict[str, Any]) -> list[float]:
+    return fit(kind, "ddp", trainer=trainer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer"), [("iterable", {}), ("map", {"use_distributed_sampler": False, "limit_train_batches": 5})]
+)
+def test_data_that_the_user_divides_trains_as_under_ddp(ranks: RankPools, kind: str, trainer: dict[str, Any]) -> None:
+    assert ranks.run(2, fit_with, kind, {"trainer": trainer}) == ranks.run(2, fit_plain, kind, trainer)
+
+
+def change_too_late() -> None:
+    strategy = HeteroDDPStrategy(shares=[1, 1])
+
+    class ChangeTooLate(LoadBalancer):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            strategy.change_plan(trainer.fit_loop.total_batch_idx, BatchPlan((2, 6)))
+
+    trainer = make_trainer(strategy, dist.get_world_size(), [ChangeTooLate()], max_steps=5)
+    trainer.fit(SmallModule(), DataLoader(Numbered(46), batch_size=4))
+
+
+def test_a_step_that_was_fetched_cannot_be_changed(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="`first_step` must be a step that no rank has fetched, got 0, but rank 0"):
+        ranks.run(2, change_too_late)

@@ -1,0 +1,71 @@
+"""The examples run as a user would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_example(*arguments: str, timeout_s: float = 150.0) -> str:
+    """Run ``examples/digits.py`` and return what it printed; the environment is that of a shell."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "digits.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_comparison_finds_the_same_training() -> None:
+    """The speed is the benchmark's business; here that both train alike and that the report is there."""
+    printed = run_example("--epochs", "4", "--seconds-per-sample", "0.0005")
+    (accuracies,) = re.findall(r"accuracy\s*│\s*([\d.]+)\s*│\s*([\d.]+)", printed)
+    assert accuracies[0] == accuracies[1]
+    (difference,) = re.findall(r"largest difference of a parameter ([\d.e+-]+)", printed)
+    assert float(difference) < 1e-5
+    assert re.search(r"ratio \d\.\d\d of at most 1\.50", printed)
+    assert "speed-up" in printed
+
+
+CONFIG = ["--config", str(EXAMPLES / "digits.yaml")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", *CONFIG, "--trainer.max_epochs=1"],
+        [
+            "fit",
+            *CONFIG,
+            "--trainer.max_epochs=1",
+            "--trainer.strategy.shares=[2,1]",
+            "--trainer.strategy.batch_multiple=8",
+        ],
+        ["fit", *CONFIG, "--trainer.max_epochs=1", "--trainer.strategy=hetero_ddp"],
+        ["validate", *CONFIG, "--trainer.callbacks=null"],
+    ],
+    ids=["yaml", "flags", "name", "validate"],
+)
+def test_lightning_cli_configures_everything(arguments: list[str]) -> None:
+    printed = run_example(*arguments)
+    assert "error" not in printed.lower()
+
+
+def test_lightning_cli_explains_the_arguments() -> None:
+    config = run_example("fit", *CONFIG, "--print_config")
+    assert "class_path: lightning_hetero.HeteroDDPStrategy" in config
+    assert "tune_steps: 20" in config
+    explained = run_example("fit", "--trainer.strategy.help=lightning_hetero.HeteroDDPStrategy")
+    assert "How the samples are divided" in explained
+    assert "--trainer.strategy.find_unused_parameters" in explained or "--trainer.strategy.start_method" in explained
