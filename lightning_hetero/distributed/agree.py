@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, cast
 
 import torch.distributed as dist
 
-__all__ = ["agree", "gather"]
+__all__ = ["AgreedOrder", "SizedOrder", "agree", "gather"]
 
 Message = TypeVar("Message")
 Decision = TypeVar("Decision")
@@ -52,3 +52,48 @@ def agree(message: Message, decide: Callable[[list[Message]], Decision]) -> Deci
     if outcome[1] is not None:
         raise outcome[1]
     return cast("Decision", outcome[0])
+
+
+class SizedOrder(Protocol):
+    """The order of an epoch: any sampler with a length, or a list."""
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        ...
+
+    def __iter__(self) -> Iterator[int]:
+        """Begin an epoch."""
+        ...
+
+
+class AgreedOrder:
+    """The order of a sampler on rank zero, on all ranks.
+
+    A sampler that draws from the global random generator gives another order on each rank as soon as the generators
+    have drawn different amounts, which with mini-batches of different size a single dropout layer brings about. Ranks
+    that divide different orders lose samples and repeat others.
+
+    Args:
+        sampler: has a length; every rank has to iterate over the result at the same point.
+    """
+
+    def __init__(self, sampler: SizedOrder) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        # drawn on every rank, so that the generators advance alike; exchanged now, not when the first batch is
+        # drawn, which ranks with and without workers do at different points
+        order: list[Any] = [list(self.sampler)]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(order, src=0)
+        return iter(order[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler, if it takes it."""
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)

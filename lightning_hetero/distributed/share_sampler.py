@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from torch.utils.data import Sampler
 
 from lightning_hetero.balance.sharding import plan_for_block, positions_of_rank
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.distributed.agree import AgreedOrder, SizedOrder
 
 __all__ = ["ShareBatchSampler"]
 
@@ -21,7 +22,8 @@ class ShareBatchSampler(Sampler[list[int]]):
     plan holds at which step is all that they have to agree on.
 
     Args:
-        sampler: the order of the whole epoch, the same on every rank; has a length.
+        sampler: the order of the whole epoch, the same on every rank; has a length. An :class:`AgreedOrder` is
+            asked at each ``iter()``, other samplers when the first batch is drawn, as torch's own batch sampler does.
         batch_size: samples a rank under equal shares, as the user's loader had it.
         global_batch_size: samples of all ranks in one step.
         drop_last: leave out a last global batch that is not full.
@@ -38,7 +40,7 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        sampler: Collection[int] | Sampler[int],
+        sampler: SizedOrder,
         *,
         batch_size: int,
         global_batch_size: int,
@@ -62,7 +64,7 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks unless ``stand_in`` is False."""
-        whole, rest = divmod(len(self.sampler), self.global_batch_size)  # type: ignore[arg-type]  # has a length
+        whole, rest = divmod(len(self.sampler), self.global_batch_size)
         if not rest or self.drop_last:
             return whole
         if self._stand_in:
@@ -73,7 +75,8 @@ class ShareBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # not a generator itself: an epoch's first step is that of the moment at which the epoch is begun
         self.slices = deque()
-        return self._draw(self.sampler, self.slices, self._first_step())
+        order = iter(self.sampler) if isinstance(self.sampler, AgreedOrder) else self.sampler
+        return self._draw(order, self.slices, self._first_step())
 
     def _draw(self, order: Iterable[int], slices: deque[BatchSlice], step: int) -> Iterator[list[int]]:
         entries = iter(order)

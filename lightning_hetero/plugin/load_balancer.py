@@ -112,6 +112,7 @@ class LoadBalancer(Callback):
             return
         first_step = trainer.fit_loop.total_batch_idx + 1
         self._initial = strategy.schedule.at(first_step)
+        self._window, self._timings = 0, []
         self._start_window(first_step + self.warmup_steps)
         strategy.timer.enable()
         # the forward pass proper begins behind what DDP communicates before it

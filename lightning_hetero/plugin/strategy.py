@@ -16,12 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 from typing_extensions import override
 
 from lightning_hetero.balance.batch_solver import proportional_plan
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
-from lightning_hetero.distributed.agree import gather
+from lightning_hetero.distributed.agree import AgreedOrder, gather
 from lightning_hetero.distributed.share_loader import share_loader
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
@@ -397,10 +397,15 @@ class _EvaluationObserver:
 
 def _whole_order(sampler: Any, world_size: int) -> Any:
     """Return a sampler of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to be one."""
+    if isinstance(sampler, AgreedOrder):
+        return sampler
     if not isinstance(sampler, DistributedSampler):
         return None
     if sampler.num_replicas == 1:
-        return sampler
+        # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
+        inner = getattr(sampler.dataset, "_sampler", None)
+        known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
+        return sampler if known else AgreedOrder(sampler)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
         # the user's own, which divides equally: the same order undivided
         whole: DistributedSampler[Any] = DistributedSampler(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, WeightedRandomSampler
 from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters, small_network
 
 from lightning_hetero import HeteroDDPStrategy
@@ -172,6 +172,53 @@ def train_with_own_sampler(make_strategy: Callable[[], Any]) -> Run:
 def test_the_users_own_distributed_sampler_keeps_its_order(ranks: RankPools) -> None:
     plain = ranks.run(2, train_with_own_sampler, ddp)
     assert_parameters(ranks.run(2, train_with_own_sampler, Hetero([5, 2])), plain[0].parameters)
+
+
+class Dropping(SmallModule):
+    """Draws from the global random generator as often as it has samples, so that the ranks' generators part."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        torch.rand(len(batch[0]))
+        loss: torch.Tensor = super().training_step(batch, batch_idx)
+        return loss
+
+
+class GlobalShuffle(Sampler[int]):
+    """A permutation drawn from the global random generator."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.size).tolist())
+
+
+def train_with_random_sampler(kind: str, make_strategy: Callable[[], Any]) -> Run:
+    model = Dropping()
+    trainer = make_trainer(make_strategy(), dist.get_world_size(), max_steps=18)
+    sampler: Sampler[int] = GlobalShuffle(46)
+    if kind == "seeded":
+        sampler = WeightedRandomSampler(list(range(1, 47)), 46, generator=torch.Generator().manual_seed(5))
+    trainer.fit(model, DataLoader(Numbered(46), batch_size=BATCH_SIZE, sampler=sampler))
+    return Run(flat(model.network), model.ledger, 0.0)
+
+
+def test_a_users_sampler_has_one_order_for_all_ranks(ranks: RankPools) -> None:
+    """With a generator of its own it is that of ddp; drawing from the global one it is at least the same on all."""
+    plain = ranks.run(2, train_with_random_sampler, "seeded", ddp)
+    assert_parameters(ranks.run(2, train_with_random_sampler, "seeded", Hetero([5, 2])), plain[0].parameters)
+    runs = ranks.run(2, train_with_random_sampler, "global", Hetero([5, 2]))
+    for epoch in range(3):
+        seen = [index for run in runs for step in run.ledger[6 * epoch : 6 * epoch + 6] for index in step]
+        assert sorted(seen) == list(range(46))
+
+
+def test_a_single_rank_trains_as_without_a_strategy(ranks: RankPools) -> None:
+    runs = ranks.run(1, train, Hetero(), 46, 20)
+    assert_parameters(runs, reference_parameters(46, 4, 20))
 
 
 def test_a_global_batch_of_ones_own(ranks: RankPools) -> None:
