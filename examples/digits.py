@@ -132,10 +132,10 @@ class Throughput(Callback):
         self.samples_per_s = samples / (time.perf_counter() - self._start_s)
 
 
-def train(strategy: str, epochs: int, slow_down: SlowDown) -> tuple[float, float, Tensor]:
+def train(strategy: str, epochs: int, width: int, slow_down: SlowDown) -> tuple[float, float, Tensor]:
     """Train with ``strategy`` on two ranks; return samples/s, accuracy and all parameters."""
     seed_everything(0, verbose=False)
-    model, data, throughput = DigitsClassifier(), DigitsData(), Throughput()
+    model, data, throughput = DigitsClassifier(width), DigitsData(), Throughput()
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -154,14 +154,14 @@ def train(strategy: str, epochs: int, slow_down: SlowDown) -> tuple[float, float
     return throughput.samples_per_s, accuracy, parameters
 
 
-def compare(factors: list[float], epochs: int, seconds_per_sample: float | None) -> None:
+def compare(factors: list[float], epochs: int, width: int, seconds_per_sample: float | None) -> None:
     """Train with both strategies and print what differs and what does not."""
     warnings.filterwarnings("ignore", module="lightning.*|torch.*")
     runs = {}
     for strategy in ("ddp", "hetero_ddp"):
         slow_down = SlowDown(factors, seconds_per_sample)
         rank_zero_info(f"training with {strategy}")
-        runs[strategy] = train(strategy, epochs, slow_down)
+        runs[strategy] = train(strategy, epochs, width, slow_down)
     if not _is_rank_zero():
         return
     (ddp_samples_per_s, ddp_accuracy, ddp_parameters), (samples_per_s, accuracy, parameters) = runs.values()
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compare ddp and hetero_ddp on two unequal CPU ranks")
     parser.add_argument("--factors", type=float, nargs=2, default=[1.0, 2.0], help="how much longer each rank takes")
     parser.add_argument("--epochs", type=int, default=20, help="epochs of 12 steps each")
+    parser.add_argument("--width", type=int, default=8, help="channels of the network's first layer")
     parser.add_argument(
         "--seconds-per-sample",
         type=float,
@@ -200,7 +201,7 @@ def main() -> None:
         help="time a sample takes on the faster rank; 0 slows the real work of this machine instead",
     )
     arguments = parser.parse_args()
-    compare(arguments.factors, arguments.epochs, arguments.seconds_per_sample or None)
+    compare(arguments.factors, arguments.epochs, arguments.width, arguments.seconds_per_sample or None)
 
 
 if __name__ == "__main__":

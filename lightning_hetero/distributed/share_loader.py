@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
 
-__all__ = ["FetchObserver", "share_loader"]
-
-
-class FetchObserver(Protocol):
-    """Is told when a batch is asked for and what was handed out."""
-
-    def before_fetch(self) -> None:
-        """A batch has been asked for."""
-
-    def after_fetch(self, batch_slice: BatchSlice) -> None:
-        """The batch of ``batch_slice`` is handed out."""
+__all__ = ["share_loader"]
 
 
 def share_loader(
     loader: DataLoader[Any],
     shares: ShareBatchSampler,
-    observer: FetchObserver,
+    before_fetch: Callable[[], None],
+    after_fetch: Callable[[BatchSlice], None],
     batch_sampler: Sampler[list[int]] | Iterable[list[int]] | None = None,
 ) -> DataLoader[Any]:
     """Return a copy of ``loader`` that draws its batches from ``shares``.
@@ -39,7 +30,8 @@ def share_loader(
     Args:
         loader: a loader with automatic batching.
         shares: what decides which samples make a batch.
-        observer: is told of every batch.
+        before_fetch: called when a batch is asked for.
+        after_fetch: called with its slice before a batch is handed out.
         batch_sampler: what the loader shall iterate instead of ``shares``; a wrapper around it.
 
     Returns:
@@ -54,32 +46,41 @@ def share_loader(
     object.__setattr__(shared, "batch_sampler", shares if batch_sampler is None else batch_sampler)
     object.__setattr__(shared, "_iterator", None)  # persistent workers of the original stay with it
     object.__setattr__(shared, "_shares", shares)
-    object.__setattr__(shared, "_observer", observer)
+    object.__setattr__(shared, "_before_fetch", before_fetch)
+    object.__setattr__(shared, "_after_fetch", after_fetch)
     return shared
 
 
 class _ShareLoader(DataLoader[Any]):
     _shares: ShareBatchSampler
-    _observer: FetchObserver
+    _before_fetch: Callable[[], None]
+    _after_fetch: Callable[[BatchSlice], None]
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return _ObservedIterator(batches, self._shares.slices, self._observer)
+        return _ObservedIterator(batches, self._shares.slices, self._before_fetch, self._after_fetch)
 
 
 class _ObservedIterator:
     """Pairs each batch with its slice; loaders hand out batches in the order in which the sampler drew them."""
 
-    def __init__(self, batches: Iterator[Any], slices: deque[BatchSlice], observer: FetchObserver) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        slices: deque[BatchSlice],
+        before_fetch: Callable[[], None],
+        after_fetch: Callable[[BatchSlice], None],
+    ) -> None:
         self._batches = batches
         self._slices = slices
-        self._observer = observer
+        self._before_fetch = before_fetch
+        self._after_fetch = after_fetch
 
     def __iter__(self) -> _ObservedIterator:
         return self
 
     def __next__(self) -> Any:
-        self._observer.before_fetch()
+        self._before_fetch()
         batch = next(self._batches)
-        self._observer.after_fetch(self._slices.popleft())
+        self._after_fetch(self._slices.popleft())
         return batch

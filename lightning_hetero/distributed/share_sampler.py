@@ -35,7 +35,7 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     Attributes:
         slices: what the latest iteration has drawn and nobody has taken yet, in the order of batches.
-        fetched_through: latest step drawn so far; -1 before the first.
+        fetched_through: latest step drawn by the latest iteration; the step before its first where none is.
     """
 
     def __init__(
@@ -74,9 +74,11 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # not a generator itself: an epoch's first step is that of the moment at which the epoch is begun
-        self.slices = deque()
+        first_step = self._first_step()
+        # what an abandoned iteration has read ahead will be drawn anew
+        self.slices, self.fetched_through = deque(), first_step - 1
         order = iter(self.sampler) if isinstance(self.sampler, AgreedOrder) else self.sampler
-        return self._draw(order, self.slices, self._first_step())
+        return self._draw(order, self.slices, first_step)
 
     def _draw(self, order: Iterable[int], slices: deque[BatchSlice], step: int) -> Iterator[list[int]]:
         entries = iter(order)
@@ -88,7 +90,7 @@ class ShareBatchSampler(Sampler[list[int]]):
             if not batch and not self._stand_in:
                 return
             slices.append(BatchSlice(step, len(batch), len(block), plan.world_size))
-            self.fetched_through = max(self.fetched_through, step)
+            self.fetched_through = step
             # two, because batch normalisation refuses to train on one
             yield batch or (block * 2)[:2]
             step += 1

@@ -10,24 +10,21 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 from typing_extensions import override
 
 from lightning_hetero.balance.batch_solver import proportional_plan
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
-from lightning_hetero.distributed.agree import AgreedOrder, gather
-from lightning_hetero.distributed.share_loader import share_loader
+from lightning_hetero.distributed.agree import gather
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
-from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin import arguments, loaders
 from lightning_hetero.plugin.stand_in import discarded_metrics, muted_gradients
 
 __all__ = ["HeteroDDPStrategy"]
@@ -192,11 +189,11 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def on_train_start(self) -> None:
-        loaders = CombinedLoader(self._trainer.train_dataloader).flattened
-        divided = sum(isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler) for loader in loaders)
+        training = CombinedLoader(self._trainer.train_dataloader).flattened
+        divided = sum(isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler) for loader in training)
         if divided > 1:
             raise UnsupportedFeatureError(
-                f"`hetero_ddp` divides one training loader, got {len(loaders)}: with several, one weight for the loss"
+                f"`hetero_ddp` divides one training loader, got {len(training)}: with several, one weight for the loss"
                 f' would not be exact. Combine them into one dataset or use strategy="ddp".'
             )
         super().on_train_start()
@@ -210,57 +207,51 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        trainer = self._trainer
-        if trainer.training:
+        training = self._trainer.training
+        if training:
             self._training_sampler = self._training_slice = None
         if not self._divides:
             return dataloader
-        if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
-            return self._undivided(dataloader, "it has no sampler")
-        batch_sampler: Any = dataloader.batch_sampler
-        wrapped = isinstance(batch_sampler, _IndexBatchSamplerWrapper)
-        if wrapped:
-            batch_sampler = batch_sampler._batch_sampler
-        order = _whole_order(getattr(batch_sampler, "sampler", dataloader.sampler), self.world_size)
-        if order is None:
-            return self._undivided(dataloader, "its sampler is not Lightning's (`use_distributed_sampler=False`)")
-        if type(batch_sampler) not in (BatchSampler, ShareBatchSampler):
-            raise UnsupportedFeatureError(
-                f"`hetero_ddp` cannot divide the batches of {type(batch_sampler).__name__!r}: it needs a loader with"
-                f" `batch_size` and a sampler of single samples. Pass those, or use"
-                f" `Trainer(use_distributed_sampler=False)` and divide the data yourself."
-            )
-        shares = self._share_sampler(order, batch_sampler.batch_size, batch_sampler.drop_last)
-        observer = _TrainingObserver(self) if trainer.training else _EvaluationObserver(self)
-        # Lightning reads the indices of predictions from a wrapper of its own around the batch sampler
-        indices = _IndexBatchSamplerWrapper(shares) if wrapped else None
-        return share_loader(dataloader, shares, observer, indices)
+        loader = loaders.examine(dataloader, self.world_size)
+        if isinstance(loader, loaders.Undivided):
+            if training:
+                self._leave_undivided(dataloader, loader.reason)
+            return dataloader
+        if training:
+            self._training_sampler = self._training_shares(loader)
+            return loaders.divide(loader, self._training_sampler, self.timer.resume, self._set_training_slice)
+        return loaders.divide(loader, self._evaluation_shares(loader), _nothing, self._set_evaluation_slice)
 
-    def _share_sampler(self, order: Any, batch_size: int, drop_last: bool) -> ShareBatchSampler:
-        trainer = self._trainer
-        if not trainer.training:
-            return ShareBatchSampler(
-                order,
-                batch_size=batch_size,
-                global_batch_size=batch_size * self.world_size,
-                drop_last=drop_last,
-                rank=self.global_rank,
-                plan_at=self._evaluation_plan,
-                first_step=lambda: 0,
-                stand_in=not trainer.predicting,
-            )
-        global_batch_size = self.global_batch_size or batch_size * self.world_size
+    def _set_training_slice(self, part: BatchSlice) -> None:
+        self._training_slice = part
+
+    def _set_evaluation_slice(self, part: BatchSlice) -> None:
+        self._evaluation_slice = part
+
+    def _evaluation_shares(self, loader: loaders.Divisible) -> ShareBatchSampler:
+        return ShareBatchSampler(
+            loader.order,
+            batch_size=loader.batch_size,
+            global_batch_size=loader.batch_size * self.world_size,
+            drop_last=loader.drop_last,
+            rank=self.global_rank,
+            plan_at=self._evaluation_plan,
+            first_step=lambda: 0,
+            stand_in=not self._trainer.predicting,
+        )
+
+    def _training_shares(self, loader: loaders.Divisible) -> ShareBatchSampler:
+        global_batch_size = self.global_batch_size or loader.batch_size * self.world_size
         self._prepare_schedule(global_batch_size)
-        self._training_sampler = ShareBatchSampler(
-            order,
-            batch_size=batch_size,
+        return ShareBatchSampler(
+            loader.order,
+            batch_size=loader.batch_size,
             global_batch_size=global_batch_size,
-            drop_last=drop_last,
+            drop_last=loader.drop_last,
             rank=self.global_rank,
             plan_at=self._training_plan,
             first_step=self._next_training_step,
         )
-        return self._training_sampler
 
     def _prepare_schedule(self, global_batch_size: int) -> None:
         """Begin a schedule, or adapt the one there is to a loader of another batch size."""
@@ -288,19 +279,17 @@ class HeteroDDPStrategy(DDPStrategy):
         shares = arguments.shares_of_ranks(self.shares, self.profiles)
         return proportional_plan(shares, 1000 * self.world_size, min_samples=1)
 
-    def _undivided(self, dataloader: object, reason: str) -> object:
-        if self._trainer.training:
-            if self.shares != "auto":
-                raise UnsupportedFeatureError(
-                    f"`shares` cannot be honoured for the training loader {type(dataloader).__name__!r}: {reason}."
-                    f' Give each rank its part yourself and use shares="auto", or use a DataLoader over a dataset'
-                    f" with a length."
-                )
-            rank_zero_warn(
-                f"`hetero_ddp` leaves the training loader {type(dataloader).__name__!r} as it is, because {reason}:"
-                f" every rank trains on what its own loader yields, with equal weight, as under `ddp`."
+    def _leave_undivided(self, dataloader: object, reason: str) -> None:
+        name = type(dataloader).__name__
+        if self.shares != "auto":
+            raise UnsupportedFeatureError(
+                f"`shares` cannot be honoured for the training loader {name!r}: {reason}. Give each rank its part"
+                f' yourself and use shares="auto", or use a DataLoader over a dataset with a length.'
             )
-        return dataloader
+        rank_zero_warn(
+            f"`hetero_ddp` leaves the training loader {name!r} as it is, because {reason}: every rank trains on what"
+            f" its own loader yields, with equal weight, as under `ddp`."
+        )
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -373,46 +362,8 @@ class HeteroDDPStrategy(DDPStrategy):
         return super().reduce(tensor, group, reduce_op)
 
 
-class _TrainingObserver:
-    def __init__(self, strategy: HeteroDDPStrategy) -> None:
-        self._strategy = strategy
-
-    def before_fetch(self) -> None:
-        self._strategy.timer.resume()
-
-    def after_fetch(self, batch_slice: BatchSlice) -> None:
-        self._strategy._training_slice = batch_slice
-
-
-class _EvaluationObserver:
-    def __init__(self, strategy: HeteroDDPStrategy) -> None:
-        self._strategy = strategy
-
-    def before_fetch(self) -> None:
-        pass
-
-    def after_fetch(self, batch_slice: BatchSlice) -> None:
-        self._strategy._evaluation_slice = batch_slice
-
-
-def _whole_order(sampler: Any, world_size: int) -> Any:
-    """Return a sampler of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to be one."""
-    if isinstance(sampler, AgreedOrder):
-        return sampler
-    if not isinstance(sampler, DistributedSampler):
-        return None
-    if sampler.num_replicas == 1:
-        # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
-        inner = getattr(sampler.dataset, "_sampler", None)
-        known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
-        return sampler if known else AgreedOrder(sampler)
-    if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
-        # the user's own, which divides equally: the same order undivided
-        whole: DistributedSampler[Any] = DistributedSampler(
-            sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
-        )
-        return whole
-    return None
+def _nothing() -> None:
+    """Evaluation is not timed."""
 
 
 def _add_default_balancer(trainer: Trainer) -> None:

@@ -132,7 +132,7 @@ def test_a_loader_keeps_everything_but_its_batches(workers: dict[str, object]) -
     schedule = PlanSchedule.constant(BatchPlan((1, 3)))
     sampler, observer = sampler_of(1, 9, schedule), Observer()
     original = LoaderWithOwnArguments("abc", 4, batch_size=2, collate_fn=double, **workers)
-    shared = share_loader(original, sampler, observer)
+    shared = share_loader(original, sampler, observer.before_fetch, observer.after_fetch)
     for epoch in (1, 2):
         expected = [[2 * i for i in batch] for batch in sampler]
         assert list(shared) == expected
@@ -151,13 +151,10 @@ def test_a_change_takes_effect_behind_what_workers_have_read_ahead() -> None:
     seen: list[list[int]] = []
     samplers = [sampler_of(r, 80, schedules[0], plan_at=lambda step: schedules[0].at(step)) for r in (0, 1)]
     observers = [Observer(), Observer()]
+    datasets = [DataLoader(TensorDataset(torch.arange(200)), num_workers=2 * r, collate_fn=indices) for r in (0, 1)]
     loaders = [
-        share_loader(
-            DataLoader(TensorDataset(torch.arange(200)), num_workers=2 * r, collate_fn=indices),
-            samplers[r],
-            observers[r],
-        )
-        for r in (0, 1)
+        share_loader(dataset, sampler, observer.before_fetch, observer.after_fetch)
+        for dataset, sampler, observer in zip(datasets, samplers, observers, strict=True)
     ]
     iterators = [iter(loader) for loader in loaders]
     for step in range(20):
