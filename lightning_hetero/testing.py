@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.utils.hooks import RemovableHandle
@@ -97,7 +98,7 @@ class SlowDown(Callback):
         self._factor = self.factors[trainer.global_rank]
         self._started = self._stretched = time.perf_counter()
         if self.step_time is not None:
-            self._duration_s = self._factor * self.step_time.seconds(extract_batch_size(batch))
+            self._duration_s = self._factor * self.step_time.seconds(_samples_in(batch))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -122,3 +123,13 @@ class SlowDown(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _samples_in(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException as error:
+        raise ConfigurationError(
+            f"`seconds_per_sample` needs batches with a tensor whose first dimension counts samples, got a batch of"
+            f" type {type(batch).__name__}. Leave it out: the rank's real work is slowed down then."
+        ) from error

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
-__all__ = ["predicted_step_s", "proportional_plan", "solve_batch"]
+__all__ = ["keeps_limits", "predicted_step_s", "proportional_plan", "solve_batch"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -37,6 +37,17 @@ _NO_LIMITS = BatchLimits()
 def predicted_step_s(step_times: Sequence[StepTime], plan: BatchPlan) -> float:
     """Return the seconds of a step under ``plan``: those of its slowest rank."""
     return max(time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True))
+
+
+def keeps_limits(plan: BatchPlan, limits: BatchLimits) -> bool:
+    """Tell whether ``plan`` respects ``limits``."""
+    caps = limits.max_samples or plan.samples
+    carriers = sum(n % limits.batch_multiple != 0 for n in plan.samples)
+    return (
+        len(caps) == plan.world_size
+        and all(n <= cap for n, cap in zip(plan.samples, caps, strict=True))
+        and carriers <= 1
+    )
 
 
 def solve_batch(

@@ -73,27 +73,38 @@ class AgreedOrder:
     have drawn different amounts, which with mini-batches of different size a single dropout layer brings about. Ranks
     that divide different orders lose samples and repeat others.
 
+    The ranks communicate when it is constructed and when the epoch changes, which all of them do at the same point,
+    and not when one of them iterates: some read ahead, and a callback may iterate on one rank only.
+
     Args:
-        sampler: has a length; every rank has to iterate over the result at the same point.
+        sampler: has a length; is asked once an epoch.
+        epoch: the epoch that the first order is for.
     """
 
-    def __init__(self, sampler: SizedOrder) -> None:
+    def __init__(self, sampler: SizedOrder, epoch: int) -> None:
         self.sampler = sampler
+        self._epoch = epoch
+        self._order = self._agree()
 
     def __len__(self) -> int:
         """Return the number of entries."""
-        return len(self.sampler)
+        return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        # drawn on every rank, so that the generators advance alike; exchanged now, not when the first batch is
-        # drawn, which ranks with and without workers do at different points
+        return iter(self._order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of another epoch; every rank has to call this at the same point."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = self._agree()
+
+    def _agree(self) -> list[int]:
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(self._epoch)
+        # drawn on every rank, so that the generators advance alike
         order: list[Any] = [list(self.sampler)]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast_object_list(order, src=0)
-        return iter(order[0])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler, if it takes it."""
-        set_epoch = getattr(self.sampler, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
+        return cast("list[int]", order[0])

@@ -44,6 +44,8 @@ def share_loader(
     # DataLoader refuses to have this attribute set, but only in its own `__setattr__`: it reads the attribute anew
     # at each `iter()`. Constructing a second loader instead would need arguments that a subclass may not keep.
     object.__setattr__(shared, "batch_sampler", shares if batch_sampler is None else batch_sampler)
+    # batches that overtake each other could not be paired with their slices
+    object.__setattr__(shared, "in_order", True)
     object.__setattr__(shared, "_iterator", None)  # persistent workers of the original stay with it
     object.__setattr__(shared, "_shares", shares)
     object.__setattr__(shared, "_before_fetch", before_fetch)

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 from lightning_hetero.balance.sharding import plan_for_block, positions_of_rank
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
-from lightning_hetero.distributed.agree import AgreedOrder, SizedOrder
+from lightning_hetero.distributed.agree import SizedOrder
 
 __all__ = ["ShareBatchSampler"]
 
@@ -22,8 +22,7 @@ class ShareBatchSampler(Sampler[list[int]]):
     plan holds at which step is all that they have to agree on.
 
     Args:
-        sampler: the order of the whole epoch, the same on every rank; has a length. An :class:`AgreedOrder` is
-            asked at each ``iter()``, other samplers when the first batch is drawn, as torch's own batch sampler does.
+        sampler: the order of the whole epoch, the same on every rank; has a length.
         batch_size: samples a rank under equal shares, as the user's loader had it.
         global_batch_size: samples of all ranks in one step.
         drop_last: leave out a last global batch that is not full.
@@ -35,7 +34,7 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     Attributes:
         slices: what the latest iteration has drawn and nobody has taken yet, in the order of batches.
-        fetched_through: latest step drawn by the latest iteration; the step before its first where none is.
+        fetched_through: latest step drawn so far; -1 before the first.
     """
 
     def __init__(
@@ -74,11 +73,8 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         # not a generator itself: an epoch's first step is that of the moment at which the epoch is begun
-        first_step = self._first_step()
-        # what an abandoned iteration has read ahead will be drawn anew
-        self.slices, self.fetched_through = deque(), first_step - 1
-        order = iter(self.sampler) if isinstance(self.sampler, AgreedOrder) else self.sampler
-        return self._draw(order, self.slices, first_step)
+        self.slices = deque()
+        return self._draw(self.sampler, self.slices, self._first_step())
 
     def _draw(self, order: Iterable[int], slices: deque[BatchSlice], step: int) -> Iterator[list[int]]:
         entries = iter(order)
@@ -90,7 +86,8 @@ class ShareBatchSampler(Sampler[list[int]]):
             if not batch and not self._stand_in:
                 return
             slices.append(BatchSlice(step, len(batch), len(block), plan.world_size))
-            self.fetched_through = step
+            # several iterations may be alive: a callback that looks at a batch begins one of its own
+            self.fetched_through = max(self.fetched_through, step)
             # two, because batch normalisation refuses to train on one
             yield batch or (block * 2)[:2]
             step += 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -18,7 +19,7 @@ from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
-__all__ = ["LoadBalancer"]
+__all__ = ["LoadBalancer", "add_default_balancer"]
 
 _REPORT_STEPS = 10
 
@@ -43,7 +44,8 @@ class _Decision:
 class LoadBalancer(Callback):
     """Finds the shares of ``hetero_ddp`` from the timings of the first training steps.
 
-    It measures each rank's own time for a step, which counts no waiting for the others, under two or three different
+    It measures each rank's own time for a step (data, transfer, forward, backward, optimiser, and the callbacks before
+    this one; no waiting for other ranks) under two or three different
     divisions of the global batch, fits overhead and cost a sample, and changes to the division with the earliest
     slowest rank. The training itself is the same before, during and after; only its speed changes. With
     strategy="hetero_ddp" one with these defaults is added where there is none.
@@ -110,11 +112,7 @@ class LoadBalancer(Callback):
         strategy = self._the_strategy
         if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self._reporting):
             return
-        first_step = trainer.fit_loop.total_batch_idx + 1
-        self._initial = strategy.schedule.at(first_step)
-        self._window, self._timings = 0, []
-        self._start_window(first_step + self.warmup_steps)
-        strategy.timer.enable()
+        self._begin(trainer.fit_loop.total_batch_idx + 1)
         # the forward pass proper begins behind what DDP communicates before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
 
@@ -127,13 +125,17 @@ class LoadBalancer(Callback):
             return
         strategy.timer.pause()
         part, schedule, step = strategy.training_slice, strategy.schedule, trainer.fit_loop.total_batch_idx
-        assert part is not None
-        assert schedule is not None
+        if part is None or schedule is None:
+            self._stop_measuring()  # the loader was replaced by one that the strategy does not divide
+            return
+        if schedule.at(step).global_batch_size != self._initial_plan.global_batch_size:
+            self._begin(step + 1)  # what was measured is of another global batch
+            return
         in_window = step >= self._measure_from
         whole = part.global_samples == schedule.at(step).global_batch_size
-        # a first batch may have waited for workers to start, a ragged one is not what the plan is for; both follow
-        # from the step alone, so the ranks agree on what counts
-        keep = in_window and whole and batch_idx > 0
+        # a first batch may have waited for workers to start, unless there are hardly others; a ragged one is not what
+        # the plan is for. Both follow from the step alone, so the ranks agree on what counts.
+        keep = in_window and whole and (batch_idx > 0 or trainer.num_training_batches < 3)
         strategy.timer.finish_step(part.samples, keep)
         self._elapsed += in_window
         self._kept += keep
@@ -159,6 +161,22 @@ class LoadBalancer(Callback):
     def _steps_of_window(self) -> int:
         return _REPORT_STEPS if self._reporting else self._windows.measured_steps[self._window]
 
+    @property
+    def _initial_plan(self) -> BatchPlan:
+        assert self._initial is not None
+        return self._initial
+
+    def _begin(self, first_step: int) -> None:
+        """Start to tune, or start anew."""
+        strategy = self._the_strategy
+        assert strategy.schedule is not None
+        self._initial = strategy.schedule.at(first_step)
+        self._window, self._timings = 0, []
+        self._reporting = self.finished = False
+        self._start_window(first_step + self.warmup_steps)
+        strategy.timer.disable()
+        strategy.timer.enable()
+
     def _start_window(self, first_step: int) -> None:
         self._measure_from = first_step
         self._elapsed = self._kept = 0
@@ -180,9 +198,8 @@ class LoadBalancer(Callback):
             self._follow(decision, current)
 
     def _decide(self, reports: list[_Report], current: BatchPlan) -> _Decision:
-        assert self._initial is not None
         timings = [report.timings for report in reports]
-        proposal = propose(timings, self._initial, current, self._the_strategy.limits, self.min_gain)
+        proposal = propose(timings, self._initial_plan, current, self._the_strategy.limits, self.min_gain)
         statuses = [rank_status(rank, n) for rank, n in zip(timings, current.samples, strict=True)]
         return _Decision(
             proposal=proposal,
@@ -228,8 +245,7 @@ class LoadBalancer(Callback):
             print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
         if gain < 1:
             # noise had promised a gain: the statuses came with the decision, so all ranks see the same
-            assert self._initial is not None
-            self._change(decision.first_step, self._initial, f"measured: {gain:.2f}x, back to the initial shares")
+            self._change(decision.first_step, self._initial_plan, f"measured: {gain:.2f}x, back to the initial shares")
 
     def _stop_measuring(self) -> None:
         if self._strategy is not None:
@@ -275,3 +291,12 @@ class LoadBalancer(Callback):
         strategy.restore_schedule(PlanSchedule.from_dict(state_dict["schedule"]))
         self.step_times = tuple(StepTime(**time) for time in state_dict["step_times"])
         self.finished = True
+
+
+def add_default_balancer(trainer: Trainer) -> None:
+    """Add a balancer with default settings to the callbacks of ``trainer`` unless there is one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
+    if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
+        # Lightning keeps checkpoint callbacks last
+        first_checkpoint = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(first_checkpoint, LoadBalancer())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_hetero.balance.types import BatchSlice
@@ -15,7 +17,7 @@ from lightning_hetero.distributed.share_loader import share_loader
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["Divisible", "Undivided", "divide", "examine"]
+__all__ = ["Divisible", "Undivided", "check_evaluation", "check_training", "divide", "examine"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class Undivided:
     reason: str
 
 
-def examine(dataloader: object, world_size: int) -> Divisible | Undivided:
+def examine(dataloader: object, world_size: int, epoch: int) -> Divisible | Undivided:
     """Find out how a loader can be divided.
 
     Args:
         dataloader: what Lightning's ``process_dataloader`` hook is given.
         world_size: number of ranks.
+        epoch: the epoch that the loader will begin with; where a run is resumed that is not the first.
 
     Raises:
         UnsupportedFeatureError: every rank would train on the same data, since Lightning has given the loader a
@@ -66,7 +69,7 @@ def examine(dataloader: object, world_size: int) -> Divisible | Undivided:
     tells_indices = isinstance(batch_sampler, _IndexBatchSamplerWrapper)
     if tells_indices:
         batch_sampler = batch_sampler._batch_sampler
-    order = _whole_order(getattr(batch_sampler, "sampler", dataloader.sampler), world_size)
+    order = _whole_order(getattr(batch_sampler, "sampler", dataloader.sampler), world_size, epoch)
     if order is None:
         return Undivided("its sampler is not Lightning's (`use_distributed_sampler=False`)")
     if type(batch_sampler) not in (BatchSampler, ShareBatchSampler):
@@ -89,21 +92,71 @@ def divide(
     return share_loader(divisible.loader, shares, before_fetch, after_fetch, indices)
 
 
-def _whole_order(sampler: Any, world_size: int) -> SizedOrder | None:
+def check_training(dataloaders: Any, training_step: Callable[..., Any]) -> None:
+    """Check that the weight of a step's loss follows from the one batch that it is given.
+
+    Args:
+        dataloaders: the training loaders.
+        training_step: the user's.
+
+    Raises:
+        UnsupportedFeatureError: a loader is divided, and there are several, or the step fetches its batches itself.
+    """
+    divided = _are_divided(dataloaders)
+    if not any(divided):
+        return
+    if len(divided) > 1:
+        raise UnsupportedFeatureError(
+            f"`hetero_ddp` divides one training loader, got {len(divided)}: with several, one weight for the loss would"
+            f' not be exact. Combine them into one dataset or use strategy="ddp".'
+        )
+    if "dataloader_iter" in inspect.signature(training_step).parameters:
+        raise UnsupportedFeatureError(
+            "`hetero_ddp` has to know the batch of a step before the step begins, got a `training_step` that takes"
+            ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
+        )
+
+
+def check_evaluation(dataloaders: Any) -> None:
+    """Check that each evaluation step can be told from which batch it stems.
+
+    Raises:
+        UnsupportedFeatureError: some loaders are divided and others are not; Lightning reads ahead then.
+    """
+    divided = _are_divided(dataloaders)
+    if any(divided) and not all(divided):
+        raise UnsupportedFeatureError(
+            f"`hetero_ddp` evaluates either loaders that it divides or loaders that it leaves as they are, got both"
+            f" among {len(divided)}. Evaluate them one after the other, or use the same kind of dataset."
+        )
+
+
+def _are_divided(dataloaders: Any) -> list[bool]:
+    return [
+        isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
+        for loader in CombinedLoader(dataloaders).flattened
+    ]
+
+
+def _whole_order(sampler: Any, world_size: int, epoch: int) -> SizedOrder | None:
     """Return the order of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to give it."""
     if isinstance(sampler, AgreedOrder):
         return sampler
     if not isinstance(sampler, DistributedSampler):
         return None
+    # Lightning sets the epoch only after workers have begun to read
+    sampler.set_epoch(epoch)
     if sampler.num_replicas == 1:
         # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
         inner = getattr(sampler.dataset, "_sampler", None)
         known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
-        return sampler if known else AgreedOrder(sampler)
+        return sampler if known else AgreedOrder(sampler, epoch)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
-        # the user's own, which divides equally: the same order undivided
+        # the user's own, which divides equally: the same order undivided. Its `drop_last` made the parts equal,
+        # which they need not be here.
         whole: DistributedSampler[Any] = DistributedSampler(
             sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
         )
+        whole.set_epoch(epoch)
         return whole
     return None

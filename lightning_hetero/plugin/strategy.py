@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hetero.balance.batch_solver import proportional_plan
+from lightning_hetero.balance.batch_solver import keeps_limits, proportional_plan
+from lightning_hetero.balance.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
 from lightning_hetero.distributed.agree import gather
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
@@ -25,6 +26,7 @@ from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTi
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
 from lightning_hetero.plugin import arguments, loaders
+from lightning_hetero.plugin.slices import EvaluationSlices, TrainingSlices
 from lightning_hetero.plugin.stand_in import discarded_metrics, muted_gradients
 
 __all__ = ["HeteroDDPStrategy"]
@@ -90,8 +92,9 @@ class HeteroDDPStrategy(DDPStrategy):
         self.profiles: tuple[DeviceProfile, ...] = ()
         self._schedule: PlanSchedule | None = None
         self._training_sampler: ShareBatchSampler | None = None
+        self._training_slices = TrainingSlices()
         self._training_slice: BatchSlice | None = None
-        self._evaluation_slice: BatchSlice | None = None
+        self._evaluation_slices = EvaluationSlices()
         self._loss_weight = 1.0
 
     # ---- what a balancer needs -------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @property
     def training_slice(self) -> BatchSlice | None:
-        """This rank's part of the global batch in training; None where the loader is not divided by this strategy."""
+        """This rank's part of the latest global batch; None where the loader is not divided by this strategy."""
         return self._training_slice
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
@@ -176,7 +179,9 @@ class HeteroDDPStrategy(DDPStrategy):
         super().connect(model)
         trainer = model.trainer
         if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
-            _add_default_balancer(trainer)
+            from lightning_hetero.plugin.load_balancer import add_default_balancer  # which knows this strategy
+
+            add_default_balancer(trainer)
 
     @override
     def setup_environment(self) -> None:
@@ -189,14 +194,21 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def on_train_start(self) -> None:
-        training = CombinedLoader(self._trainer.train_dataloader).flattened
-        divided = sum(isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler) for loader in training)
-        if divided > 1:
-            raise UnsupportedFeatureError(
-                f"`hetero_ddp` divides one training loader, got {len(training)}: with several, one weight for the loss"
-                f' would not be exact. Combine them into one dataset or use strategy="ddp".'
-            )
+        assert self.lightning_module is not None
+        loaders.check_training(self._trainer.train_dataloader, self.lightning_module.training_step)
         super().on_train_start()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._evaluation_slices.clear()
+        loaders.check_evaluation(self._trainer.val_dataloaders)
+        super().on_validation_start()
+
+    @override
+    def on_test_start(self) -> None:
+        self._evaluation_slices.clear()
+        loaders.check_evaluation(self._trainer.test_dataloaders)
+        super().on_test_start()
 
     @property
     def _trainer(self) -> Trainer:
@@ -210,23 +222,20 @@ class HeteroDDPStrategy(DDPStrategy):
         training = self._trainer.training
         if training:
             self._training_sampler = self._training_slice = None
+            self._training_slices.clear()
         if not self._divides:
             return dataloader
-        loader = loaders.examine(dataloader, self.world_size)
+        loader = loaders.examine(dataloader, self.world_size, self._epoch)
         if isinstance(loader, loaders.Undivided):
             if training:
                 self._leave_undivided(dataloader, loader.reason)
             return dataloader
         if training:
             self._training_sampler = self._training_shares(loader)
-            return loaders.divide(loader, self._training_sampler, self.timer.resume, self._set_training_slice)
-        return loaders.divide(loader, self._evaluation_shares(loader), _nothing, self._set_evaluation_slice)
-
-    def _set_training_slice(self, part: BatchSlice) -> None:
-        self._training_slice = part
-
-    def _set_evaluation_slice(self, part: BatchSlice) -> None:
-        self._evaluation_slice = part
+            return loaders.divide(loader, self._training_sampler, self.timer.resume, self._training_slices.note)
+        shares = self._evaluation_shares(loader)
+        note = _nothing if self._trainer.predicting else partial(self._evaluation_slices.note, id(shares))
+        return loaders.divide(loader, shares, _nothing, note)
 
     def _evaluation_shares(self, loader: loaders.Divisible) -> ShareBatchSampler:
         return ShareBatchSampler(
@@ -259,11 +268,19 @@ class HeteroDDPStrategy(DDPStrategy):
         if schedule is None or schedule.at(step).world_size != self.world_size:
             shares = arguments.shares_of_ranks(self.shares, self.profiles)
             self._schedule = PlanSchedule.constant(self._plan(shares, global_batch_size))
-        elif schedule.at(step).global_batch_size != global_batch_size:
+        elif schedule.at(step).global_batch_size != global_batch_size or not keeps_limits(
+            schedule.at(step), self.limits
+        ):
+            # the loader has another batch size, or the run is resumed under other limits
             self._schedule = schedule.with_change(step, self._plan(schedule.at(step).samples, global_batch_size))
 
     def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
         return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
+
+    @property
+    def _epoch(self) -> int:
+        # what Lightning sets samplers to; `current_epoch` lags behind it where a run is resumed
+        return self._trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
 
     def _next_training_step(self) -> int:
         return self._trainer.fit_loop.total_batch_idx + 1
@@ -297,6 +314,7 @@ class HeteroDDPStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
         self.timer.pause()
+        self._training_slice = self._training_slices.at(self._trainer.fit_loop.total_batch_idx)
         self._loss_weight = self._weight_of_loss(args[0] if args else None)
         with self._discard(self._training_slice):
             return super().training_step(*args, **kwargs)
@@ -318,18 +336,13 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._discard(self._take_evaluation_slice()):
+        with self._discard(self._evaluation_slices.take()):
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._discard(self._take_evaluation_slice()):
+        with self._discard(self._evaluation_slices.take()):
             return super().test_step(*args, **kwargs)
-
-    def _take_evaluation_slice(self) -> BatchSlice | None:
-        # taken, so that it is not applied to a batch of a loader that is not divided
-        part, self._evaluation_slice = self._evaluation_slice, None
-        return part
 
     def _discard(self, part: BatchSlice | None) -> AbstractContextManager[None]:
         if part is None or part.samples > 0:
@@ -342,7 +355,7 @@ class HeteroDDPStrategy(DDPStrategy):
         weight = self._loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
         # to the precision of the loss it would cost nine digits.
-        loss = closure_loss if weight in (0.0, 1.0) else closure_loss * weight
+        loss = closure_loss if weight == 1.0 else closure_loss * weight
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
             loss = super().backward(loss, optimizer, *args, **kwargs)
@@ -354,6 +367,24 @@ class HeteroDDPStrategy(DDPStrategy):
         return muted_gradients(self.model.parameters())
 
     @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
+        if self._shares_differ_in_this_step():
+            shapes = gather(tuple(tensor.shape))
+            if len(set(shapes)) > 1:
+                raise UnsupportedFeatureError(
+                    f"`all_gather` needs tensors of one shape, got {shapes} on the ranks: their mini-batches differ in"
+                    f' size. Pad them to one size before, or use strategy="ddp".'
+                )
+        return super().all_gather(tensor, group, sync_grads)
+
+    def _shares_differ_in_this_step(self) -> bool:
+        part = self._training_slice
+        if part is None or self._schedule is None or not self._trainer.training:
+            return False
+        return len(set(plan_for_block(self._schedule.at(part.step), part.global_samples).samples)) > 1
+
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         # Lightning averages integer counts over ranks and rounds the result down, so a mean over 3 and 4 samples
         # would be divided by 3; see its issue #21859
@@ -362,15 +393,5 @@ class HeteroDDPStrategy(DDPStrategy):
         return super().reduce(tensor, group, reduce_op)
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     """Evaluation is not timed."""
-
-
-def _add_default_balancer(trainer: Trainer) -> None:
-    from lightning_hetero.plugin.load_balancer import LoadBalancer  # which knows this strategy
-
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-    if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
-        # Lightning keeps checkpoint callbacks last
-        first_checkpoint = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
-        callbacks.insert(first_checkpoint, LoadBalancer())

@@ -10,7 +10,7 @@ from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hetero.balance.batch_solver import predicted_step_s, proportional_plan, solve_batch
+from lightning_hetero.balance.batch_solver import keeps_limits, predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
@@ -118,6 +118,22 @@ def test_ten_thousand_ranks() -> None:
     )
     # the continuous optimum, and one unit on the slowest rank above it at most
     assert lower_bound <= predicted_step_s(times, plan) <= lower_bound + 8 * 5e-3
+
+
+@given(problems())
+def test_what_it_finds_keeps_the_limits(problem: tuple[list[StepTime], int, BatchLimits, list[int]]) -> None:
+    times, batch, limits, least = problem
+    try:
+        plan = solve_batch(times, batch, limits, least)
+    except InfeasiblePlanError:
+        return
+    assert keeps_limits(plan, limits)
+
+
+def test_what_breaks_a_limit_is_told() -> None:
+    assert not keeps_limits(BatchPlan((5, 3)), BatchLimits((4, 4)))
+    assert not keeps_limits(BatchPlan((5, 3)), BatchLimits(batch_multiple=2))
+    assert keeps_limits(BatchPlan((5, 4)), BatchLimits((5, 5), batch_multiple=2))
 
 
 @pytest.mark.parametrize(

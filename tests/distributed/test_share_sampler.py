@@ -131,7 +131,7 @@ def double(values: list[int]) -> list[int]:
 def test_a_loader_keeps_everything_but_its_batches(workers: dict[str, object]) -> None:
     schedule = PlanSchedule.constant(BatchPlan((1, 3)))
     sampler, observer = sampler_of(1, 9, schedule), Observer()
-    original = LoaderWithOwnArguments("abc", 4, batch_size=2, collate_fn=double, **workers)
+    original = LoaderWithOwnArguments("abc", 4, batch_size=2, collate_fn=double, in_order=False, **workers)
     shared = share_loader(original, sampler, observer.before_fetch, observer.after_fetch)
     for epoch in (1, 2):
         expected = [[2 * i for i in batch] for batch in sampler]
@@ -139,6 +139,7 @@ def test_a_loader_keeps_everything_but_its_batches(workers: dict[str, object]) -
         assert len(shared) == 3
         assert [s.samples for s in observer.handed_out] == [3, 3, 0] * epoch
         assert observer.asked == 4 * epoch
+    assert shared.in_order, "batches that overtake each other could not be paired with their slices"
     assert isinstance(shared, LoaderWithOwnArguments)
     assert (shared.collate(), shared.length) == ("still here", 7)
     assert len(original) == 100

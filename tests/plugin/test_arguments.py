@@ -109,6 +109,13 @@ def test_slow_down_refuses(arguments: dict[str, Any], message: str) -> None:
         SlowDown(**arguments)
 
 
+def test_slow_down_needs_to_know_the_size_of_a_batch() -> None:
+    from lightning_hetero.testing import _samples_in
+
+    with pytest.raises(ConfigurationError, match=r"`seconds_per_sample` needs batches with a tensor .* type object"):
+        _samples_in(object())
+
+
 PROFILES = [DeviceProfile("a", "cuda:0", "Tesla K80"), DeviceProfile("b", "cuda:0", "Tesla V100")]
 
 

@@ -216,6 +216,80 @@ def test_a_users_sampler_has_one_order_for_all_ranks(ranks: RankPools) -> None:
         assert sorted(seen) == list(range(46))
 
 
+class Peek(Callback):
+    """Looks at a batch of its own in the midst of an epoch, on one rank only, as image loggers do."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero:
+            assert trainer.train_dataloader is not None
+            next(iter(trainer.train_dataloader))
+
+
+def train_with_peek(own_sampler: bool) -> Run:
+    loader: dict[str, Any] = {"shuffle": False, "sampler": GlobalShuffle(46)} if own_sampler else {"shuffle": True}
+    return train(Hetero([5, 2]), 46, 20, [Peek()], loader)
+
+
+def test_a_callback_may_look_at_batches(ranks: RankPools) -> None:
+    assert_parameters(ranks.run(2, train_with_peek, False, timeout_s=60), reference_parameters(46, 8, 20))
+    runs = ranks.run(2, train_with_peek, True, timeout_s=60)
+    assert sorted(index for run in runs for step in run.ledger[:6] for index in step) == list(range(46))
+
+
+class Synchronised(torch.autograd.Function):
+    """Adds a mean over all ranks, as synchronised batch normalisation does, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: torch.Tensor) -> torch.Tensor:
+        total = mean.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class Sends(SmallModule):
+    """Gradients flow between the ranks inside the backward pass; the parameters' own are DDP's as ever."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        index, features, targets = batch
+        out = self.network(features)
+        total = Synchronised.apply(out.sum() * 0 + list(self.network.parameters())[-1].sum())  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = torch.nn.functional.mse_loss(out + 0 * total, targets) + total * 0.001
+        self.ledger.append(index.tolist())
+        self.log("loss", loss, on_epoch=True, sync_dist=True)
+        return loss
+
+
+def sent_gradients() -> list[float]:
+    """Return the gradients that reach rank 0's bias through the ranks, in the last step, where rank 1 stands in."""
+    received: list[float] = []
+    original = Synchronised.backward
+
+    def spy(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        received.append(float(gradient))
+        return original(ctx, gradient)
+
+    Synchronised.backward = staticmethod(spy)  # type: ignore[method-assign]
+    try:
+        train(Hetero([1, 3]), 9, 2, module=Sends)
+    finally:
+        Synchronised.backward = original  # type: ignore[method-assign]
+    return received
+
+
+def test_a_stand_in_sends_no_gradient_through_other_collectives(ranks: RankPools) -> None:
+    first, second = ranks.run(2, sent_gradients)
+    assert first[0] != 0
+    assert second[0] != 0
+    assert first[1] != 0
+    assert second[1] == 0
+
+
 def test_a_single_rank_trains_as_without_a_strategy(ranks: RankPools) -> None:
     runs = ranks.run(1, train, Hetero(), 46, 20)
     assert_parameters(runs, reference_parameters(46, 4, 20))

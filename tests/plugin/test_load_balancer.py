@@ -144,16 +144,60 @@ def test_a_few_tuning_steps_correct_in_proportion(ranks: RankPools) -> None:
     assert outcomes[0].finished
 
 
+class Growing(SmallModule):
+    """Its batches grow from epoch to epoch; its epochs have the given number of steps."""
+
+    def __init__(self, steps: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.steps, self.sizes = steps, sizes
+
+    def train_dataloader(self) -> Any:
+        size = self.sizes[min(self.current_epoch, len(self.sizes) - 1)]
+        return DataLoader(Numbered(size * 2 * self.steps), batch_size=size, shuffle=True)
+
+
+def run_of_epochs(steps: int, sizes: list[int], epochs: int) -> tuple[bool, list[BatchPlan], list[int]]:
+    model, balancer = Growing(steps, sizes), LoadBalancer(warmup_steps=1, tune_steps=8, verbose=False)
+    trainer = make_trainer(
+        HeteroDDPStrategy(),
+        dist.get_world_size(),
+        [SlowDown([1.0, 2.0], 0.002), balancer],
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(model)
+    return balancer.finished, [plan for _, plan in balancer.changes], [len(samples) for samples in model.ledger]
+
+
+def test_a_batch_size_that_changes_while_it_tunes_starts_it_anew(ranks: RankPools) -> None:
+    """What was found for the smaller batches is where it starts with the larger ones."""
+    for rank, (finished, _, sizes) in enumerate(ranks.run(2, run_of_epochs, 5, [8, 12, 24], 6)):
+        assert finished
+        assert abs(sizes[-1] - (32, 16)[rank]) <= 1
+
+
+def test_epochs_of_one_step_are_enough(ranks: RankPools) -> None:
+    for finished, plans, _ in ranks.run(2, run_of_epochs, 1, [24], 14):
+        assert finished
+        assert max(abs(a - b) for a, b in zip(plans[-1].samples, (32, 16), strict=True)) <= 1
+
+
 def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
     """Tune, save, and go on in a new Trainer; then the same with devices of another name."""
     world_size = dist.get_world_size()
 
-    def fit(steps: int, path: Path | None, device: str = "the same") -> tuple[SmallModule, LoadBalancer]:
+    def fit(
+        steps: int, path: Path | None, device: str = "the same", cap: int | None = None
+    ) -> tuple[SmallModule, LoadBalancer]:
         model, balancer = SmallModule(), LoadBalancer(verbose=False)
         checkpoint = ModelCheckpoint(folder, every_n_train_steps=30, save_top_k=-1)
         slow_down = SlowDown([1.0, 2.0], seconds_per_sample)
         trainer = make_trainer(
-            _Named(device), world_size, [slow_down, balancer, checkpoint], max_steps=steps, enable_checkpointing=True
+            _Named(device, cap),
+            world_size,
+            [slow_down, balancer, checkpoint],
+            max_steps=steps,
+            enable_checkpointing=True,
         )
         size = BATCH_SIZE * world_size * STEPS_AN_EPOCH
         loader = DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True)
@@ -165,6 +209,7 @@ def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
     assert path.exists()
     model, second = fit(40, path)
     other_model, third = fit(33, path, "another")
+    capped, _ = fit(33, path, cap=36)
     return {
         "found": first.changes[-1][1].samples,
         "resumed": [len(samples) for samples in model.ledger],
@@ -173,14 +218,15 @@ def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
         "step_times": (first.step_times, second.step_times),
         "elsewhere": [len(samples) for samples in other_model.ledger],
         "finished_elsewhere": third.finished,
+        "capped": {len(samples) for samples in capped.ledger},
     }
 
 
 class _Named(HeteroDDPStrategy):
     """A strategy whose devices have a given name."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
+    def __init__(self, name: str, cap: int | None) -> None:
+        super().__init__(max_batch_size=cap)
         self._name = name
 
     def setup_environment(self) -> None:
@@ -199,6 +245,8 @@ def test_a_resumed_run_keeps_its_shares_and_does_not_tune_again(ranks: RankPools
         # on other devices it begins anew
         assert result["elsewhere"][0] == BATCH_SIZE
         assert not result["finished_elsewhere"]
+        # under a lower limit what was found is kept as far as the limit allows
+        assert result["capped"] == {(36, 28)[rank]}
 
 
 def run_with_balancer_under_ddp() -> None:

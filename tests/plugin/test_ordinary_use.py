@@ -35,7 +35,7 @@ class Manual(TwoEvaluationLoaders):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         _, features, targets = batch
-        for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+        for number, optimizer in enumerate(self.optimizers()):
             self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(self.network(features), targets * (number + 1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from training import Numbered, SmallModule, flat, make_trainer
 
@@ -33,6 +34,21 @@ class TwoLoaders(SmallModule):
         return super().training_step(batch[0], batch_idx)
 
 
+class Fetching(SmallModule):
+    """Fetches its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class Gathering(SmallModule):
+    """Compares its samples with those of other ranks, as contrastive losses do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.all_gather(batch[1])
+        return super().training_step(batch, batch_idx)
+
+
 def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
     data, model, trainer = Numbered(46), SmallModule(), arguments.pop("trainer", {})
     loader: Any
@@ -42,6 +58,12 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
         loader = DataLoader(data, batch_size=None)
     elif kind == "iterable":
         loader = DataLoader(Stream(), batch_size=4)
+    elif kind == "mixed":
+        model, loader = TwoLoaders(), [DataLoader(data, batch_size=4), DataLoader(Stream(), batch_size=4)]
+    elif kind == "dataloader_iter":
+        model, loader = Fetching(), DataLoader(data, batch_size=4)
+    elif kind == "all_gather":
+        model, loader = Gathering(), DataLoader(data, batch_size=4)
     elif kind == "two":
         model, loader = TwoLoaders(), [DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)]
     else:
@@ -60,6 +82,13 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
         ("batch_sampler", {}, "cannot divide the batches of 'Odd': it needs a loader with `batch_size`"),
         ("no_batching", {}, "cannot divide the batches of 'NoneType'"),
         ("two", {}, "divides one training loader, got 2"),
+        ("mixed", {}, "divides one training loader, got 2"),
+        ("dataloader_iter", {}, "got a `training_step` that takes `dataloader_iter`"),
+        (
+            "all_gather",
+            {"shares": [1, 3]},
+            "`all_gather` needs tensors of one shape, got [(2, 5), (6, 5)] on the ranks",
+        ),
         ("iterable", {"shares": [1, 2]}, "`shares` cannot be honoured for the training loader 'DataLoader': it has no"),
     ],
 )
@@ -85,6 +114,31 @@ def fit_plain(kind: str, trainer: dict[str, Any]) -> list[float]:
 )
 def test_data_that_the_user_divides_trains_as_under_ddp(ranks: RankPools, kind: str, trainer: dict[str, Any]) -> None:
     assert ranks.run(2, fit_with, kind, {"trainer": trainer}) == ranks.run(2, fit_plain, kind, trainer)
+
+
+class TakesAnything(SmallModule):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluates nothing: the loaders are what is refused."""
+
+
+def evaluate(kind: str) -> None:
+    module = TakesAnything()
+    loaders: Any = [DataLoader(Numbered(9), batch_size=4), DataLoader(Stream(), batch_size=4)]
+    if kind == "simultaneous":
+        loaders = CombinedLoader(
+            [DataLoader(Numbered(9), batch_size=4), DataLoader(Numbered(32), batch_size=4)], "max_size"
+        )
+    trainer = make_trainer(HeteroDDPStrategy(shares=[1, 3]), dist.get_world_size(), limit_val_batches=1.0)
+    trainer.validate(module, loaders, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("mixed", "either loaders that it divides or"), ("simultaneous", "cannot evaluate 2 loaders at the same time")],
+)
+def test_evaluation_that_cannot_be_told_apart_is_refused(ranks: RankPools, kind: str, message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks.run(2, evaluate, kind)
 
 
 def change_too_late() -> None:
