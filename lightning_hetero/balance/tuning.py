@@ -8,14 +8,14 @@ faster than that one, the run goes back to it, since a split that differs by noi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.step_time import fit_step_time, trimmed_mean
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, StepTiming
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["Proposal", "TuningWindows", "propose", "windows_for"]
+__all__ = ["Proposal", "TuningWindows", "propose", "review", "windows_for"]
 
 # After a change of size the allocator and the autotuner of the device see new shapes.
 _SETTLE_STEPS = 1
@@ -104,10 +104,42 @@ def propose(
         return Proposal(plan=current, step_times=(), gain=0.0, settled=True)
     step_times = tuple(fit_step_time(rank) for rank in timings)
     best = solve_batch(step_times, current.global_batch_size, limits, min_samples=1)
-    # all ranks wait for the slowest; what that one waits is the communication itself, which no plan removes
-    communication_s = min(trimmed_mean([timing.waiting_s for timing in rank]) for rank in timings)
-    initial_s = predicted_step_s(step_times, initial) + communication_s
-    gain = initial_s / (predicted_step_s(step_times, best) + communication_s) - 1.0
+    gain = _gain(timings, step_times, initial, best)
     if gain <= min_gain:
         return Proposal(plan=initial, step_times=step_times, gain=0.0, settled=True)
     return Proposal(plan=best, step_times=step_times, gain=gain, settled=best == current)
+
+
+def review(
+    timings: Sequence[Sequence[StepTiming]],
+    initial: BatchPlan,
+    current: BatchPlan,
+    limits: BatchLimits,
+    min_gain: float,
+) -> Proposal:
+    """Judge the plan that the tuning ended with by all that is measured, the steps under that plan included.
+
+    Args:
+        timings: as in :func:`propose`.
+        initial: as in :func:`propose`.
+        current: as in :func:`propose`.
+        limits: as in :func:`propose`.
+        min_gain: as in :func:`propose`, and least predicted gain over ``current`` that justifies one more change.
+
+    Returns:
+        ``current``, unless the gain over ``initial`` was noise (then ``initial``) or another plan is clearly better.
+    """
+    proposal = propose(timings, initial, current, limits, min_gain)
+    if proposal.plan in (initial, current) or _gain(timings, proposal.step_times, current, proposal.plan) > min_gain:
+        return proposal
+    return replace(proposal, plan=current, settled=True)
+
+
+def _gain(
+    timings: Sequence[Sequence[StepTiming]], step_times: Sequence[StepTime], old: BatchPlan, new: BatchPlan
+) -> float:
+    """Predict how many more samples a second ``new`` processes than ``old``, as a part of those of ``old``."""
+    # all ranks wait for the slowest; what that one waits is the communication itself, which no plan removes
+    communication_s = min(trimmed_mean([timing.waiting_s for timing in rank]) for rank in timings)
+    old_s, new_s = predicted_step_s(step_times, old), predicted_step_s(step_times, new)
+    return (old_s + communication_s) / (new_s + communication_s) - 1.0

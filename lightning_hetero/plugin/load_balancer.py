@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.summary import RankStatus, rank_status, speed_up
-from lightning_hetero.balance.tuning import Proposal, propose, windows_for
+from lightning_hetero.balance.tuning import Proposal, propose, review, windows_for
 from lightning_hetero.balance.types import BatchPlan, PlanSchedule, StepTime, StepTiming
 from lightning_hetero.distributed.agree import agree
 from lightning_hetero.exceptions import UnsupportedFeatureError
@@ -26,9 +26,10 @@ _REPORT_STEPS = 10
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells the others at the end of a window."""
+    """What a rank tells the others at the end of a window: all its measured steps, and those of the window."""
 
     timings: tuple[StepTiming, ...]
+    latest: tuple[StepTiming, ...]
     fetched_through: int
 
 
@@ -188,19 +189,18 @@ class LoadBalancer(Callback):
         current = strategy.schedule.plans[-1]
         measured = strategy.timer.take()
         self._timings += measured
-        # the plan is judged by all steps of tuning, what it brought by those of the last window
-        timings = measured if self._reporting else self._timings
-        report = _Report(tuple(timings), strategy.fetched_through)
+        report = _Report(tuple(self._timings), tuple(measured), strategy.fetched_through)
         decision = agree(report, lambda reports: self._decide(reports, current))
         if self._reporting:
-            self._finish(decision)
+            self._finish(decision, current)
         else:
             self._follow(decision, current)
 
     def _decide(self, reports: list[_Report], current: BatchPlan) -> _Decision:
         timings = [report.timings for report in reports]
-        proposal = propose(timings, self._initial_plan, current, self._the_strategy.limits, self.min_gain)
-        statuses = [rank_status(rank, n) for rank, n in zip(timings, current.samples, strict=True)]
+        judge = review if self._reporting else propose
+        proposal = judge(timings, self._initial_plan, current, self._the_strategy.limits, self.min_gain)
+        statuses = [rank_status(report.latest, n) for report, n in zip(reports, current.samples, strict=True)]
         return _Decision(
             proposal=proposal,
             first_step=max(report.fetched_through for report in reports) + 1,
@@ -232,20 +232,20 @@ class LoadBalancer(Callback):
         self.changes.append((first_step, plan))
         self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
 
-    def _finish(self, decision: _Decision) -> None:
+    def _finish(self, decision: _Decision, current: BatchPlan) -> None:
         self.statuses_after = decision.statuses
+        self.step_times = decision.proposal.step_times
         strategy = self._the_strategy
         self._stop_measuring()
-        if not len(self.statuses_before) == len(self.statuses_after) == len(strategy.profiles):
-            return
-        gain = speed_up(self.statuses_before, self.statuses_after)
-        if self.verbose and strategy.is_global_zero:
+        complete = len(self.statuses_before) == len(self.statuses_after) == len(strategy.profiles)
+        if complete and self.verbose and strategy.is_global_zero:
             from lightning_hetero.plugin.table import print_balance  # rich takes a while to import
 
             print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
-        if gain < 1:
-            # noise had promised a gain: the statuses came with the decision, so all ranks see the same
-            self._change(decision.first_step, self._initial_plan, f"measured: {gain:.2f}x, back to the initial shares")
+        plan = decision.proposal.plan
+        if plan != current:
+            back = plan == self._initial_plan
+            self._change(decision.first_step, plan, "back: the gain was noise" if back else "after a second look")
 
     def _stop_measuring(self) -> None:
         if self._strategy is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_hetero.balance.batch_solver import predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.summary import RankStatus, rank_status, speed_up
-from lightning_hetero.balance.tuning import Proposal, propose, windows_for
+from lightning_hetero.balance.tuning import Proposal, propose, review, windows_for
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, StepTiming
 from lightning_hetero.exceptions import ConfigurationError
 
@@ -82,6 +82,23 @@ def test_equal_ranks_keep_equal_shares_under_jitter() -> None:
     truth = [StepTime(0.010, 0.001)] * 2
     kept = [tune(truth, 128, jitter=0.03, seed=seed)[0].samples == (64, 64) for seed in range(50)]
     assert all(kept)
+
+
+def test_review_keeps_what_is_good_enough_and_corrects_what_is_not() -> None:
+    truth = [StepTime(0.0, 0.001), StepTime(0.0, 0.002)]
+    initial = BatchPlan((48, 48))
+
+    def reviewed(current: BatchPlan, speeds: list[StepTime]) -> BatchPlan:
+        timings = [
+            [StepTiming(n, t.seconds(n)) for n in (before, after) for _ in range(6)]
+            for t, before, after in zip(speeds, initial.samples, current.samples, strict=True)
+        ]
+        return review(timings, initial, current, NO_LIMITS, min_gain=0.05).plan
+
+    assert reviewed(BatchPlan((64, 32)), truth).samples == (64, 32)
+    assert reviewed(BatchPlan((63, 33)), truth).samples == (63, 33)
+    assert reviewed(BatchPlan((56, 40)), truth).samples == (64, 32)
+    assert reviewed(BatchPlan((56, 40)), [truth[0], truth[0]]) == initial
 
 
 def test_limits_are_kept_in_every_window() -> None:

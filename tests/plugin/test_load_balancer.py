@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from training import Numbered, SmallModule, flat, make_trainer, reference_parame
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.batch_solver import solve_batch
-from lightning_hetero.balance.types import BatchPlan, StepTime
+from lightning_hetero.balance.types import BatchPlan, StepTime, StepTiming
 from lightning_hetero.testing import SlowDown
 
 BATCH_SIZE = 32
@@ -119,21 +119,32 @@ def test_shares_beside_a_balancer_are_where_it_starts(ranks: RankPools) -> None:
 
 
 class Misled(LoadBalancer):
-    """Believes that the ranks' own times are the other way round while it tunes."""
+    """Decides on other timings than those measured, until it reviews what that brought."""
+
+    def __init__(self, own_s: list[float]) -> None:
+        super().__init__(tune_steps=5, verbose=False)
+        self.own_s = own_s
 
     def _decide(self, reports: list[Any], current: BatchPlan) -> Any:
-        return super()._decide(reports if self._reporting else reports[::-1], current)
+        if not self._reporting:
+            wrong = [(StepTiming(BATCH_SIZE, seconds),) * 5 for seconds in self.own_s]
+            reports = [replace(report, timings=t) for report, t in zip(reports, wrong, strict=True)]
+        return super()._decide(reports, current)
 
 
-def test_shares_that_bring_nothing_are_taken_back(ranks: RankPools) -> None:
-    balancer = Misled(tune_steps=5, verbose=False)
-    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 30, "auto", None, balancer)
-    (_, wrong), (_, back) = outcomes[0].changes
-    assert wrong.samples[0] < BATCH_SIZE
-    assert back.samples == (BATCH_SIZE, BATCH_SIZE)
-    assert outcomes[0].speed_up is not None
-    assert outcomes[0].speed_up < 1
-    assert [outcome.sizes[-1] for outcome in outcomes] == [BATCH_SIZE, BATCH_SIZE]
+@pytest.mark.parametrize(
+    ("factors", "own_s", "final"),
+    [([1.0, 1.0], [0.1, 0.2], (32, 32)), ([1.0, 2.0], [0.2, 0.1], (43, 21)), ([1.0, 2.0], [0.1, 0.2], (43, 21))],
+    ids=["noise_is_taken_back", "error_is_corrected", "truth_is_kept"],
+)
+def test_what_was_found_is_reviewed(
+    ranks: RankPools, factors: list[float], own_s: list[float], final: tuple[int, int]
+) -> None:
+    outcomes = ranks.run(2, balanced_run, factors, 0.002, 0.0, 30, "auto", None, Misled(own_s))
+    assert outcomes[0].changes == outcomes[1].changes
+    assert max(abs(a - b) for a, b in zip(outcomes[0].changes[-1][1].samples, final, strict=True)) <= 1
+    assert len(outcomes[0].changes) == (1 if own_s[0] / own_s[1] == factors[0] / factors[1] else 2)
+    assert [outcome.sizes[-1] for outcome in outcomes] == list(outcomes[0].changes[-1][1].samples)
 
 
 def test_a_few_tuning_steps_correct_in_proportion(ranks: RankPools) -> None:
@@ -231,8 +242,6 @@ class _Named(HeteroDDPStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        from dataclasses import replace
-
         self.profiles = tuple(replace(profile, name=self._name) for profile in self.profiles)
 
 
