@@ -106,7 +106,8 @@ def propose(
     best = solve_batch(step_times, current.global_batch_size, limits, min_samples=1)
     gain = _gain(timings, step_times, initial, best)
     if gain <= min_gain:
-        return Proposal(plan=initial, step_times=step_times, gain=0.0, settled=True)
+        # a run that has left the initial plan and finds no gain may see a disturbance of one window: measure on
+        return Proposal(plan=initial, step_times=step_times, gain=0.0, settled=current == initial)
     return Proposal(plan=best, step_times=step_times, gain=gain, settled=best == current)
 
 

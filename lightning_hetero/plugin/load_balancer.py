@@ -90,6 +90,7 @@ class LoadBalancer(Callback):
         self._forward_hook: RemovableHandle | None = None
         self._initial: BatchPlan | None = None
         self._reporting = False
+        self._changed = False
         self._window = 0
         self._measure_from = 0
         self._elapsed = 0
@@ -173,7 +174,7 @@ class LoadBalancer(Callback):
         assert strategy.schedule is not None
         self._initial = strategy.schedule.at(first_step)
         self._window, self._timings = 0, []
-        self._reporting = self.finished = False
+        self._reporting = self._changed = self.finished = False
         self._start_window(first_step + self.warmup_steps)
         strategy.timer.disable()
         strategy.timer.enable()
@@ -219,7 +220,7 @@ class LoadBalancer(Callback):
         settle = self._windows.settle_steps if proposal.plan != current else 0
         self._start_window(decision.first_step + settle)
         if self.finished:
-            self._reporting = proposal.plan != self._initial
+            self._reporting = self._changed
             if not self._reporting:
                 self._say(
                     f"hetero_ddp: the shares stay {list(proposal.plan.samples)}; no others are predicted to be more"
@@ -230,6 +231,7 @@ class LoadBalancer(Callback):
     def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
         self._the_strategy.change_plan(first_step, plan)
         self.changes.append((first_step, plan))
+        self._changed = True
         self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
 
     def _finish(self, decision: _Decision, current: BatchPlan) -> None:

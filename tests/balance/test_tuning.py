@@ -101,6 +101,18 @@ def test_review_keeps_what_is_good_enough_and_corrects_what_is_not() -> None:
     assert reviewed(BatchPlan((56, 40)), [truth[0], truth[0]]) == initial
 
 
+def test_a_disturbance_of_one_window_does_not_end_the_tuning() -> None:
+    """In the second window rank 0 is held up so that no gain seems left; the search goes on."""
+    initial, second = BatchPlan((48, 48)), BatchPlan((64, 32))
+    timings = [
+        [StepTiming(48, 0.048)] * 6 + [StepTiming(64, 0.200)] * 6,
+        [StepTiming(48, 0.096)] * 6 + [StepTiming(32, 0.064)] * 6,
+    ]
+    proposal = propose(timings, initial, second, NO_LIMITS, min_gain=0.05)
+    assert not proposal.settled
+    assert propose([rank[:6] for rank in timings], initial, initial, NO_LIMITS, min_gain=9.0).settled
+
+
 def test_limits_are_kept_in_every_window() -> None:
     limits = BatchLimits(max_samples=(40, 128), batch_multiple=8)
     plan, _ = tune([StepTime(0, 0.001), StepTime(0, 0.004)], 128, limits=limits)
