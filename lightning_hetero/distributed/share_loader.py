@@ -59,30 +59,38 @@ class _ShareLoader(DataLoader[Any]):
     _after_fetch: Callable[[BatchSlice], None]
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
-        return _ObservedIterator(batches, self._shares.slices, self._before_fetch, self._after_fetch)
+        return _ObservedIterator(super().__iter__, self._shares, self._before_fetch, self._after_fetch)
 
 
 class _ObservedIterator:
-    """Pairs each batch with its slice; loaders hand out batches in the order in which the sampler drew them."""
+    """Pairs each batch with its slice; loaders hand out batches in the order in which the sampler drew them.
+
+    The loader begins to read when the first batch is asked for. A training loop may call ``iter()`` long before, when
+    neither the epoch nor the step at which a resumed run goes on is known.
+    """
 
     def __init__(
         self,
-        batches: Iterator[Any],
-        slices: deque[BatchSlice],
+        start: Callable[[], Iterator[Any]],
+        shares: ShareBatchSampler,
         before_fetch: Callable[[], None],
         after_fetch: Callable[[BatchSlice], None],
     ) -> None:
-        self._batches = batches
-        self._slices = slices
+        self._start = start
+        self._shares = shares
         self._before_fetch = before_fetch
         self._after_fetch = after_fetch
+        self._batches: Iterator[Any] | None = None
+        self._slices: deque[BatchSlice] = deque()
 
     def __iter__(self) -> _ObservedIterator:
         return self
 
     def __next__(self) -> Any:
         self._before_fetch()
+        if self._batches is None:
+            self._batches = self._start()
+            self._slices = self._shares.slices
         batch = next(self._batches)
         self._after_fetch(self._slices.popleft())
         return batch

@@ -314,10 +314,20 @@ class HeteroDDPStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
         self.timer.pause()
-        self._training_slice = self._training_slices.at(self._trainer.fit_loop.total_batch_idx)
+        self._training_slice = self._slice_of_step(self._trainer.fit_loop.total_batch_idx)
         self._loss_weight = self._weight_of_loss(args[0] if args else None)
         with self._discard(self._training_slice):
             return super().training_step(*args, **kwargs)
+
+    def _slice_of_step(self, step: int) -> BatchSlice | None:
+        part = self._training_slices.at(step)
+        if part is None and self._training_sampler is not None:
+            raise UnsupportedFeatureError(
+                f"`hetero_ddp` needs the batch of training step {step} from the training loader, got one from"
+                f" elsewhere: how many samples the other ranks have is unknown."
+                f' Use strategy="ddp" to fetch batches yourself.'
+            )
+        return part
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self._training_slice

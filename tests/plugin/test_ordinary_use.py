@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPools
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
@@ -61,6 +63,16 @@ class Unused(TwoEvaluationLoaders):
     def __init__(self) -> None:
         super().__init__()
         self.idle = torch.nn.Linear(2, 2).double()
+
+
+class Scheduled(TwoEvaluationLoaders):
+    """Asks for the number of steps where the optimiser is made, as schedulers do: the loader is set up before a
+    resumed run knows where it goes on."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 MODULES = {"plain": TwoEvaluationLoaders, "manual": Manual, "lbfgs": SecondOrder, "unused": Unused}
@@ -125,3 +137,43 @@ def test_fitting_again_goes_on(ranks: RankPools) -> None:
     hetero = ranks.run(2, run, True, {}, {}, {}, "plain", 2)
     plain = ranks.run(2, run, False, {}, {}, {}, "plain", 2)
     assert max(abs(a - b) for a, b in zip(hetero[0], plain[0], strict=True)) < 1e-10
+
+
+class SaveAfter(Callback):
+    """Saves at the end of the second epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def resumed(hetero: bool, folder: Path, loader: dict[str, Any]) -> tuple[list[float], list[int]]:
+    """Train four epochs and save after two, then go on from there; return the parameters and the first batch."""
+    path = folder / f"{hetero}-{len(loader)}.ckpt"
+    for checkpoint in (None, path):
+        model = Scheduled()
+        strategy = HeteroDDPStrategy(shares=[5, 2]) if hetero else DDPStrategy()
+        callbacks = [SaveAfter(path)] if checkpoint is None else []
+        trainer = make_trainer(strategy, dist.get_world_size(), callbacks, max_epochs=4, max_steps=-1)
+        training = DataLoader(Numbered(46), batch_size=4, shuffle=True, **loader)
+        trainer.fit(model, training, ckpt_path=checkpoint, weights_only=False)
+    assert len(model.ledger) == 12
+    return flat(model.network), model.ledger[0]
+
+
+def test_a_resumed_run_ends_where_ddp_ends(ranks: RankPools, tmp_path: Path) -> None:
+    hetero = ranks.run(2, resumed, True, tmp_path, {})
+    plain = ranks.run(2, resumed, False, tmp_path, {})
+    assert hetero[0][0] == hetero[1][0]
+    assert max(abs(a - b) for a, b in zip(hetero[0][0], plain[0][0], strict=True)) < 1e-10
+    assert {*hetero[0][1], *hetero[1][1]} == {*plain[0][1], *plain[1][1]}
+
+
+def test_workers_do_not_change_how_a_run_is_resumed(ranks: RankPools, tmp_path: Path) -> None:
+    """Under ddp they do: they begin to read before the epoch is set."""
+    without = ranks.run(2, resumed, True, tmp_path, {})
+    workers = ranks.run(2, resumed, True, tmp_path, {"num_workers": 1, "persistent_workers": True})
+    assert workers == without
