@@ -112,7 +112,7 @@ class LoadBalancer(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = self._the_strategy
-        if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self._reporting):
+        if strategy.schedule is None or trainer.world_size == 1 or self.finished:
             return
         self._begin(trainer.fit_loop.total_batch_idx + 1)
         # the forward pass proper begins behind what DDP communicates before it
