@@ -1,6 +1,6 @@
 """Every error that this package raises on purpose."""
 
-__all__ = ["ConfigurationError", "HeteroError", "InfeasiblePlanError", "UnsupportedFeatureError"]
+__all__ = ["ConfigurationError", "HeteroError", "InfeasiblePlanError", "RankFailedError", "UnsupportedFeatureError"]
 
 
 class HeteroError(Exception):
@@ -17,3 +17,7 @@ class InfeasiblePlanError(ConfigurationError):
 
 class UnsupportedFeatureError(HeteroError, RuntimeError):
     """The user's set-up is legitimate, but this version cannot train it exactly and refuses to do it wrongly."""
+
+
+class RankFailedError(HeteroError, RuntimeError):
+    """Another rank has failed; the message says which, and that rank reports the cause."""

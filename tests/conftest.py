@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from differences import found
 from harness import RankPools
 from hypothesis import settings
 
@@ -32,3 +33,13 @@ def _no_leaked_environment() -> Iterator[None]:
     ignored = {"PYTEST_CURRENT_TEST"}
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - ignored
     assert not changed, f"environment variables left changed: {sorted(changed)}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--differences", action="store_true", help="print the largest difference of each comparison")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--differences"):
+        for comparison, difference in sorted(found.items()):
+            terminalreporter.write_line(f"| {comparison} | {difference:.1e} |")

@@ -14,7 +14,16 @@ from typing import Any
 
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["BatchLimits", "BatchPlan", "BatchSlice", "DeviceProfile", "PlanSchedule", "StepTime", "StepTiming"]
+__all__ = [
+    "BatchLimits",
+    "BatchPlan",
+    "BatchSlice",
+    "DeviceProfile",
+    "PlanSchedule",
+    "StepTime",
+    "StepTiming",
+    "weight_in_mean",
+]
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,11 @@ class BatchPlan:
         """The number of samples of all ranks together."""
         return sum(self.samples)
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether every rank has the same number of samples."""
+        return len(set(self.samples)) == 1
+
 
 @dataclass(frozen=True)
 class BatchLimits:
@@ -126,23 +140,40 @@ class BatchSlice:
 
     Attributes:
         step: training step, counted from 0 over all epochs (in evaluation: batch of the loader).
-        samples: the rank's samples; 0 where the batch had none for it and a stand-in was drawn.
-        global_samples: samples of all ranks together.
-        world_size: number of ranks.
+        rank: whose part it is.
+        plan: the samples of every rank; 0 for a rank for which a stand-in was drawn.
     """
 
     step: int
-    samples: int
-    global_samples: int
-    world_size: int
+    rank: int
+    plan: BatchPlan
+
+    @property
+    def samples(self) -> int:
+        """The rank's samples; 0 where the batch had none for it and a stand-in was drawn."""
+        return self.plan.samples[self.rank]
+
+    @property
+    def global_samples(self) -> int:
+        """The samples of all ranks together."""
+        return self.plan.global_batch_size
 
     @property
     def loss_weight(self) -> float:
-        """What the rank's mean loss counts, such that the mean over ranks is the mean over samples.
+        """What the rank's mean loss counts, such that the mean over ranks is the mean over samples."""
+        return weight_in_mean(self.samples, self.global_samples, self.plan.world_size)
 
-        Averaging over W ranks divides by W, and rank r holds n of the N samples, so its weight is W * n / N.
-        """
-        return self.world_size * self.samples / self.global_samples
+
+def weight_in_mean(terms: int, all_terms: int, world_size: int) -> float:
+    """Return what a rank's mean over ``terms`` counts, such that the mean over ranks is the mean over ``all_terms``.
+
+    Averaging over W ranks divides by W, and the rank holds n of the N terms, so its weight is W * n / N.
+
+    Example:
+        >>> weight_in_mean(1, 4, world_size=2), weight_in_mean(3, 4, world_size=2)
+        (0.5, 1.5)
+    """
+    return world_size * terms / max(all_terms, 1)
 
 
 @dataclass(frozen=True)

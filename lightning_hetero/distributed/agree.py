@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["AgreedOrder", "SizedOrder", "agree", "gather"]
+__all__ = ["AgreedOrder", "SizedOrder", "agree", "gather", "gather_counts", "lend"]
 
+Entry = TypeVar("Entry")
 Message = TypeVar("Message")
 Decision = TypeVar("Decision")
 
@@ -24,6 +26,28 @@ def gather(message: Message) -> list[Message]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, message)
     return cast("list[Message]", gathered)
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """Return the whole numbers of all ranks, in the order of ranks, on every rank, in one small all-reduce.
+
+    Args:
+        count: the number of this rank. Every rank has to call this at the same point.
+        device: where the process group communicates from.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [count]
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = count
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def lend(value: Message, lender: int) -> Message:
+    """Return the picklable value of rank ``lender`` on every rank; every rank has to call this at the same point."""
+    values = [value]
+    dist.broadcast_object_list(values, src=lender)
+    return values[0]
 
 
 def agree(message: Message, decide: Callable[[list[Message]], Decision]) -> Decision:
@@ -66,7 +90,7 @@ class SizedOrder(Protocol):
         ...
 
 
-class AgreedOrder:
+class AgreedOrder(Generic[Entry]):
     """The order of a sampler on rank zero, on all ranks.
 
     A sampler that draws from the global random generator gives another order on each rank as soon as the generators
@@ -77,34 +101,39 @@ class AgreedOrder:
     and not when one of them iterates: some read ahead, and a callback may iterate on one rank only.
 
     Args:
-        sampler: has a length; is asked once an epoch.
+        sampler: yields samples or batches; is asked once an epoch.
         epoch: the epoch that the first order is for.
+
+    Attributes:
+        entries: the order of the present epoch.
     """
 
-    def __init__(self, sampler: SizedOrder, epoch: int) -> None:
+    def __init__(self, sampler: Iterable[Entry], epoch: int) -> None:
         self.sampler = sampler
         self._epoch = epoch
-        self._order = self._agree()
+        self.entries: list[Entry] = self._agree()
 
     def __len__(self) -> int:
         """Return the number of entries."""
-        return len(self._order)
+        return len(self.entries)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of another epoch; every rank has to call this at the same point."""
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = self._agree()
+            self.entries = self._agree()
 
-    def _agree(self) -> list[int]:
-        set_epoch = getattr(self.sampler, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(self._epoch)
+    def _agree(self) -> list[Entry]:
+        # a batch sampler leaves the epoch to the sampler inside it
+        for drawn in (self.sampler, getattr(self.sampler, "sampler", None)):
+            set_epoch = getattr(drawn, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self._epoch)
         # drawn on every rank, so that the generators advance alike
         order: list[Any] = [list(self.sampler)]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast_object_list(order, src=0)
-        return cast("list[int]", order[0])
+        return cast("list[Entry]", order[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_hetero.balance.types import BatchSlice
+from lightning_hetero.distributed.changed_loader import changed_loader
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
 
 __all__ = ["share_loader"]
@@ -22,10 +22,7 @@ def share_loader(
     after_fetch: Callable[[BatchSlice], None],
     batch_sampler: Sampler[list[int]] | Iterable[list[int]] | None = None,
 ) -> DataLoader[Any]:
-    """Return a copy of ``loader`` that draws its batches from ``shares``.
-
-    The copy is of a subclass of the loader's own class, so whatever a user's subclass does stays; dataset, workers,
-    collate function, generator and all other settings are those of the original, which is left as it was.
+    """Return a copy of ``loader`` that draws its batches from ``shares``; see :func:`changed_loader`.
 
     Args:
         loader: a loader with automatic batching.
@@ -37,20 +34,16 @@ def share_loader(
     Returns:
         The copy.
     """
-    shared = copy.copy(loader)
-    cls = type(loader)
-    if not issubclass(cls, _ShareLoader):
-        object.__setattr__(shared, "__class__", type(cls.__name__, (_ShareLoader, cls), {"__module__": cls.__module__}))
-    # DataLoader refuses to have this attribute set, but only in its own `__setattr__`: it reads the attribute anew
-    # at each `iter()`. Constructing a second loader instead would need arguments that a subclass may not keep.
-    object.__setattr__(shared, "batch_sampler", shares if batch_sampler is None else batch_sampler)
-    # batches that overtake each other could not be paired with their slices
-    object.__setattr__(shared, "in_order", True)
-    object.__setattr__(shared, "_iterator", None)  # persistent workers of the original stay with it
-    object.__setattr__(shared, "_shares", shares)
-    object.__setattr__(shared, "_before_fetch", before_fetch)
-    object.__setattr__(shared, "_after_fetch", after_fetch)
-    return shared
+    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    return changed_loader(
+        loader,
+        _StatefulShareLoader if stateful else _ShareLoader,
+        batch_sampler=shares if batch_sampler is None else batch_sampler,
+        in_order=True,  # batches that overtake each other could not be paired with their slices
+        _shares=shares,
+        _before_fetch=before_fetch,
+        _after_fetch=after_fetch,
+    )
 
 
 class _ShareLoader(DataLoader[Any]):
@@ -60,6 +53,16 @@ class _ShareLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         return _ObservedIterator(super().__iter__, self._shares, self._before_fetch, self._after_fetch)
+
+
+class _StatefulShareLoader(_ShareLoader):
+    """Of a loader that can save its position: ``shares`` knows the position, and knows it for any number of ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin where ``shares`` does."""
 
 
 class _ObservedIterator:

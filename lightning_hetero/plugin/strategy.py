@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hetero.balance.batch_solver import keeps_limits, proportional_plan
-from lightning_hetero.balance.sharding import plan_for_block
-from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
-from lightning_hetero.distributed.agree import gather
-from lightning_hetero.distributed.share_sampler import ShareBatchSampler
+from lightning_hetero.balance.types import (
+    BatchLimits,
+    BatchPlan,
+    BatchSlice,
+    DeviceProfile,
+    PlanSchedule,
+    weight_in_mean,
+)
+from lightning_hetero.distributed.agree import gather, gather_counts
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
-from lightning_hetero.plugin import arguments, loaders
-from lightning_hetero.plugin.slices import EvaluationSlices, TrainingSlices
-from lightning_hetero.plugin.stand_in import discarded_metrics, muted_gradients
+from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.evaluation_data import EvaluationData
+from lightning_hetero.plugin.inexact import inexact_parts, warn_of_inexact
+from lightning_hetero.plugin.logged import to_reduce
+from lightning_hetero.plugin.stand_in import muted_gradients, stand_in
+from lightning_hetero.plugin.training_data import TrainingData
 
 __all__ = ["HeteroDDPStrategy"]
 
@@ -44,7 +47,8 @@ class HeteroDDPStrategy(DDPStrategy):
             number to each device name, for example {"Tesla K80": 1, "Tesla V100-SXM2-16GB": 2}. Given numbers are
             fixed, or, with a LoadBalancer among the callbacks, where its tuning starts.
         global_batch_size: Samples of all ranks in one training step. By default the training loader's batch size
-            times the number of ranks, as under DDP.
+            times the number of ranks, as under DDP. With a batch sampler of your own: the size of its batches, which
+            are then taken as global batches.
         max_batch_size: Most training samples a rank can hold in one step: one number for all ranks or one a rank.
         batch_multiple: Every rank's number of samples is a multiple of this, but for one rank that takes what is
             left over.
@@ -90,38 +94,33 @@ class HeteroDDPStrategy(DDPStrategy):
         self.num_loss_terms = num_loss_terms
         self.timer = StepTimer(HostClock())
         self.profiles: tuple[DeviceProfile, ...] = ()
-        self._schedule: PlanSchedule | None = None
-        self._training_sampler: ShareBatchSampler | None = None
-        self._training_slices = TrainingSlices()
-        self._training_slice: BatchSlice | None = None
-        self._evaluation_slices = EvaluationSlices()
+        self.training = TrainingData(self)
+        self.evaluation = EvaluationData(self)
         self._loss_weight = 1.0
+        self._part_of_step: BatchSlice | None = None
+        self._weight_in_step = 1.0
 
     # ---- what a balancer needs -------------------------------------------------------------------------------------
 
     @property
     def schedule(self) -> PlanSchedule | None:
-        """Which plan holds at which training step; None where the training loader is not divided by this strategy."""
-        return self._schedule if self._training_sampler is not None else None
+        """Which plan holds at which training step; None where the training loaders are not divided."""
+        return self.training.schedule
 
     @property
     def limits(self) -> BatchLimits:
         """What every plan has to respect."""
-        caps = self.max_batch_size
-        return BatchLimits(
-            max_samples=None if caps is None else tuple([caps] * self.world_size if isinstance(caps, int) else caps),
-            batch_multiple=self.batch_multiple,
-        )
+        return self.training.limits
 
     @property
     def fetched_through(self) -> int:
         """The latest training step for which this rank has drawn its samples; -1 before the first."""
-        return -1 if self._training_sampler is None else self._training_sampler.fetched_through
+        return self.training.fetched_through
 
     @property
     def training_slice(self) -> BatchSlice | None:
-        """This rank's part of the latest global batch; None where the loader is not divided by this strategy."""
-        return self._training_slice
+        """This rank's part of the latest global batch; None before the first."""
+        return self.training.part
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
         """Follow ``plan`` from training step ``first_step`` on.
@@ -147,11 +146,11 @@ class HeteroDDPStrategy(DDPStrategy):
             raise ConfigurationError(
                 f"`plan` must divide {current.global_batch_size} samples among {current.world_size} ranks, got {plan}."
             )
-        self._schedule = schedule.with_change(first_step, plan)
+        self.training.schedule = schedule.with_change(first_step, plan)
 
     def restore_schedule(self, schedule: PlanSchedule) -> None:
         """Continue with the schedule of an earlier run, before any training batch is drawn."""
-        self._schedule = schedule
+        self.training.schedule = schedule
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
@@ -168,11 +167,7 @@ class HeteroDDPStrategy(DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # one replica: Lightning injects a sampler over the whole epoch, whose order this strategy divides
-        return {"num_replicas": 1, "rank": 0} if self._divides else super().distributed_sampler_kwargs
-
-    @property
-    def _divides(self) -> bool:
-        return self.world_size > 1
+        return {"num_replicas": 1, "rank": 0} if self.world_size > 1 else super().distributed_sampler_kwargs
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -195,118 +190,34 @@ class HeteroDDPStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        loaders.check_training(self._trainer.train_dataloader, self.lightning_module.training_step)
+        self.training.check(self.lightning_module.training_step)
+        if self.training.may_be_unequal:
+            warn_of_inexact(inexact_parts(self.lightning_module, self))
         super().on_train_start()
 
     @override
     def on_validation_start(self) -> None:
-        self._evaluation_slices.clear()
-        loaders.check_evaluation(self._trainer.val_dataloaders)
+        assert self.lightning_module is not None
+        self.evaluation.begin(self.lightning_module.validation_step)
         super().on_validation_start()
 
     @override
     def on_test_start(self) -> None:
-        self._evaluation_slices.clear()
-        loaders.check_evaluation(self._trainer.test_dataloaders)
+        assert self.lightning_module is not None
+        self.evaluation.begin(self.lightning_module.test_step)
         super().on_test_start()
 
     @property
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
+        """The Trainer that runs this strategy."""
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 
-    # ---- data ------------------------------------------------------------------------------------------------------
-
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        training = self._trainer.training
-        if training:
-            self._training_sampler = self._training_slice = None
-            self._training_slices.clear()
-        if not self._divides:
-            return dataloader
-        loader = loaders.examine(dataloader, self.world_size, self._epoch)
-        if isinstance(loader, loaders.Undivided):
-            if training:
-                self._leave_undivided(dataloader, loader.reason)
-            return dataloader
-        if training:
-            self._training_sampler = self._training_shares(loader)
-            return loaders.divide(loader, self._training_sampler, self.timer.resume, self._training_slices.note)
-        shares = self._evaluation_shares(loader)
-        note = _nothing if self._trainer.predicting else partial(self._evaluation_slices.note, id(shares))
-        return loaders.divide(loader, shares, _nothing, note)
-
-    def _evaluation_shares(self, loader: loaders.Divisible) -> ShareBatchSampler:
-        return ShareBatchSampler(
-            loader.order,
-            batch_size=loader.batch_size,
-            global_batch_size=loader.batch_size * self.world_size,
-            drop_last=loader.drop_last,
-            rank=self.global_rank,
-            plan_at=self._evaluation_plan,
-            first_step=lambda: 0,
-            stand_in=not self._trainer.predicting,
-        )
-
-    def _training_shares(self, loader: loaders.Divisible) -> ShareBatchSampler:
-        global_batch_size = self.global_batch_size or loader.batch_size * self.world_size
-        self._prepare_schedule(global_batch_size)
-        return ShareBatchSampler(
-            loader.order,
-            batch_size=loader.batch_size,
-            global_batch_size=global_batch_size,
-            drop_last=loader.drop_last,
-            rank=self.global_rank,
-            plan_at=self._training_plan,
-            first_step=self._next_training_step,
-        )
-
-    def _prepare_schedule(self, global_batch_size: int) -> None:
-        """Begin a schedule, or adapt the one there is to a loader of another batch size."""
-        schedule, step = self._schedule, self._next_training_step()
-        if schedule is None or schedule.at(step).world_size != self.world_size:
-            shares = arguments.shares_of_ranks(self.shares, self.profiles)
-            self._schedule = PlanSchedule.constant(self._plan(shares, global_batch_size))
-        elif schedule.at(step).global_batch_size != global_batch_size or not keeps_limits(
-            schedule.at(step), self.limits
-        ):
-            # the loader has another batch size, or the run is resumed under other limits
-            self._schedule = schedule.with_change(step, self._plan(schedule.at(step).samples, global_batch_size))
-
-    def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
-        return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
-
-    @property
-    def _epoch(self) -> int:
-        # what Lightning sets samplers to; `current_epoch` lags behind it where a run is resumed
-        return self._trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
-
-    def _next_training_step(self) -> int:
-        return self._trainer.fit_loop.total_batch_idx + 1
-
-    def _training_plan(self, step: int) -> BatchPlan:
-        assert self._schedule is not None
-        return self._schedule.at(step)
-
-    def _evaluation_plan(self, _: int) -> BatchPlan:
-        if self._schedule is not None:
-            return self._schedule.at(self._next_training_step())
-        # only the proportions count: the sampler scales the plan to the loader's batches
-        shares = arguments.shares_of_ranks(self.shares, self.profiles)
-        return proportional_plan(shares, 1000 * self.world_size, min_samples=1)
-
-    def _leave_undivided(self, dataloader: object, reason: str) -> None:
-        name = type(dataloader).__name__
-        if self.shares != "auto":
-            raise UnsupportedFeatureError(
-                f"`shares` cannot be honoured for the training loader {name!r}: {reason}. Give each rank its part"
-                f' yourself and use shares="auto", or use a DataLoader over a dataset with a length.'
-            )
-        rank_zero_warn(
-            f"`hetero_ddp` leaves the training loader {name!r} as it is, because {reason}: every rank trains on what"
-            f" its own loader yields, with equal weight, as under `ddp`."
-        )
+        if self.trainer.training:
+            return self.training.process(dataloader)
+        return self.evaluation.process(dataloader, predicting=self.trainer.predicting)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -314,51 +225,44 @@ class HeteroDDPStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
         self.timer.pause()
-        self._training_slice = self._slice_of_step(self._trainer.fit_loop.total_batch_idx)
+        self.training.begin_step()
         self._loss_weight = self._weight_of_loss(args[0] if args else None)
-        with self._discard(self._training_slice):
+        part = self.training.part
+        weight = self._loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
+        with self._as_part(part, weight):
             return super().training_step(*args, **kwargs)
 
-    def _slice_of_step(self, step: int) -> BatchSlice | None:
-        part = self._training_slices.at(step)
-        if part is None and self._training_sampler is not None:
-            raise UnsupportedFeatureError(
-                f"`hetero_ddp` needs the batch of training step {step} from the training loader, got one from"
-                f" elsewhere: how many samples the other ranks have is unknown."
-                f' Use strategy="ddp" to fetch batches yourself.'
-            )
-        return part
-
     def _weight_of_loss(self, batch: Any) -> float:
-        part = self._training_slice
-        stands_in = part is not None and part.samples == 0
+        part = self.training.part
         if self.num_loss_terms is not None:
-            terms = 0 if stands_in else self.num_loss_terms(batch)
-            return self.world_size * terms / max(self._sum_over_ranks(terms), 1)
-        if part is None or (self.loss_reduction == "sum" and not stands_in):
+            terms = 0 if _stands_in(part) else self.num_loss_terms(batch)
+            return weight_in_mean(terms, sum(gather_counts(terms, self.root_device)), self.world_size)
+        if part is None or (self.loss_reduction == "sum" and not _stands_in(part)):
             return 1.0
         return part.loss_weight
 
-    def _sum_over_ranks(self, count: int) -> int:
-        total = torch.tensor(count, dtype=torch.int64, device=self.root_device)
-        dist.all_reduce(total)
-        return int(total)
-
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._discard(self._evaluation_slices.take()):
+        part = self.evaluation.part_of_step(args)
+        with self._as_part(part, 1.0 if part is None else part.loss_weight):
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._discard(self._evaluation_slices.take()):
+        part = self.evaluation.part_of_step(args)
+        with self._as_part(part, 1.0 if part is None else part.loss_weight):
             return super().test_step(*args, **kwargs)
 
-    def _discard(self, part: BatchSlice | None) -> AbstractContextManager[None]:
-        if part is None or part.samples > 0:
-            return nullcontext()
+    @contextmanager
+    def _as_part(self, part: BatchSlice | None, weight: float) -> Iterator[None]:
+        """Run a step on this rank's part of a global batch: what it logs counts accordingly."""
         assert self.lightning_module is not None
-        return discarded_metrics(self.lightning_module)
+        self._part_of_step, self._weight_in_step = part, weight
+        try:
+            with stand_in(self.lightning_module) if _stands_in(part) else nullcontext():
+                yield
+        finally:
+            self._part_of_step, self._weight_in_step = None, 1.0
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -379,29 +283,32 @@ class HeteroDDPStrategy(DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
-        if self._shares_differ_in_this_step():
+        if self._shapes_may_differ:
             shapes = gather(tuple(tensor.shape))
             if len(set(shapes)) > 1:
                 raise UnsupportedFeatureError(
                     f"`all_gather` needs tensors of one shape, got {shapes} on the ranks: their mini-batches differ in"
-                    f' size. Pad them to one size before, or use strategy="ddp".'
+                    f" size. Pad them to one size before, use `drop_last=True` if this is an epoch's last batch, or use"
+                    f' strategy="ddp".'
                 )
+        elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
+            self.training.keep_equal()
         return super().all_gather(tensor, group, sync_grads)
 
-    def _shares_differ_in_this_step(self) -> bool:
-        part = self._training_slice
-        if part is None or self._schedule is None or not self._trainer.training:
+    @property
+    def _shapes_may_differ(self) -> bool:
+        if self.world_size == 1:
             return False
-        return len(set(plan_for_block(self._schedule.at(part.step), part.global_samples).samples)) > 1
+        part = self._part_of_step or (self.training.part if self.trainer.training else None)
+        return part is None or not part.plan.is_equal
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        # Lightning averages integer counts over ranks and rounds the result down, so a mean over 3 and 4 samples
-        # would be divided by 3; see its issue #21859
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and str(reduce_op).lower() in ("mean", "avg"):
-            tensor = tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+        if isinstance(tensor, Tensor):
+            tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
         return super().reduce(tensor, group, reduce_op)
 
 
-def _nothing(*_: Any) -> None:
-    """Evaluation is not timed."""
+def _stands_in(part: BatchSlice | None) -> bool:
+    """Whether the rank has no sample of its own in the step."""
+    return part is not None and part.samples == 0

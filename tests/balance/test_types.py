@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lightning_hetero.balance.types import BatchPlan, BatchSlice, PlanSchedule, StepTime
+from lightning_hetero.balance.types import BatchPlan, BatchSlice, PlanSchedule, StepTime, weight_in_mean
 from lightning_hetero.exceptions import ConfigurationError
 
 
@@ -32,12 +32,12 @@ def test_schedule_survives_json() -> None:
     ("samples", "global_samples", "weight"), [(4, 8, 1.0), (2, 8, 0.5), (0, 3, 0.0), (1, 3, 2 / 3)]
 )
 def test_loss_weight(samples: int, global_samples: int, weight: float) -> None:
-    assert BatchSlice(0, samples, global_samples, world_size=2).loss_weight == weight
+    assert BatchSlice(0, 1, BatchPlan((global_samples - samples, samples))).loss_weight == weight
 
 
 def test_weights_of_equal_shares_are_exactly_one() -> None:
     """Then the loss is not touched at all, and the run is plain DDP to the last bit."""
-    assert all(BatchSlice(0, n, n * w, w).loss_weight == 1.0 for n in range(1, 50) for w in range(1, 50))
+    assert all(weight_in_mean(n, n * w, w) == 1.0 for n in range(1, 50) for w in range(1, 50))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def evaluate(shares: Any, size: int, batch_size: int) -> tuple[list[list[list[in
     [([1, 3], 21, 4), ([1, 1, 4], 25, 4), ([2, 1, 4], 2, 4), ([1, 2], 40, 5)],
 )
 def test_every_sample_is_evaluated_once(ranks: RankPools, shares: list[float], size: int, batch_size: int) -> None:
-    """25 samples on three ranks leave one for the last batch, and with 2 there are fewer than ranks."""
+    """25 samples on three ranks leave one for the last batch, which takes two from the one before it."""
     world_size = len(shares)
     data, network = Numbered(size), small_network()
     expected = loss_of(network, data.features, data.targets).item()
@@ -73,14 +75,53 @@ def test_every_sample_is_evaluated_once(ranks: RankPools, shares: list[float], s
         steps = [samples[run] for samples, _ in results]
         assert len({len(batches) for batches in steps}) == 1, "the ranks took different numbers of steps"
         seen = [index for batches in steps for batch in batches for index in batch]
-        # a rank without a sample in the last batch stands in with two of the others'; the metrics do not count them
-        rest = size % (batch_size * world_size)
-        stand_ins = world_size - rest if 0 < rest < world_size else 0
+        # with fewer samples than ranks a rank stands in with two of the others'; the metrics do not count them
+        stand_ins = max(world_size - size, 0)
         assert set(seen) == set(range(size))
         assert len(seen) == size + 2 * stand_ins
         for _, metrics in results:
             assert metrics[run]["metric"] == pytest.approx(expected, rel=1e-6)
             assert metrics[run]["logged"] == pytest.approx(expected, rel=1e-6)
+
+
+def evaluate_counting_stand_ins() -> list[float]:
+    """Return the metrics of four samples, one a rank and step, on three ranks where nothing is taken back."""
+    with mock.patch("lightning_hetero.plugin.strategy.stand_in", side_effect=lambda _: nullcontext()):
+        return [metrics["metric"] for metrics in evaluate([2, 1, 4], 4, 1)[1]]
+
+
+def test_a_stand_in_that_counts_in_a_metric_is_caught(ranks: RankPools) -> None:
+    data = Numbered(4)
+    expected = loss_of(small_network(), data.features, data.targets).item()
+    for metrics in ranks.run(3, evaluate_counting_stand_ins):
+        assert all(abs(metric - expected) > 1e-3 for metric in metrics)
+
+
+class LogsOnStep(SmallModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("error", loss_of(self.network, batch[1], batch[2]), on_step=True, on_epoch=True, sync_dist=True)
+        self.log("largest", batch[0].max().double(), on_step=True, on_epoch=False, reduce_fx="max", sync_dist=True)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        results = self.trainer._results
+        assert results is not None
+        self.logged = {name: float(value) for name, value in results.metrics(on_step=True)["log"].items()}
+
+
+def log_on_step(shares: Any) -> dict[str, float]:
+    trainer = make_trainer(HeteroDDPStrategy(shares=shares), dist.get_world_size(), limit_val_batches=1.0)
+    module = LogsOnStep()
+    trainer.validate(module, DataLoader(Numbered(2), batch_size=4), verbose=False)
+    return module.logged
+
+
+def test_what_is_logged_on_a_step_is_that_of_all_samples(ranks: RankPools) -> None:
+    """Of three ranks one stands in."""
+    data = Numbered(2)
+    expected = loss_of(small_network(), data.features, data.targets).item()
+    for logged in ranks.run(3, log_on_step, [2, 1, 4]):
+        assert logged["error_step"] == pytest.approx(expected, rel=1e-6)
+        assert logged["largest"] == 1.0
 
 
 class Writer(BasePredictionWriter):
@@ -103,7 +144,7 @@ def predict(shares: Any, size: int) -> list[tuple[list[int], list[int]]]:
     return writer.written
 
 
-@pytest.mark.parametrize(("shares", "size"), [([1, 3], 21), ([1, 1, 4], 25), ([3, 1], 8)])
+@pytest.mark.parametrize(("shares", "size"), [([1, 3], 21), ([1, 1, 4], 25), ([3, 1], 8), ([1, 1, 4], 2), ([1, 2], 1)])
 def test_every_sample_is_predicted_once_and_the_writer_knows_which(
     ranks: RankPools, shares: list[float], size: int
 ) -> None:

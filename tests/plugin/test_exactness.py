@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ class Run:
     parameters: list[float]
     ledger: list[list[int]]
     loss: float
-    weights: list[float] = field(default_factory=list)
 
 
 class ChangeAt(Callback):
@@ -384,7 +383,23 @@ class OneRankLate(HeteroDDPStrategy):
         super().change_plan(first_step + self.global_rank, plan)
 
 
-@pytest.mark.parametrize("broken", [Unweighted, WeightedTwice])
+class UnweightedTail(HeteroDDPStrategy):
+    def _weight_of_loss(self, batch: Any) -> float:
+        part = self.training_slice
+        assert part is not None
+        return 1.0 if part.global_samples < 8 else super()._weight_of_loss(batch)
+
+
+class WeightedAsPlanned(HeteroDDPStrategy):
+    """By the share of a whole batch, not by the samples that were really drawn."""
+
+    def _weight_of_loss(self, batch: Any) -> float:
+        assert self.schedule is not None
+        plan = self.schedule.at(self.trainer.fit_loop.total_batch_idx)
+        return plan.samples[self.global_rank] * self.world_size / plan.global_batch_size
+
+
+@pytest.mark.parametrize("broken", [Unweighted, WeightedTwice, UnweightedTail, WeightedAsPlanned])
 def test_a_wrong_weight_is_caught(ranks: RankPools, broken: type[HeteroDDPStrategy]) -> None:
     runs = ranks.run(2, train, Hetero([1, 3], cls=broken), 46, 20)
     assert_every_sample_once(runs, 46)

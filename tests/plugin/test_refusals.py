@@ -64,8 +64,11 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
         model, loader = Fetching(), DataLoader(data, batch_size=4)
     elif kind == "all_gather":
         model, loader = Gathering(), DataLoader(data, batch_size=4)
-    elif kind == "two":
-        model, loader = TwoLoaders(), [DataLoader(data, batch_size=4), DataLoader(data, batch_size=4)]
+    elif kind in ("two", "two_odd"):
+        other = Numbered(46 if kind == "two" else 45)
+        model, loader = TwoLoaders(), [DataLoader(data, batch_size=4), DataLoader(other, batch_size=4)]
+    elif kind == "streams":
+        model, loader = TwoLoaders(), [DataLoader(Stream(), batch_size=4), DataLoader(Stream(), batch_size=4)]
     else:
         loader = DataLoader(data, batch_size=4)
     if strategy == "hetero":
@@ -79,17 +82,31 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("batch_sampler", {}, "cannot divide the batches of 'Odd': it needs a loader with `batch_size`"),
-        ("no_batching", {}, "cannot divide the batches of 'NoneType'"),
-        ("two", {}, "divides one training loader, got 2"),
-        ("mixed", {}, "divides one training loader, got 2"),
+        (
+            "batch_sampler",
+            {},
+            "`global_batch_size` must be given with a batch sampler of your own, got None with 'Odd'",
+        ),
+        ("no_batching", {"shares": [1, 3]}, "its dataset makes the batches (`batch_size=None`). Give each rank"),
+        ("two", {"global_batch_size": 9}, "`global_batch_size` must be None with several training loaders, got 9"),
+        (
+            "two_odd",
+            {"shares": [1, 3], "max_batch_size": [5, 13]},
+            "`max_batch_size` must allow for the last batches of",
+        ),
+        ("mixed", {}, "divides either all training loaders or none, got 1 that it can divide and 1 that it cannot"),
+        ("streams", {}, "needs to know the length of each of several training loaders"),
         ("dataloader_iter", {}, "got a `training_step` that takes `dataloader_iter`"),
         (
             "all_gather",
             {"shares": [1, 3]},
             "`all_gather` needs tensors of one shape, got [(2, 5), (6, 5)] on the ranks",
         ),
-        ("iterable", {"shares": [1, 2]}, "`shares` cannot be honoured for the training loader 'DataLoader': it has no"),
+        (
+            "iterable",
+            {"shares": [1, 2]},
+            "`shares` cannot be honoured for the training loader 'DataLoader': each rank reads a stream",
+        ),
     ],
 )
 def test_is_refused_on_every_rank(ranks: RankPools, kind: str, arguments: dict[str, Any], message: str) -> None:
@@ -121,24 +138,17 @@ class TakesAnything(SmallModule):
         """Evaluates nothing: the loaders are what is refused."""
 
 
-def evaluate(kind: str) -> None:
-    module = TakesAnything()
-    loaders: Any = [DataLoader(Numbered(9), batch_size=4), DataLoader(Stream(), batch_size=4)]
-    if kind == "simultaneous":
-        loaders = CombinedLoader(
-            [DataLoader(Numbered(9), batch_size=4), DataLoader(Numbered(32), batch_size=4)], "max_size"
-        )
+def evaluate_together() -> None:
+    loaders = CombinedLoader(
+        [DataLoader(Numbered(1), batch_size=4), DataLoader(Numbered(32), batch_size=4)], "max_size"
+    )
     trainer = make_trainer(HeteroDDPStrategy(shares=[1, 3]), dist.get_world_size(), limit_val_batches=1.0)
-    trainer.validate(module, loaders, verbose=False)
+    trainer.validate(TakesAnything(), loaders, verbose=False)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("mixed", "either loaders that it divides or"), ("simultaneous", "cannot evaluate 2 loaders at the same time")],
-)
-def test_evaluation_that_cannot_be_told_apart_is_refused(ranks: RankPools, kind: str, message: str) -> None:
-    with pytest.raises(RankError, match=message):
-        ranks.run(2, evaluate, kind)
+def test_a_stand_in_beside_another_loaders_batch_is_refused(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="cannot evaluate 2 loaders at the same time"):
+        ranks.run(2, evaluate_together, timeout_s=60)
 
 
 def change_too_late() -> None:

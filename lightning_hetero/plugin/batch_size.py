@@ -1,0 +1,30 @@
+"""How many samples a batch has that was not made from samples here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
+
+from lightning_hetero.exceptions import UnsupportedFeatureError
+
+__all__ = ["samples_in"]
+
+
+def samples_in(batch: Any) -> int:
+    """Return the length of the first dimension of the first tensor in ``batch``, as Lightning does for logging.
+
+    Raises:
+        UnsupportedFeatureError: there is no tensor.
+    """
+    try:
+        samples = extract_batch_size(batch)
+    except MisconfigurationException:
+        samples = None
+    if samples is None:
+        raise UnsupportedFeatureError(
+            f"`hetero_ddp` has to know how many samples a batch has, got a {type(batch).__name__!r} without a tensor in"
+            f" it. Pass HeteroDDPStrategy(num_loss_terms=...), which counts what the loss averages over."
+        )
+    return samples

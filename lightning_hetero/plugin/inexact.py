@@ -1,0 +1,50 @@
+"""What no weight of the loss can make exact: said once, with the way out."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+__all__ = ["GATHERED", "inexact_parts", "warn_of_inexact"]
+
+GATHERED = (
+    "`all_gather` of the samples in a training step (in-batch negatives), because it needs mini-batches of one size,"
+    " and such a loss is no mean over samples: the shares stay equal, as under strategy='ddp'"
+)
+
+
+def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
+    """Return what depends on how a global batch is divided, each with the reason and the way out.
+
+    Args:
+        module: what is trained.
+        strategy: what trains it.
+    """
+    found = []
+    batch_norm = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+    ]
+    if batch_norm:
+        others = " and others" if len(batch_norm) > 1 else ""
+        found.append(
+            f"batch normalisation ({batch_norm[0]!r}{others}), because it takes its statistics from each rank's"
+            f" mini-batch: use Trainer(sync_batchnorm=True)"
+        )
+    # neither is public; the test of this warning fails where they change. The class goes by its name, because its
+    # module imports half of torch.
+    state = type(strategy._ddp_comm_state).__name__
+    if state == "PostLocalSGDState" or strategy._model_averager is not None:
+        found.append(
+            "post-local SGD, because it averages the ranks' parameters as if their mini-batches were equal: use"
+            " another communication hook, or HeteroDDPStrategy(shares=[1, ...])"
+        )
+    return found
+
+
+def warn_of_inexact(parts: list[str]) -> None:
+    """Warn once of all ``parts``, if there are any."""
+    if parts:
+        rank_zero_warn(f"`hetero_ddp` cannot be exact under unequal mini-batches for {'; nor for '.join(parts)}.")

@@ -1,0 +1,63 @@
+"""Where Lightning's loops stand; every attribute of them that is not documented is read here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+
+__all__ = ["FETCHING_MODULE", "TrainingProgress", "evaluation_loaders", "training_loaders"]
+
+# The module whose iterations are those of the loops: they reach their loaders through a CombinedLoader.
+FETCHING_MODULE = CombinedLoader.__module__
+
+
+class TrainingProgress:
+    """The counters of a Trainer's training loop.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._loop: Any = trainer.fit_loop
+
+    @property
+    def epoch(self) -> int:
+        """What Lightning sets samplers to; ``current_epoch`` lags behind it where a run is resumed."""
+        return self._loop.epoch_progress.current.processed  # type: ignore[no-any-return]
+
+    @property
+    def step(self) -> int:
+        """The step at hand, or the last one; counted from 0 over all epochs; -1 before the first."""
+        return self._loop.total_batch_idx  # type: ignore[no-any-return]
+
+    @property
+    def position(self) -> int:
+        """How many steps of the present epoch have begun; right from the first fetch of an epoch on."""
+        return self._loop.epoch_loop.batch_progress.current.ready  # type: ignore[no-any-return]
+
+    @property
+    def resumed_position(self) -> int:
+        """How many steps of the present epoch an earlier run has made; 0 unless a run is resumed in mid-epoch.
+
+        To be asked where the first batch of an epoch is read ahead, before its loop has reset ``position``.
+        """
+        batches = self._loop.epoch_loop.batch_progress
+        return batches.current.ready if self._loop.restarting and not batches.is_last_batch else 0
+
+
+def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
+    """Return the training loaders, and how they are combined: the ``mode`` of ``CombinedLoader``."""
+    return _parts(trainer.fit_loop)
+
+
+def evaluation_loaders(trainer: Trainer) -> tuple[list[Any], str]:
+    """Return the loaders of the evaluation at hand, and how they are combined."""
+    return _parts(trainer._evaluation_loop)
+
+
+def _parts(loop: Any) -> tuple[list[Any], str]:
+    combined = loop._combined_loader
+    return ([], "") if combined is None else (combined.flattened, combined._mode)

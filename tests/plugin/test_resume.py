@@ -1,0 +1,204 @@
+"""A run that is resumed in the middle of an epoch goes on with the next sample and ends where an unbroken one ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from differences import measured
+from harness import RankPools
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters
+
+from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.types import BatchPlan
+
+GLOBAL_BATCH, SIZE, STEPS = 12, 70, 15  # six steps an epoch, the last of ten samples
+
+
+class SaveAt(Callback):
+    """Saves behind a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def train(
+    shares: Any,
+    steps: int,
+    save: SaveAt | None = None,
+    resume: Path | None = None,
+    loader: dict[str, Any] | None = None,
+) -> tuple[list[float], list[list[int]], int]:
+    """Return the parameters, the samples of each step, and how often the tuning changed the shares."""
+    world_size = dist.get_world_size()
+    model = SmallModule()
+    strategy = "ddp" if shares == "ddp" else HeteroDDPStrategy(shares=shares)
+    trainer = make_trainer(strategy, world_size, [] if save is None else [save], max_steps=steps)
+    training = DataLoader(Numbered(SIZE), batch_size=GLOBAL_BATCH // world_size, shuffle=True, **(loader or {}))
+    trainer.fit(model, training, ckpt_path=resume, weights_only=False)
+    changes = [len(c.changes) for c in trainer.callbacks if isinstance(c, LoadBalancer)]  # type: ignore[attr-defined]
+    return flat(model.network), model.ledger, sum(changes)
+
+
+def assert_continues(results: Sequence[tuple[list[float], list[list[int]], int]], first: int) -> None:
+    expected = reference_batches(SIZE, GLOBAL_BATCH, epochs=3)[first:STEPS]
+    seen = [{index for _, ledger, _ in results for index in ledger[step]} for step in range(STEPS - first)]
+    assert [len(ledger) for _, ledger, _ in results] == [STEPS - first] * len(results)
+    assert seen == expected
+    reference = reference_parameters(SIZE, GLOBAL_BATCH, STEPS)
+    for parameters, _, _ in results:
+        difference = max(abs(a - b) for a, b in zip(parameters, reference, strict=True))
+        assert measured("single process, resumed in mid-epoch on 2 and 3 ranks", difference) < 1e-10
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 8, 11])
+def test_it_goes_on_with_the_next_sample_on_any_number_of_ranks(ranks: RankPools, tmp_path: Path, step: int) -> None:
+    """Saved by two ranks behind the first, a middle, and the last step of an epoch."""
+    path = tmp_path / "saved.ckpt"
+    ranks.run(2, train, [1, 3], step + 1, SaveAt(step, path))
+    assert_continues(ranks.run(2, train, [1, 3], STEPS, None, path), step + 1)
+    assert_continues(ranks.run(3, train, [1, 2, 4], STEPS, None, path), step + 1)
+    assert_continues(ranks.run(1, train, "auto", STEPS, None, path), step + 1) if step == 8 else None
+
+
+def test_workers_that_read_ahead_when_it_was_saved_lose_nothing(ranks: RankPools, tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    ranks.run(2, train, [1, 3], 9, SaveAt(8, path), None, {"num_workers": 1})
+    assert_continues(ranks.run(2, train, [1, 3], STEPS, None, path, {"num_workers": 1}), 9)
+
+
+def test_checkpoints_go_from_and_to_plain_ddp(ranks: RankPools, tmp_path: Path) -> None:
+    """Plain ddp loads one and goes on as it does, with the epoch's first samples; hetero_ddp goes on with the next."""
+    hetero, plain = tmp_path / "hetero.ckpt", tmp_path / "ddp.ckpt"
+    ranks.run(2, train, [1, 3], 9, SaveAt(8, hetero))
+    loaded = ranks.run(2, train, "ddp", STEPS, None, hetero)
+    assert [len(ledger) for _, ledger, _ in loaded] == [STEPS - 9] * 2
+    ranks.run(2, train, "ddp", 9, SaveAt(8, plain))
+    assert_continues(ranks.run(2, train, [1, 3], STEPS, None, plain), 9)
+
+
+# ---- the shares that were found --------------------------------------------------------------------------------------
+
+
+class Found(LoadBalancer):
+    """Has found shares without measuring."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.finished:
+            assert isinstance(trainer.strategy, HeteroDDPStrategy)
+            self.tuned = True
+            trainer.strategy.change_plan(2, BatchPlan((3, 9)))
+            trainer.strategy.change_plan(5, BatchPlan((2, 10)))
+            self.finished = True
+
+    tuned = False
+
+
+def train_found(steps: int, save: SaveAt | None = None, resume: Path | None = None) -> tuple[list[int], bool]:
+    model, balancer = SmallModule(), Found()
+    callbacks = [balancer] if save is None else [balancer, save]
+    trainer = make_trainer(HeteroDDPStrategy(), 2, callbacks, max_steps=steps)
+    trainer.fit(model, DataLoader(Numbered(SIZE), batch_size=6), ckpt_path=resume, weights_only=False)
+    return [len(batch) for batch in model.ledger], balancer.tuned
+
+
+def test_the_shares_that_were_found_are_kept_and_no_others_are_looked_for(ranks: RankPools, tmp_path: Path) -> None:
+    """A change that was agreed on for a later step than the last one is kept too."""
+    path = tmp_path / "saved.ckpt"
+    whole = ranks.run(2, train_found, 10)
+    ranks.run(2, train_found, 4, SaveAt(3, path))
+    resumed = ranks.run(2, train_found, 10, None, path)
+    assert [(sizes, tuned) for sizes, tuned in resumed] == [(sizes[4:], False) for sizes, _ in whole]
+    assert whole[0][0] == [6, 6, 3, 3, 3, 1, 2, 2, 2, 2]  # step 5 is short
+
+
+# ---- loaders that know their position, and streams -------------------------------------------------------------------
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, sized: bool) -> None:
+        self.part = range(dist.get_rank(), SIZE, dist.get_world_size())
+        if sized:
+            self.__class__ = SizedStream
+
+    def __iter__(self) -> Iterator[Any]:
+        data = Numbered(SIZE)
+        return (data[index] for index in self.part)
+
+
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return len(self.part)
+
+
+class Remembering(Stream):
+    """Can save its position."""
+
+    def __init__(self, sized: bool) -> None:
+        super().__init__(sized=False)
+        self.next = 0
+        if sized:
+            self.__class__ = SizedRemembering
+
+    def __iter__(self) -> Iterator[Any]:
+        data = Numbered(SIZE)
+        while self.next < len(self.part):
+            self.next += 1
+            yield data[self.part[self.next - 1]]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+class SizedRemembering(Remembering):
+    def __len__(self) -> int:
+        return len(self.part)
+
+
+def train_with(
+    kind: str, steps: int, save: SaveAt | None = None, resume: Path | None = None
+) -> tuple[list[float], list[list[int]]]:
+    model = SmallModule()
+    shares: Any = "auto"
+    if kind.startswith("stateful"):
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        data: Any = Remembering(sized="sized" in kind) if "stream" in kind else Numbered(SIZE)
+        workers = {"num_workers": 1} if "workers" in kind else {}
+        loader = StatefulDataLoader(data, batch_size=6, **workers)
+        shares = "auto" if "stream" in kind else [1, 3]
+    else:
+        loader = DataLoader(Stream(sized="sized" in kind), batch_size=6)
+    trainer = make_trainer(HeteroDDPStrategy(shares=shares), 2, [] if save is None else [save], max_steps=steps)
+    trainer.fit(model, loader, ckpt_path=resume, weights_only=False)
+    return flat(model.network), model.ledger
+
+
+@pytest.mark.parametrize(
+    "kind", ["stream", "sized stream", "stateful", "stateful stream", "stateful sized stream", "stateful workers"]
+)
+def test_loaders_of_other_kinds_go_on_with_the_next_sample(ranks: RankPools, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "saved.ckpt"
+    whole = ranks.run(2, train_with, kind, 14)
+    ranks.run(2, train_with, kind, 9, SaveAt(8, path))
+    resumed = ranks.run(2, train_with, kind, 14, None, path)
+    for (parameters, ledger), (expected_parameters, expected_ledger) in zip(resumed, whole, strict=True):
+        assert ledger == expected_ledger[9:]
+        difference = max(abs(a - b) for a, b in zip(parameters, expected_parameters, strict=True))
+        assert measured(f"unbroken run, resumed in mid-epoch, {kind}", difference) < 1e-10
+    if "workers" not in kind:
+        assert sorted(i for _, ledger in whole for step in ledger[:6] for i in step) == list(range(SIZE))
