@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "PlanSchedule",
     "StepTime",
     "StepTiming",
+    "WindowTiming",
     "weight_in_mean",
 ]
 
@@ -58,6 +59,35 @@ class StepTiming:
     samples: int
     own_s: float
     waiting_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class WindowTiming:
+    """Several measured steps of one rank and one size, in a few numbers.
+
+    Attributes:
+        samples: size of the rank's mini-batch.
+        steps: how many steps the numbers are of.
+        own_s: mean own time of a step.
+        deviation_s: standard deviation of a step's own time.
+        waiting_s: mean time from the last local gradient until the gradients of all ranks were combined.
+    """
+
+    samples: int
+    steps: int
+    own_s: float
+    deviation_s: float = 0.0
+    waiting_s: float = 0.0
+
+    def to_numbers(self) -> list[float]:
+        """Return the fields as floating-point numbers, fit for a collective."""
+        return [float(value) for value in astuple(self)]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> WindowTiming:
+        """Return what :meth:`to_numbers` described."""
+        samples, steps, *seconds = numbers
+        return cls(int(samples), int(steps), *seconds)
 
 
 @dataclass(frozen=True)

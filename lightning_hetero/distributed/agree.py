@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -50,26 +50,29 @@ def lend(value: Message, lender: int) -> Message:
     return values[0]
 
 
-def agree(message: Message, decide: Callable[[list[Message]], Decision]) -> Decision:
-    """Gather a message of every rank, decide on rank zero, and return that decision on all ranks.
+def agree(numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision], device: torch.device) -> Decision:
+    """Gather some numbers of every rank, decide on rank zero, and return that decision on all ranks.
 
     One rank decides because floating-point results may differ in the last bit between processors, and ranks that
-    differ in a plan would lose samples.
+    differ in a plan would lose samples. The numbers travel in one small all-reduce, whatever the number of ranks.
 
     Args:
-        message: a small picklable value. Every rank has to call this at the same point.
-        decide: called on rank zero with the messages in the order of ranks; returns a picklable value.
+        numbers: as many on every rank. Every rank has to call this at the same point.
+        decide: called on rank zero with the numbers of all ranks, in the order of ranks; returns a picklable value.
+        device: where the process group communicates from.
 
     Raises:
         Exception: whatever ``decide`` raised, on every rank, so that none is left waiting.
     """
-    messages = gather(message)
     if not (dist.is_available() and dist.is_initialized()):
-        return decide(messages)
+        return decide([list(numbers)])
+    gathered = torch.zeros(dist.get_world_size(), len(numbers), dtype=torch.float64, device=device)
+    gathered[dist.get_rank()] = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(gathered)
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = decide(messages)
+            outcome[0] = decide(gathered.tolist())
         except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_hetero.balance.summary import RankStatus, rank_status, speed_up
-from lightning_hetero.balance.tuning import Proposal, propose, review, windows_for
-from lightning_hetero.balance.types import BatchPlan, PlanSchedule, StepTime, StepTiming
+from lightning_hetero.balance.rebalance import Rebalancer, Verdict, Window
+from lightning_hetero.balance.summary import speed_up
+from lightning_hetero.balance.types import BatchPlan, PlanSchedule, StepTime, WindowTiming
+from lightning_hetero.balance.window import summarise
 from lightning_hetero.distributed.agree import agree
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin import arguments
@@ -21,81 +22,81 @@ from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
 __all__ = ["LoadBalancer", "add_default_balancer"]
 
+_NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _REPORT_STEPS = 10
 
 
 @dataclass(frozen=True)
-class _Report:
-    """What a rank tells the others at the end of a window: all its measured steps, and those of the window."""
-
-    timings: tuple[StepTiming, ...]
-    latest: tuple[StepTiming, ...]
-    fetched_through: int
-
-
-@dataclass(frozen=True)
 class _Decision:
-    """What all ranks do next."""
+    """What all ranks do next; the windows of all ranks where somebody wants to see them."""
 
-    proposal: Proposal
+    verdict: Verdict
     first_step: int
-    statuses: tuple[RankStatus, ...]
+    windows: tuple[WindowTiming, ...]
 
 
 class LoadBalancer(Callback):
-    """Finds the shares of ``hetero_ddp`` from the timings of the first training steps.
+    """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and keeps them right.
 
     It measures each rank's own time for a step (data, transfer, forward, backward, optimiser, and the callbacks before
-    this one; no waiting for other ranks) under two or three different
-    divisions of the global batch, fits overhead and cost a sample, and changes to the division with the earliest
-    slowest rank. The training itself is the same before, during and after; only its speed changes. With
-    strategy="hetero_ddp" one with these defaults is added where there is none.
+    this one; no waiting for other ranks), learns overhead and cost a sample, and changes to the division with the
+    earliest slowest rank. Then it goes on looking for devices that became slower or faster. The training itself is the
+    same before, during and after; only its speed changes. With strategy="hetero_ddp" one with these defaults is added
+    where there is none.
 
     Args:
         warmup_steps: Training steps that are not measured: memory is allocated and kernels are chosen in them.
-        tune_steps: Training steps in which the shares are found. Below 8 the division is corrected once only, in
-            proportion to the speeds, and a fixed overhead of a step is not told apart.
+        tune_steps: Most training steps in which the shares are searched for; the search ends earlier where measuring
+            on would not change them.
         min_gain: Least predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
         verbose: Whether to print one line for each change and a table of what it brought.
+        watch_steps: Training steps of each look for drift after the tuning. The ranks exchange a few numbers at the end
+            of each, at most about four times a second. 0 keeps the shares that the tuning found.
 
     Raises:
         ConfigurationError: an argument breaks its rule.
 
     Attributes:
-        step_times: The fitted step time of each rank; empty before the first window has ended.
+        step_times: The expected step time of each rank; empty before the first window has ended.
+        communication_s: What a step takes besides the slowest rank's own time, as measured.
         statuses_before: Each rank under the initial plan, as measured.
         statuses_after: Each rank under the plan that was found, as measured.
         changes: The changes of plan, as pairs of the first training step and the plan.
-        finished: Whether the shares are found.
+        finished: Whether the tuning is over.
     """
 
     def __init__(
-        self, warmup_steps: int = 3, tune_steps: int = 20, min_gain: float = 0.05, verbose: bool = True
+        self,
+        warmup_steps: int = 3,
+        tune_steps: int = 20,
+        min_gain: float = 0.05,
+        verbose: bool = True,
+        watch_steps: int = 10,
     ) -> None:
         arguments.check_at_least("warmup_steps", warmup_steps, 0)
         arguments.check_at_least("tune_steps", tune_steps, 1)
         arguments.check_at_least("min_gain", min_gain, 0, whole=False)
+        arguments.check_at_least("watch_steps", watch_steps, 0)
         super().__init__()
         self.warmup_steps = warmup_steps
         self.tune_steps = tune_steps
         self.min_gain = min_gain
         self.verbose = verbose
+        self.watch_steps = watch_steps
         self.step_times: tuple[StepTime, ...] = ()
-        self.statuses_before: tuple[RankStatus, ...] = ()
-        self.statuses_after: tuple[RankStatus, ...] = ()
+        self.communication_s = 0.0
+        self.statuses_before: tuple[WindowTiming, ...] = ()
+        self.statuses_after: tuple[WindowTiming, ...] = ()
         self.changes: list[tuple[int, BatchPlan]] = []
         self.finished = False
-        self._windows = windows_for(tune_steps)
         self._strategy: HeteroDDPStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
-        self._initial: BatchPlan | None = None
-        self._reporting = False
-        self._changed = False
-        self._window = 0
+        self._rebalancer: Rebalancer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._window = Window(0, 1)
         self._measure_from = 0
         self._elapsed = 0
         self._kept = 0
-        self._timings: list[StepTiming] = []
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class LoadBalancer(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = self._the_strategy
-        if strategy.schedule is None or trainer.world_size == 1 or self.finished:
+        if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
             return
         self._begin(trainer.fit_loop.total_batch_idx + 1)
         # the forward pass proper begins behind what DDP communicates before it
@@ -122,26 +123,32 @@ class LoadBalancer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        strategy = self._the_strategy
-        if not strategy.timer.enabled:
+        if self._rebalancer is None:
             return
+        strategy = self._the_strategy
         strategy.timer.pause()
         part, schedule, step = strategy.training_slice, strategy.schedule, trainer.fit_loop.total_batch_idx
         if part is None or schedule is None:
             self._stop_measuring()  # the loader was replaced by one that the strategy does not divide
             return
-        if schedule.at(step).global_batch_size != self._initial_plan.global_batch_size:
+        plan = schedule.at(step)
+        if plan.global_batch_size != self._rebalancer.current.global_batch_size:
+            self._restored = None
             self._begin(step + 1)  # what was measured is of another global batch
             return
+        if not strategy.timer.enabled:
+            if step + 2 >= self._measure_from:  # the step under way when it is enabled is not whole
+                strategy.timer.enable()
+            return
         in_window = step >= self._measure_from
-        whole = part.global_samples == schedule.at(step).global_batch_size
+        whole = part.global_samples == plan.global_batch_size
         # a first batch may have waited for workers to start, unless there are hardly others; a ragged one is not what
         # the plan is for. Both follow from the step alone, so the ranks agree on what counts.
         keep = in_window and whole and (batch_idx > 0 or trainer.num_training_batches < 3)
         strategy.timer.finish_step(part.samples, keep)
         self._elapsed += in_window
         self._kept += keep
-        if self._kept and self._elapsed >= self._steps_of_window:
+        if self._kept and self._elapsed >= self._window.measured_steps:
             self._end_window()
 
     @override
@@ -159,103 +166,103 @@ class LoadBalancer(Callback):
         assert self._strategy is not None
         return self._strategy
 
-    @property
-    def _steps_of_window(self) -> int:
-        return _REPORT_STEPS if self._reporting else self._windows.measured_steps[self._window]
-
-    @property
-    def _initial_plan(self) -> BatchPlan:
-        assert self._initial is not None
-        return self._initial
-
     def _begin(self, first_step: int) -> None:
-        """Start to tune, or start anew."""
+        """Start to tune, or to watch where a resumed run has tuned already, or start anew."""
         strategy = self._the_strategy
         assert strategy.schedule is not None
-        self._initial = strategy.schedule.at(first_step)
-        self._window, self._timings = 0, []
-        self._reporting = self._changed = self.finished = False
-        self._start_window(first_step + self.warmup_steps)
+        current = strategy.schedule.at(first_step)
+        state = self._restored
+        if state is not None and sum(state["initial"]) != current.global_batch_size:
+            state = self._restored = None
+        self.finished = state is not None
+        self._rebalancer = Rebalancer(
+            initial=current if state is None else BatchPlan(tuple(state["initial"])),
+            current=current,
+            limits=strategy.limits,
+            min_gain=self.min_gain,
+            tune_steps=self.tune_steps,
+            watch_steps=self.watch_steps or _REPORT_STEPS,
+            model=None if state is None else Rebalancer.model_of(state),
+        )
+        self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
         strategy.timer.disable()
         strategy.timer.enable()
 
-    def _start_window(self, first_step: int) -> None:
-        self._measure_from = first_step
+    def _start_window(self, first_step: int, window: Window) -> None:
+        self._window = window
+        self._measure_from = first_step + window.skipped_steps
         self._elapsed = self._kept = 0
 
     def _end_window(self) -> None:
         """Exchange what was measured; every rank comes here after the same step."""
         strategy = self._the_strategy
-        assert strategy.schedule is not None
-        current = strategy.schedule.plans[-1]
-        measured = strategy.timer.take()
-        self._timings += measured
-        report = _Report(tuple(self._timings), tuple(measured), strategy.fetched_through)
-        decision = agree(report, lambda reports: self._decide(reports, current))
-        if self._reporting:
-            self._finish(decision, current)
-        else:
-            self._follow(decision, current)
-
-    def _decide(self, reports: list[_Report], current: BatchPlan) -> _Decision:
-        timings = [report.timings for report in reports]
-        judge = review if self._reporting else propose
-        proposal = judge(timings, self._initial_plan, current, self._the_strategy.limits, self.min_gain)
-        statuses = [rank_status(report.latest, n) for report, n in zip(reports, current.samples, strict=True)]
-        return _Decision(
-            proposal=proposal,
-            first_step=max(report.fetched_through for report in reports) + 1,
-            statuses=tuple(status for status in statuses if status is not None),
-        )
-
-    def _follow(self, decision: _Decision, current: BatchPlan) -> None:
-        proposal = decision.proposal
-        self.step_times = proposal.step_times
-        if self._window == 0:
-            self.statuses_before = decision.statuses
-        self._window += 1
-        if proposal.plan != current:
-            self._change(decision.first_step, proposal.plan, f"predicted: {1 + proposal.gain:.2f}x as many samples/s")
-        self.finished = proposal.settled or self._window == len(self._windows.measured_steps)
-        settle = self._windows.settle_steps if proposal.plan != current else 0
-        self._start_window(decision.first_step + settle)
-        if self.finished:
-            self._reporting = self._changed
-            if not self._reporting:
+        assert self._rebalancer is not None
+        current = self._rebalancer.current
+        window = summarise(strategy.timer.take()) or _NOTHING_MEASURED
+        decision = agree([*window.to_numbers(), strategy.fetched_through], self._decide, strategy.root_device)
+        verdict = decision.verdict
+        self.step_times, self.communication_s = verdict.step_times, verdict.communication_s
+        self._rebalancer.current = verdict.plan  # on rank zero it is already
+        if not self.statuses_before:
+            self.statuses_before = decision.windows
+        elif self.finished and self._reports:
+            self.statuses_after = decision.windows
+            self._report()
+        if verdict.plan != current:
+            self._change(decision.first_step, verdict)
+        if verdict.tuned and not self.finished:
+            self.finished = True
+            if not self.changes:
                 self._say(
-                    f"hetero_ddp: the shares stay {list(proposal.plan.samples)}; no others are predicted to be more"
+                    f"hetero_ddp: the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
                     f" than {self.min_gain:.0%} faster"
                 )
-                self._stop_measuring()
+        self._start_window(decision.first_step, verdict.window)
+        if self.finished and not (self.watch_steps or self._reports):
+            self._stop_measuring()
+        elif verdict.window.skipped_steps > 2:
+            strategy.timer.disable()
 
-    def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
-        self._the_strategy.change_plan(first_step, plan)
-        self.changes.append((first_step, plan))
-        self._changed = True
-        self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
+    @property
+    def _reports(self) -> bool:
+        """Whether a table of what the tuning brought is still to come."""
+        return bool(self.changes and self.statuses_before and not self.statuses_after)
 
-    def _finish(self, decision: _Decision, current: BatchPlan) -> None:
-        self.statuses_after = decision.statuses
-        self.step_times = decision.proposal.step_times
+    def _decide(self, rows: list[list[float]]) -> _Decision:
+        windows = [WindowTiming.from_numbers(row[:-1]) for row in rows]
+        assert self._rebalancer is not None
+        verdict = self._rebalancer.judge([window if window.steps else None for window in windows])
+        shown = all(window.steps for window in windows) and (not self.statuses_before or self._reports)
+        return _Decision(
+            verdict=verdict,
+            first_step=int(max(row[-1] for row in rows)) + 1,
+            windows=tuple(windows) if shown else (),
+        )
+
+    def _change(self, first_step: int, verdict: Verdict) -> None:
+        self._the_strategy.change_plan(first_step, verdict.plan)
+        self.changes.append((first_step, verdict.plan))
+        self._say(
+            f"hetero_ddp: {list(verdict.plan.samples)} samples a rank from training step {first_step} on (predicted:"
+            f" {1 + verdict.gain:.2f}x as many samples/s)"
+        )
+
+    def _report(self) -> None:
         strategy = self._the_strategy
-        self._stop_measuring()
-        complete = len(self.statuses_before) == len(self.statuses_after) == len(strategy.profiles)
-        if complete and self.verbose and strategy.is_global_zero:
+        if self.statuses_after and self.verbose and strategy.is_global_zero:
             from lightning_hetero.plugin.table import print_balance  # rich takes a while to import
 
             print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
-        plan = decision.proposal.plan
-        if plan != current:
-            back = plan == self._initial_plan
-            self._change(decision.first_step, plan, "back: the gain was noise" if back else "after a second look")
 
     def _stop_measuring(self) -> None:
+        if self._rebalancer is not None and self.finished:
+            self._restored = self._rebalancer.to_dict()
+        self._rebalancer = None
         if self._strategy is not None:
             self._strategy.timer.disable()
         if self._forward_hook is not None:
             self._forward_hook.remove()
             self._forward_hook = None
-        self._reporting = False
 
     def _say(self, message: str) -> None:
         if self.verbose:
@@ -280,6 +287,7 @@ class LoadBalancer(Callback):
             "finished": self.finished,
             "schedule": strategy.schedule.to_dict(),
             "step_times": [time.to_dict() for time in self.step_times],
+            "balance": self._restored if self._rebalancer is None else self._rebalancer.to_dict(),
         }
 
     @override
@@ -292,6 +300,7 @@ class LoadBalancer(Callback):
             return
         strategy.restore_schedule(PlanSchedule.from_dict(state_dict["schedule"]))
         self.step_times = tuple(StepTime(**time) for time in state_dict["step_times"])
+        self._restored = state_dict.get("balance")
         self.finished = True
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lightning_hetero.balance.summary import RankStatus, speed_up
-from lightning_hetero.balance.types import DeviceProfile
+from lightning_hetero.balance.summary import speed_up
+from lightning_hetero.balance.types import DeviceProfile, WindowTiming
 
 __all__ = ["balance_table", "print_balance"]
 
 
 def balance_table(
-    profiles: Sequence[DeviceProfile], before: Sequence[RankStatus], after: Sequence[RankStatus]
+    profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
 ) -> Table:
     """Build the table of what each rank does before and after the change of shares.
 
@@ -41,7 +41,9 @@ def balance_table(
     return table
 
 
-def print_balance(profiles: Sequence[DeviceProfile], before: Sequence[RankStatus], after: Sequence[RankStatus]) -> None:
+def print_balance(
+    profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
+) -> None:
     """Print the table and the speed-up; on a terminal no wider than the terminal, elsewhere in 80 columns."""
     console = Console()
     console = Console(width=None if console.is_terminal else 80, highlight=False)

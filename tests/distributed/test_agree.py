@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
 
 from lightning_hetero.distributed.agree import agree, gather
 
+CPU = torch.device("cpu")
 
-def agree_on_sum() -> tuple[list[int], int, int]:
+
+def agree_on_rows() -> tuple[list[int], list[list[float]], int]:
     rank = dist.get_rank()
     decided_by = []
 
-    def decide(messages: list[int]) -> int:
+    def decide(rows: list[list[float]]) -> list[list[float]]:
         decided_by.append(rank)
-        return sum(messages) + rank  # would differ between ranks if each decided for itself
+        return [*rows, [rank]]  # would differ between ranks if each decided for itself
 
-    return gather(rank * 10), agree(rank + 1, decide), len(decided_by)
+    return gather(rank * 10), agree([rank + 0.1, float("nan"), 1e300], decide, CPU), len(decided_by)
 
 
 def fail_to_agree() -> None:
-    def decide(_: list[int]) -> int:
+    def decide(_: list[list[float]]) -> int:
         raise ValueError("no plan for this")
 
-    agree(0, decide)
+    agree([0.0], decide, CPU)
 
 
 def test_one_rank_decides_for_all(ranks: RankPools) -> None:
-    assert ranks.run(2, agree_on_sum) == [([0, 10], 3, 1), ([0, 10], 3, 0)]
+    first, second = ranks.run(2, agree_on_rows)
+    assert str(first[1]) == str(second[1]) == "[[0.1, nan, 1e+300], [1.1, nan, 1e+300], [0]]"
+    assert (first[0], second[0], first[2], second[2]) == ([0, 10], [0, 10], 1, 0)
 
 
 def test_a_failed_decision_fails_on_every_rank(ranks: RankPools) -> None:
@@ -38,4 +43,4 @@ def test_a_failed_decision_fails_on_every_rank(ranks: RankPools) -> None:
 
 
 def test_without_a_process_group_the_caller_decides() -> None:
-    assert agree(3, lambda messages: messages) == [3]
+    assert agree([3.0], lambda rows: rows, CPU) == [[3.0]]

@@ -16,7 +16,7 @@ from training import Numbered, SmallModule, flat, make_trainer, reference_parame
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.batch_solver import solve_batch
-from lightning_hetero.balance.types import BatchPlan, StepTime, StepTiming
+from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 
 BATCH_SIZE = 32
@@ -94,8 +94,8 @@ def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
     loader = {"num_workers": 2, "prefetch_factor": 3}
     outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 40, "auto", loader, None, 40)
     step, plan = outcomes[0].changes[0]
-    # the ranks speak to each other after 3 + 6 steps, and six batches have been read ahead by then
-    assert step == 9 + 6
+    # the ranks speak to each other after 3 + 2 steps at the earliest, and six batches have been read ahead by then
+    assert step >= 5 + 6
     assert outcomes[0].sizes[step - 1 : step + 1] == [BATCH_SIZE, plan.samples[0]]
     expected = reference_parameters(BATCH_SIZE * 2 * 39 + 17, BATCH_SIZE * 2, 40)
     assert max(abs(a - b) for a, b in zip(outcomes[0].parameters, expected, strict=True)) < 1e-10
@@ -118,39 +118,45 @@ def test_shares_beside_a_balancer_are_where_it_starts(ranks: RankPools) -> None:
     assert max(abs(a - b) for a, b in zip(plan.samples, (43, 21), strict=True)) <= 1
 
 
-class Misled(LoadBalancer):
-    """Decides on other timings than those measured, until it reviews what that brought."""
+class Throttle(Callback):
+    """Changes the speed of a rank at given steps."""
 
-    def __init__(self, own_s: list[float]) -> None:
-        super().__init__(tune_steps=5, verbose=False)
-        self.own_s = own_s
+    def __init__(self, slow_down: SlowDown, factors: dict[int, float]) -> None:
+        self.slow_down, self.factors = slow_down, factors
 
-    def _decide(self, reports: list[Any], current: BatchPlan) -> Any:
-        if not self._reporting:
-            wrong = [(StepTiming(BATCH_SIZE, seconds),) * 5 for seconds in self.own_s]
-            reports = [replace(report, timings=t) for report, t in zip(reports, wrong, strict=True)]
-        return super()._decide(reports, current)
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.slow_down.factors[0] = self.factors.get(trainer.global_step, self.slow_down.factors[0])
 
 
-@pytest.mark.parametrize(
-    ("factors", "own_s", "final"),
-    [([1.0, 1.0], [0.1, 0.2], (32, 32)), ([1.0, 2.0], [0.2, 0.1], (43, 21)), ([1.0, 2.0], [0.1, 0.2], (43, 21))],
-    ids=["noise_is_taken_back", "error_is_corrected", "truth_is_kept"],
-)
-def test_what_was_found_is_reviewed(
-    ranks: RankPools, factors: list[float], own_s: list[float], final: tuple[int, int]
-) -> None:
-    outcomes = ranks.run(2, balanced_run, factors, 0.002, 0.0, 30, "auto", None, Misled(own_s))
-    assert outcomes[0].changes == outcomes[1].changes
-    assert max(abs(a - b) for a, b in zip(outcomes[0].changes[-1][1].samples, final, strict=True)) <= 1
-    assert len(outcomes[0].changes) == (1 if own_s[0] / own_s[1] == factors[0] / factors[1] else 2)
-    assert [outcome.sizes[-1] for outcome in outcomes] == list(outcomes[0].changes[-1][1].samples)
+def throttled_run(balancer: LoadBalancer) -> tuple[list[tuple[int, BatchPlan]], list[int], list[float]]:
+    """Rank 0 becomes twice as slow at step 40 and recovers at step 90."""
+    model, slow_down = SmallModule(), SlowDown([1.0, 1.0], 0.001)
+    callbacks = [slow_down, Throttle(slow_down, {40: 2.0, 90: 1.0}), balancer]
+    trainer = make_trainer(HeteroDDPStrategy(), dist.get_world_size(), callbacks, max_steps=140)
+    trainer.fit(model, DataLoader(Numbered(BATCH_SIZE * 2 * 200), batch_size=BATCH_SIZE, shuffle=True))
+    return balancer.changes, [len(samples) for samples in model.ledger], flat(model.network)
+
+
+def test_a_device_that_slows_down_and_recovers(ranks: RankPools) -> None:
+    """Both are answered by the same change at the same step on all ranks, and the parameters stay those of ddp."""
+    (changes, sizes, parameters), (others, _, _) = ranks.run(2, throttled_run, LoadBalancer(verbose=False))
+    assert changes == others
+    assert 40 < changes[0][0] <= 70
+    assert abs(sizes[75] - 21) <= 2
+    assert abs(sizes[125] - 32) <= 2
+    expected = reference_parameters(BATCH_SIZE * 2 * 200, BATCH_SIZE * 2, 140)
+    assert max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+
+
+def test_without_watching_what_the_tuning_found_stays(ranks: RankPools) -> None:
+    for changes, _, _ in ranks.run(2, throttled_run, LoadBalancer(verbose=False, watch_steps=0)):
+        assert changes == []
 
 
 def test_a_few_tuning_steps_correct_in_proportion(ranks: RankPools) -> None:
     balancer = LoadBalancer(warmup_steps=2, tune_steps=4)
     outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.002, 0.0, 20, "auto", None, balancer)
-    assert outcomes[0].changes[0][0] == 6
+    assert outcomes[0].changes[0][0] <= 6
     assert max(abs(a - b) for a, b in zip(outcomes[0].changes[0][1].samples, (43, 21), strict=True)) <= 1
     assert outcomes[0].finished
 
@@ -250,7 +256,10 @@ def test_a_resumed_run_keeps_its_shares_and_does_not_tune_again(ranks: RankPools
         assert set(result["resumed"]) == {result["found"][rank]}
         assert result["tuned_again"] == []
         assert result["finished"]
-        assert result["step_times"][0] == result["step_times"][1] != ()
+        # what was learned is where the resumed run goes on learning from
+        before, after = ([time.seconds(BATCH_SIZE) for time in times] for times in result["step_times"])
+        assert before == pytest.approx(after, rel=0.2)
+        assert before
         # on other devices it begins anew
         assert result["elsewhere"][0] == BATCH_SIZE
         assert not result["finished_elsewhere"]

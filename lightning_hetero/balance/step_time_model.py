@@ -1,0 +1,172 @@
+r"""Learn online how long each rank takes for a mini-batch of n samples, and how sure that is.
+
+Every rank :math:`r` has a state :math:`x_r = (a_r, c_r)`, overhead and cost a sample, and a window of steps of size
+:math:`n` measures :math:`a_r + c_r n` with noise.  A Kalman filter (R. Kalman, *A New Approach to Linear Filtering and
+Prediction Problems*, J. Basic Eng. 82, 1960) keeps the mean and covariance of each state:
+
+- the first window fixes the level at its size; that the time is proportional to the size is a prior of standard
+  deviation 1/2 on the slope, so that the data decide as soon as a second size is measured;
+- between windows the speed of a rank wanders: its state is multiplied by a random factor near 1, which keeps the ratio
+  of overhead to cost, and with it what was learned from other sizes;
+- a window that the filter cannot explain is a change of speed (throttling, another tenant, recovery): the level is
+  learned anew from that window, the ratio is kept;
+- the noise of a rank is estimated from the spread inside its windows and, since disturbances last longer than a step,
+  from how far windows are from their predictions.
+
+Times and sizes are divided by those of the rank's first window, so one setting fits all devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_hetero.balance.types import StepTime, WindowTiming
+
+__all__ = ["StepTimeModel"]
+
+_Floats = npt.NDArray[np.float64]
+
+_SLOPE_DEVIATION = 0.5
+# Per step the speed of a steady device wanders by this part (standard deviation).
+_WANDER = 0.0007
+# However well its steps agree, a window is not believed to be better than this part.
+_LEAST_DEVIATION = 0.002
+# Before anything is measured, a step is expected to vary by this part; the guess weighs as much as so many steps.
+_NOISE_GUESS = 0.05
+_NOISE_GUESS_STEPS = 4.0
+_NOISE_MEMORY = 0.98
+# A window this many standard deviations and at least this part off its prediction is a change of speed.
+_CHANGE_DEVIATIONS = 5.0
+_CHANGE_PART = 0.1
+_SURPRISE_MEMORY = 0.95
+_FIRST_SURPRISE = 2.0
+_MOST_SURPRISE = 9.0
+# Below this part of the proportional slope a fit is not believed: it would hand a rank samples without end.
+_LEAST_SLOPE = 0.05
+
+
+class StepTimeModel:
+    """The step times of all ranks, learned from windows of measured steps.
+
+    Args:
+        world_size: number of ranks.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._scale_n: _Floats = np.zeros(world_size)
+        self._scale_s: _Floats = np.ones(world_size)
+        self._size: _Floats = np.ones(world_size)
+        self._mean: _Floats = np.zeros((world_size, 2))
+        self._covariance: _Floats = np.zeros((world_size, 2, 2))
+        self._squares: _Floats = np.zeros(world_size)
+        self._freedom: _Floats = np.zeros(world_size)
+        self._surprise: _Floats = np.full(world_size, _FIRST_SURPRISE)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every rank was measured."""
+        return bool(np.all(self._scale_n > 0))
+
+    def observe(self, windows: Sequence[WindowTiming | None]) -> None:
+        """Learn from one window of each rank, shape ``(world_size,)``; None where a rank measured nothing."""
+        for rank, window in enumerate(windows):
+            if window is not None and self._scale_n[rank] == 0:
+                self._begin(rank, window)
+        known = [w if w is not None and self._scale_n[r] > 0 else None for r, w in enumerate(windows)]
+        ranks = np.array([r for r, w in enumerate(known) if w is not None], dtype=np.int64)
+        if len(ranks):
+            self._update(ranks, [w for w in known if w is not None])
+
+    def _begin(self, rank: int, window: WindowTiming) -> None:
+        self._scale_n[rank], self._scale_s[rank] = window.samples, window.own_s
+        self._mean[rank] = (0.0, 1.0)
+        # the level is unknown, and so is how much of it does not depend on the size
+        level, slope = np.array([0.0, 1.0]), np.array([-1.0, 1.0])
+        self._covariance[rank] = np.outer(level, level) + _SLOPE_DEVIATION**2 * np.outer(slope, slope)
+
+    def _update(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
+        scale_s = self._scale_s[ranks]
+        steps = np.array([w.steps for w in windows], dtype=np.float64)
+        self._size[ranks] = np.array([w.samples for w in windows]) / self._scale_n[ranks]
+        measured = np.array([w.own_s for w in windows]) / scale_s
+        deviation = np.array([w.deviation_s for w in windows]) / scale_s
+        h = np.stack([np.ones(len(ranks)), self._size[ranks]], axis=1)
+        x, p = self._mean[ranks], self._covariance[ranks]
+        predicted = np.sum(h * x, axis=1)
+        level = np.maximum(predicted, _LEAST_SLOPE)
+
+        self._squares[ranks] = _NOISE_MEMORY * self._squares[ranks] + (steps - 1) * (deviation / measured) ** 2
+        self._freedom[ranks] = _NOISE_MEMORY * self._freedom[ranks] + (steps - 1)
+        part = self._noise()[ranks] ** 2 / steps * self._surprise[ranks] + _LEAST_DEVIATION**2
+        noise = part * level**2
+
+        p = p + (_WANDER**2 * steps)[:, None, None] * _outer(x, x)
+        error = measured - predicted
+        variance = _quadratic(p, h) + noise
+        surprise = error**2 / variance
+        changed = (surprise > _CHANGE_DEVIATIONS**2) & (np.abs(error) > _CHANGE_PART * level)
+        p = p + np.where(changed, (error / level) ** 2, 0.0)[:, None, None] * _outer(x, x)
+        variance = _quadratic(p, h) + noise
+        surprise = np.where(changed, 1.0, np.minimum(surprise, _MOST_SURPRISE))
+        self._surprise[ranks] = np.maximum(
+            _SURPRISE_MEMORY * self._surprise[ranks] + (1 - _SURPRISE_MEMORY) * surprise, 1.0
+        )
+        ph = np.einsum("rij,rj->ri", p, h)
+        self._mean[ranks] = x + ph * (error / variance)[:, None]
+        self._covariance[ranks] = p - _outer(ph, ph) / variance[:, None, None]
+
+    def _noise(self) -> _Floats:
+        """Return the standard deviation of a step of each rank, as a part of its time."""
+        guess = _NOISE_GUESS_STEPS
+        common = (guess * _NOISE_GUESS**2 + self._squares.sum()) / (guess + self._freedom.sum())
+        own: _Floats = np.sqrt((guess * common + self._squares) / (guess + self._freedom))
+        return own
+
+    def step_times(self) -> tuple[StepTime, ...]:
+        """Return the expected step time of each rank: a line through what it takes at its present size."""
+        level = self._level()
+        proportional = level / self._size
+        slope = np.clip(self._mean[:, 1], _LEAST_SLOPE * proportional, proportional)
+        overhead = np.maximum(level - slope * self._size, 0.0) * self._scale_s
+        cost = slope * self._scale_s / self._scale_n
+        return tuple(StepTime(float(a), float(c)) for a, c in zip(overhead, cost, strict=True))
+
+    def deviations(self) -> tuple[float, ...]:
+        """Return the standard deviation of each rank's expected time at its present size, as a part of that time."""
+        h = np.stack([np.ones(len(self._size)), self._size], axis=1)
+        deviations = np.sqrt(np.maximum(_quadratic(self._covariance, h), 0.0)) / self._level()
+        return tuple(float(d) for d in deviations)
+
+    @property
+    def freedom(self) -> float:
+        """How many steps the estimate of the noise rests on (the degrees of freedom of its variance)."""
+        return _NOISE_GUESS_STEPS + float(self._freedom.sum())
+
+    def _level(self) -> _Floats:
+        level: _Floats = np.maximum(self._mean[:, 0] + self._mean[:, 1] * self._size, 1e-3)
+        return level
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return lists of plain numbers, fit for JSON and for a checkpoint."""
+        return {name: value.tolist() for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> StepTimeModel:
+        """Return what :meth:`to_dict` described."""
+        model = cls(len(state["_scale_n"]))
+        for name in vars(model):
+            setattr(model, name, np.array(state[name], dtype=np.float64))
+        return model
+
+
+def _outer(a: _Floats, b: _Floats) -> _Floats:
+    return a[:, :, None] * b[:, None, :]
+
+
+def _quadratic(p: _Floats, h: _Floats) -> _Floats:
+    value: _Floats = np.einsum("ri,rij,rj->r", h, p, h)
+    return value
