@@ -21,6 +21,7 @@ from statistics import NormalDist
 from typing import Any
 
 from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
+from lightning_hetero.balance.pooling import pool
 from lightning_hetero.balance.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 
@@ -112,6 +113,7 @@ class Rebalancer:
         self._windows_since_change = _COOL_DOWN_WINDOWS
         self._communication_s = 0.0
         self._observed = 0
+        self._deviations: tuple[float, ...] = ()
         self.model = model or StepTimeModel(initial.world_size)
         self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
@@ -127,7 +129,8 @@ class Rebalancer:
         self._windows_since_change += 1
         if not self.model.ready:
             return self._verdict(self.current, (), 0.0)
-        step_times = self.model.step_times()
+        equal_size = self.initial.global_batch_size / self.initial.world_size
+        step_times, self._deviations = pool(self.model, equal_size, self._doubt)
         target = self._best(step_times)
         gain = self._gain(step_times, target)
         if target != self.current and self._worth_it(step_times, target, gain):
@@ -164,7 +167,7 @@ class Rebalancer:
         """Predict how many more samples a second ``target`` processes, were the ranks measured ``doubt`` too slow."""
         old_s = max(
             time.seconds(n) * (1 - doubt * deviation)
-            for time, n, deviation in zip(step_times, self.current.samples, self.model.deviations(), strict=True)
+            for time, n, deviation in zip(step_times, self.current.samples, self._deviations, strict=True)
         )
         new_s = predicted_step_s(step_times, target)
         return (old_s + self._communication_s) / (new_s + self._communication_s) - 1.0
@@ -181,7 +184,7 @@ class Rebalancer:
 
     def _settled(self, gain: float) -> bool:
         """Whether more measuring would hardly change the plan."""
-        return gain + self._doubt * max(self.model.deviations()) < self._min_gain
+        return gain + self._doubt * max(self._deviations) < self._min_gain
 
     # ---- times -----------------------------------------------------------------------------------------------------
 

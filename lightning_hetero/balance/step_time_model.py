@@ -135,11 +135,25 @@ class StepTimeModel:
         cost = slope * self._scale_s / self._scale_n
         return tuple(StepTime(float(a), float(c)) for a, c in zip(overhead, cost, strict=True))
 
-    def deviations(self) -> tuple[float, ...]:
-        """Return the standard deviation of each rank's expected time at its present size, as a part of that time."""
-        h = np.stack([np.ones(len(self._size)), self._size], axis=1)
-        deviations = np.sqrt(np.maximum(_quadratic(self._covariance, h), 0.0)) / self._level()
+    def deviations(self, samples: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Return how sure each rank's expected time is.
+
+        Args:
+            samples: the size that is asked about, one a rank; by default those of the latest window.
+
+        Returns:
+            Standard deviations, as parts of the expected time, shape ``(world_size,)``.
+        """
+        size = self._size if samples is None else np.asarray(samples, dtype=np.float64) / self._scale_n
+        h = np.stack([np.ones(len(size)), size], axis=1)
+        level = np.maximum(np.sum(h * self._mean, axis=1), 1e-3)
+        deviations = np.sqrt(np.maximum(_quadratic(self._covariance, h), 0.0)) / level
         return tuple(float(d) for d in deviations)
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """The size of each rank in its latest window."""
+        return tuple(float(n) for n in self._size * self._scale_n)
 
     @property
     def freedom(self) -> float:

@@ -126,7 +126,7 @@ def test_ten_per_cent_jitter_is_refined_away_while_training_goes_on(truth: list[
 def test_pure_noise_changes_nothing() -> None:
     """A thousand steps of equal devices with 10 % jitter."""
     changes = [len(simulate(ranks(*[(0.01, 0.001)] * 2), 128, 1000, jitter=0.1, seed=s).changes) for s in range(8)]
-    assert sum(changes) <= 2
+    assert sum(changes) <= 1
     assert [len(simulate(ranks(*[(0.01, 0.001)] * 4), 256, 500, jitter=0.03, seed=s).changes) for s in range(5)] == [
         0
     ] * 5
@@ -158,6 +158,17 @@ def test_is_never_slower_than_equal_shares_and_near_the_optimum(truth: list[Step
     final = run.changes[-1][1] if run.changes else proportional_plan([1.0] * len(truth), batch)
     assert predicted_step_s(truth, final) <= 1.02 * equal
     assert predicted_step_s(truth, final) <= 1.08 * best  # min_gain, and a sample of rounding
+
+
+@pytest.mark.parametrize("jitter", [0.03, 0.1])
+def test_hundreds_of_ranks_of_two_kinds_with_a_straggler(jitter: float) -> None:
+    """The one that seems slowest of many hardly is; a plan that believed it would be slower than equal shares."""
+    truth = [StepTime(0.010 * k, 0.001 * k) for k in (1, 2) for _ in range(128)]
+    truth[5] = StepTime(0.030, 0.003)
+    run = simulate(truth, 64 * len(truth), 60, jitter=jitter, seed=1)
+    assert run.efficiency[0] < 0.6
+    assert run.efficiency[20] >= 0.88
+    assert run.efficiency[59] >= 0.88
 
 
 def test_limits_are_kept() -> None:
