@@ -26,6 +26,8 @@ from lightning_hetero.balance.types import StepTime
 
 __all__ = ["pool"]
 
+# Sizes of like ranks are within this factor of each other.
+_ALIKE = 1.25
 # In standard deviations: how far off a member of a group is believed to be, and how far a rank is moved at most.
 _FARTHEST_MEMBER = 4.0
 _FARTHEST_SHIFT = 2.0
@@ -45,17 +47,21 @@ def pool(model: StepTimeModel, samples: float, doubt: float) -> tuple[tuple[Step
     """
     times = model.step_times()
     group = _groups(np.log([t.seconds(samples) for t in times]), model.deviations([samples] * len(times)), doubt)
-    count = np.bincount(group)
     # like ranks have nearly the same size now, and there, where they were just measured, most is known of them
-    size = (np.bincount(group, model.samples) / count)[group]
+    now = np.asarray(model.samples)
+    size = (np.bincount(group, now) / np.bincount(group))[group]
+    far = np.maximum(now, size) > _ALIKE * np.minimum(now, size)
+    group[far] = group.max() + 1 + np.arange(int(far.sum()))  # not comparable: each a group of its own
+    count = np.bincount(group)
+    size = (np.bincount(group, now) / np.maximum(count, 1))[group]
     x = np.log([t.seconds(n) for t, n in zip(times, size.tolist(), strict=True)])
     variance = np.square(model.deviations(size.tolist()))
-    mean = (np.bincount(group, x) / count)[group]
+    mean = (np.bincount(group, x) / np.maximum(count, 1))[group]
     sigma = np.sqrt(variance)
     # a straggler says nothing about how much the others differ, and is not itself made to look like them
     offset = np.clip(x - mean, -_FARTHEST_MEMBER * sigma, _FARTHEST_MEMBER * sigma)
     between = np.bincount(group, offset**2) / np.maximum(count - 1, 1)
-    true = np.maximum(between - np.bincount(group, variance) / count, 0.0)[group]
+    true = np.maximum(between - np.bincount(group, variance) / np.maximum(count, 1), 0.0)[group]
     # of the doubt about a rank the part that is its own, and the doubt about the mean of its group
     own = np.where(count[group] > 1, true / np.maximum(true + variance, 1e-300), 1.0)
     left = sigma * np.sqrt(own + (1.0 - own) / count[group])

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_hetero.balance.advice import Advice, advise
 from lightning_hetero.balance.rebalance import Rebalancer, Verdict, Window
 from lightning_hetero.balance.summary import speed_up
 from lightning_hetero.balance.types import BatchPlan, PlanSchedule, StepTime, WindowTiming
@@ -217,6 +218,7 @@ class LoadBalancer(Callback):
                     f"hetero_ddp: the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
                     f" than {self.min_gain:.0%} faster"
                 )
+                self._give_advice()
         self._start_window(decision.first_step, verdict.window)
         if self.finished and not (self.watch_steps or self._reports):
             self._stop_measuring()
@@ -253,6 +255,21 @@ class LoadBalancer(Callback):
             from lightning_hetero.plugin.table import print_balance  # rich takes a while to import
 
             print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
+        self._give_advice()
+
+    def _give_advice(self) -> None:
+        advice = self.advice
+        for sentence in advice.sentences() if advice is not None else []:
+            self._say(f"hetero_ddp: {sentence}")
+
+    @property
+    def advice(self) -> Advice | None:
+        """What the present plan is worth, and what would be worth more; None before every rank was measured."""
+        strategy = self._strategy
+        if strategy is None or strategy.schedule is None or not self.step_times:
+            return None
+        plan = strategy.schedule.plans[-1]
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
 
     def _stop_measuring(self) -> None:
         if self._rebalancer is not None and self.finished:

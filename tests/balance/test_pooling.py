@@ -53,3 +53,12 @@ def test_one_rank_has_nobody_to_lean_on() -> None:
     times, deviations = pool(model, 64, DOUBT)
     assert times == model.step_times()
     assert deviations == pytest.approx(model.deviations())
+
+
+def test_ranks_of_very_different_sizes_are_not_compared() -> None:
+    """What one takes at the size of the other is a guess; nothing is drawn towards guesses."""
+    model = StepTimeModel(2)
+    model.observe([WindowTiming(16, 2, 0.016), WindowTiming(48, 2, 0.096)])
+    times, deviations = pool(model, 32, DOUBT)
+    assert times == model.step_times()
+    assert deviations == pytest.approx(model.deviations())

@@ -214,6 +214,15 @@ def test_a_run_that_was_tuned_before_begins_where_that_one_ended() -> None:
     assert (verdict.plan, verdict.tuned) == (tuned, True)
 
 
+def test_a_wrong_start_is_left() -> None:
+    plan = BatchPlan((16, 48))
+    rebalancer = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
+    for _ in range(2):
+        windows = [WindowTiming(n, 3, s * n) for n, s in zip(rebalancer.current.samples, (0.001, 0.002), strict=True)]
+        verdict = rebalancer.judge(windows)
+    assert verdict.plan.samples == (43, 21)
+
+
 def test_summary_compares_samples_per_second() -> None:
     before = [WindowTiming(32, 6, 0.030, 0.0, 0.030), WindowTiming(32, 6, 0.060)]
     after = [WindowTiming(43, 6, 0.040), WindowTiming(21, 6, 0.040)]

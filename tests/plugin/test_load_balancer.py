@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.advice import Advice
 from lightning_hetero.balance.batch_solver import solve_batch
 from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
@@ -33,6 +34,8 @@ class Outcome:
     sizes: list[int]
     parameters: list[float]
     waiting_s: list[float]
+    advice: Advice | None
+    own_s: list[float]
 
 
 def balanced_run(
@@ -64,6 +67,8 @@ def balanced_run(
         sizes=[len(samples) for samples in model.ledger],
         parameters=flat(model.network),
         waiting_s=[status.waiting_s for status in done.statuses_after],
+        advice=done.advice,
+        own_s=[status.own_s for status in done.statuses_after],
     )
 
 
@@ -99,6 +104,15 @@ def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
     assert outcomes[0].sizes[step - 1 : step + 1] == [BATCH_SIZE, plan.samples[0]]
     expected = reference_parameters(BATCH_SIZE * 2 * 39 + 17, BATCH_SIZE * 2, 40)
     assert max(abs(a - b) for a, b in zip(outcomes[0].parameters, expected, strict=True)) < 1e-10
+
+
+def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
+    """Rank 1 has an overhead that alone is more than the other needs for the whole batch."""
+    outcome = ranks.run(2, balanced_run, [1.0, 12.0], 0.0005, 0.01, 40)[0]
+    assert outcome.advice is not None
+    assert outcome.advice.ranks_to_drop == (1,)
+    assert outcome.advice.speed_up_without > 1.5
+    assert outcome.sizes[-1] >= 2 * BATCH_SIZE - 3
 
 
 def test_equal_devices_keep_equal_shares(ranks: RankPools) -> None:
