@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from lightning_hetero.testing import SlowDown
 ROUNDS = 3
 STEPS_A_BLOCK = 10
 SKIPPED_STEPS = 2
+DDP_BLOCKS = 2
 COLD_STEPS = 100
 
 
@@ -191,8 +192,8 @@ def measure(scenario: Scenario) -> dict[str, Any]:
     ddp: list[float] = []
     for _ in range(ROUNDS):
         clock = StepClock()
-        fit(scenario, "ddp", STEPS_A_BLOCK, clock)
-        ddp += rates(clock, batch, 1)
+        fit(scenario, "ddp", STEPS_A_BLOCK * DDP_BLOCKS, clock)
+        ddp += rates(clock, batch, DDP_BLOCKS)
         clock = StepClock()
         shares = [float(n) for n in plans[0].samples]
         fit(scenario, HeteroDDPStrategy(shares=shares), STEPS_A_BLOCK * len(plans), Sweep(plans), clock)
@@ -202,7 +203,6 @@ def measure(scenario: Scenario) -> dict[str, Any]:
     dist.all_reduce(alone)
     best = max(by_plan, key=lambda plan: median(by_plan[plan]))
     measured_s = batch / median(by_plan[tuned])
-    steps = [i for i in range(len(cold) - 5) if median(cold[i : i + 5]) > 1.03 * measured_s]
     return {
         "plan": tuned.samples,
         "best_plan": best.samples,
@@ -212,7 +212,6 @@ def measure(scenario: Scenario) -> dict[str, Any]:
         "best": median(by_plan[best]),
         "bound": alone.item(),
         "spread": (max(by_plan[tuned]) - min(by_plan[tuned])) / median(by_plan[tuned]),
-        "steps_until_found": steps[-1] + 2 if steps else 0,
         "changes": [step for step, _ in balancer.changes],
         "predicted_s": own_s + balancer.communication_s,
         "measured_s": measured_s,
@@ -240,9 +239,11 @@ def measure_throttled(scenario: Scenario) -> dict[str, Any]:
         times = [StepTime(0, f * scenario.seconds_per_sample) for f in (factor, 1.0)]
         optimum_s = predicted_step_s(times, solve_batch(times, 2 * scenario.batch_size))
         # what this machine adds to a step is measured where the split is known to be right: at the end
-        added_s = fmean(seconds[-20:]) - scenario.batch_size * scenario.seconds_per_sample
-        late = [i for i in range(begin, end) if seconds[i] > (optimum_s + added_s) / 0.95]
-        found[f"steps_{name}"] = max(late) + 1 - begin if late else 0
+        added_s = median(seconds[-20:]) - scenario.batch_size * scenario.seconds_per_sample
+        # medians of five steps: a step that the machine disturbed says nothing about the split; the last median that
+        # is late is that of three late steps and two that are not
+        late = [i for i in range(begin, end - 4) if median(seconds[i : i + 5]) > (optimum_s + added_s) / 0.95]
+        found[f"steps_{name}"] = max(late) + 3 - begin if late else 0
     return {**found, "changes": [(step, plan.samples) for step, plan in balancer.changes], "step_s": seconds}
 
 
