@@ -10,10 +10,11 @@ Minimise :math:`\max_r (a_r + c_r n_r)` subject to :math:`\sum_r n_r = B`, :math
 :math:`u_r`, :math:`m`    ``limits.max_samples``, ``limits.batch_multiple``
 ========================  ==============================================
 
-What a rank can finish within :math:`T` seconds grows with :math:`T`, so the least feasible :math:`T` is found by
-bisection down to neighbouring floating-point numbers, which makes the integer answer exact: of the plans with the
-least maximum, the one whose further ranks finish early too.  This is the classic threshold method for min-max
-allocation with increasing costs (T. Ibaraki and N. Katoh, *Resource Allocation Problems*, MIT Press 1988, ch. 5).
+What a rank can finish within :math:`T` seconds grows with :math:`T`, and only where :math:`T` is the finishing time
+of some rank and size. Bisection narrows the interval until no such time lies inside it, so the least feasible
+:math:`T` is found exactly: of the plans with the least maximum, the one whose further ranks finish early too.  This is
+the classic threshold method for min-max allocation with increasing costs (T. Ibaraki and N. Katoh, *Resource Allocation
+Problems*, MIT Press 1988, ch. 5).
 """
 
 from __future__ import annotations
@@ -76,16 +77,16 @@ def solve_batch(
         (64, 32)
     """
     problem = _Problem(step_times, global_batch_size, limits, min_samples)
-    low, high = 0.0, problem.least_feasible_upper_bound()
-    while True:
-        middle = low + (high - low) / 2
-        if not low < middle < high:
-            break
+    infeasible, feasible = 0.0, problem.least_feasible_upper_bound()
+    while infeasible < (middle := infeasible + (feasible - infeasible) / 2) < feasible:
+        before, after = problem.finishing_times_around(middle)
         if problem.feasible(middle):
-            high = middle
+            feasible = before
+        elif after < feasible:
+            infeasible = middle
         else:
-            low = middle
-    return BatchPlan(problem.plan_within(high))
+            break
+    return BatchPlan(problem.plan_within(feasible))
 
 
 def proportional_plan(
@@ -175,14 +176,26 @@ class _Problem:
         """Return a time within which every rank reaches its limit."""
         return float(np.max(self.overhead + self.cost * self.most)) * 2 + 1e-9
 
-    def capacity(self, seconds: float, extra: int = 0) -> _Ints:
-        """Return how many units each rank finishes within ``seconds`` if it takes ``extra`` samples besides."""
+    def samples_within(self, seconds: float) -> _Ints:
+        """Return how many samples each rank finishes within ``seconds``; -1 where it is late with none."""
         with np.errstate(over="ignore", invalid="ignore"):
             guess = np.floor((seconds - self.overhead) / self.cost)
         samples = np.clip(guess, -1, self.most).astype(np.int64)
         # the division is rounded, the finishing time that counts is not: correct by one either way
         samples += (samples < self.most) & (self.overhead + self.cost * (samples + 1) <= seconds)
         samples -= (samples >= 0) & (self.overhead + self.cost * samples > seconds)
+        return samples
+
+    def finishing_times_around(self, seconds: float) -> tuple[float, float]:
+        """Return the last time up to ``seconds`` and the first behind it at which a rank finishes some size."""
+        samples = self.samples_within(seconds)
+        before = np.where(samples >= 0, self.overhead + self.cost * samples, 0.0)
+        after = np.where(samples < self.most, self.overhead + self.cost * (samples + 1), np.inf)
+        return float(before.max()), float(after.min())
+
+    def capacity(self, seconds: float, extra: int = 0) -> _Ints:
+        """Return how many units each rank finishes within ``seconds`` if it takes ``extra`` samples besides."""
+        samples = self.samples_within(seconds)
         units: _Ints = np.maximum((np.maximum(samples, 0) - extra) // self.multiple, -1)
         return np.maximum(units, self.least_units) if extra == 0 else units
 
@@ -221,8 +234,11 @@ class _Problem:
         # what is too much comes off the rank that would be done last, of equals off the last rank
         surplus = int(units.sum()) - self.units
         sizes = units * self.multiple + extra
-        heap = [(-self._rank_finish(r, int(sizes[r])), -r) for r in range(len(units)) if units[r] > self.least_units[r]]
-        heapq.heapify(heap)
+        finish = self.overhead + self.cost * sizes
+        able = np.flatnonzero(units > self.least_units)
+        # only as many ranks as there are units too many can give one up; what is sorted is a heap
+        last = able[np.lexsort((-able, -finish[able]))[:surplus]]
+        heap = [(-float(finish[rank]), -int(rank)) for rank in last]
         for _ in range(surplus):
             rank = -heap[0][1]
             units[rank] -= 1
@@ -231,7 +247,7 @@ class _Problem:
                 heapq.heapreplace(heap, (-self._rank_finish(rank, int(sizes[rank])), -rank))
             else:
                 heapq.heappop(heap)
-        return tuple(int(n) for n in sizes)
+        return tuple(sizes.tolist())
 
     def _rank_finish(self, rank: int, samples: int) -> float:
         return float(self.overhead[rank] + self.cost[rank] * samples)
