@@ -5,16 +5,21 @@ until the gradients are combined, and wherever the training loop communicates ou
 time is what ran between the last gradients of two consecutive steps, so it counts the optimiser, the callbacks, the
 waiting for data, the transfer, forward and backward.  Only durations of one clock are taken; clocks are never compared.
 
+Where a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and
+hooks on the parameters tell the last gradient.  Whether that is so is found out in a first step, which is not counted.
+
 On CUDA the marks are events in the current stream, read when the timings are asked for, steps later.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hetero.balance.types import StepTiming
 
@@ -86,26 +91,44 @@ class StepTimer:
         self._step = _Step()
         self._measured: list[_Step] = []
         self._whole = False
+        self._nested: bool | None = None  # None until a step was looked at
+        self._pass = -1
+        self._last_gradient: Any = None
+        self._gradient_hooks: list[RemovableHandle] = []
 
     @property
     def enabled(self) -> bool:
         """Whether anything is measured."""
         return self._enabled
 
-    def enable(self) -> None:
-        """Begin to measure; the step under way is not whole and will not be counted."""
+    def enable(self, parameters: Iterable[torch.Tensor] = ()) -> None:
+        """Begin to measure; the step under way is not whole and will not be counted.
+
+        Args:
+            parameters: what is trained; they carry a hook in the first step, and longer only where backward passes
+                turn out to be nested.
+        """
         if not self._enabled:
             self.disable()
             self._enabled = True
+            if self._nested is not False:
+                hooked = (parameter for parameter in parameters if parameter.requires_grad)
+                self._gradient_hooks = [parameter.register_hook(self._note_gradient) for parameter in hooked]
 
     def disable(self) -> None:
         """Measure nothing any more and forget what was not read."""
         self._enabled = False
-        self._since = self._ready = None
+        self._since = self._ready = self._last_gradient = None
         self._running = []
         self._step = _Step()
         self._measured = []
         self._whole = False
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks = []
 
     def resume(self) -> None:
         """From here on the rank works."""
@@ -133,12 +156,21 @@ class StepTimer:
         # queued at its start. Nothing public marks this moment: hooks on parameters cost Python for each of them.
         # tests/distributed/test_step_timer.py fails where the order changes.
         torch.autograd.Variable._execution_engine.queue_callback(self.gradients_ready)
+        self._pass = torch._C._current_graph_task_id()
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
+        # the number of the running pass is private; torch tells nested passes apart by it (graph.py), and the test of
+        # the timer under reentrant checkpointing fails without it
+        if torch._C._current_graph_task_id() != self._pass:
+            self._nested = True
+        self._last_gradient = self._clock.mark()
 
     def gradients_ready(self) -> None:
         """The last local gradient is computed."""
         if not self._enabled:
             return
-        self._ready = self._clock.mark()
+        noted, self._last_gradient = self._last_gradient, None
+        self._ready = noted if self._nested and noted is not None else self._clock.mark()
         if self._since is not None:
             self._running.append((self._since, self._ready))
             self._since = None
@@ -171,6 +203,9 @@ class StepTimer:
             self._measured.append(step)
         # the first step lacks what came before the timer was enabled
         self._whole = bool(step.own)
+        if self._whole and not self._nested:
+            self._nested = False
+            self._remove_hooks()
 
     def take(self) -> list[StepTiming]:
         """Return the steps measured since the last call; on CUDA this waits for the latest of them."""

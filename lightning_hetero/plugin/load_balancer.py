@@ -139,7 +139,7 @@ class LoadBalancer(Callback):
             return
         if not strategy.timer.enabled:
             if step + 2 >= self._measure_from:  # the step under way when it is enabled is not whole
-                strategy.timer.enable()
+                self._start_measuring()
             return
         in_window = step >= self._measure_from
         whole = part.global_samples == plan.global_batch_size
@@ -187,7 +187,12 @@ class LoadBalancer(Callback):
         )
         self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
         strategy.timer.disable()
-        strategy.timer.enable()
+        self._start_measuring()
+
+    def _start_measuring(self) -> None:
+        strategy = self._the_strategy
+        assert strategy.lightning_module is not None
+        strategy.timer.enable(strategy.lightning_module.parameters())
 
     def _start_window(self, first_step: int, window: Window) -> None:
         self._window = window

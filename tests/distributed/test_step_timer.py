@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 from lightning_hetero.balance.types import StepTiming
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
@@ -97,44 +98,66 @@ def test_a_disabled_timer_marks_nothing() -> None:
     assert timer.take() == []
 
 
-def timed_steps(pauses_s: list[float]) -> tuple[list[float], list[float]]:
-    """Train with DDP on ranks that compute for ``pauses_s[rank]`` each; return own and waiting seconds."""
+class Checkpointed(nn.Module):
+    """Layers whose activations are computed again in the backward pass."""
+
+    def __init__(self, layers: list[nn.Module], use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint_sequential(self.layers, 2, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
+
+
+def timed_steps(pauses_s: list[float], use_reentrant: bool | None) -> tuple[float, float, int]:
+    """Train with DDP on ranks that compute for ``pauses_s[rank]`` each.
+
+    Returns:
+        The medians of own and waiting seconds, and how many hooks the parameters carry at the end.
+    """
     torch.manual_seed(0)
-    layers = [nn.Linear(32, 32) for _ in range(4)]
-    model = nn.Sequential(*layers)
+    layers: list[nn.Module] = [nn.Linear(32, 32) for _ in range(4)]
+    model = nn.Sequential(*layers) if use_reentrant is None else Checkpointed(layers, use_reentrant)
     ddp = nn.parallel.DistributedDataParallel(model)
     pause_s = pauses_s[dist.get_rank()] / 4
-    for layer in layers:
-        layer.weight.register_hook(lambda _: time.sleep(pause_s))
+    pauses = [layer.weight.register_hook(lambda _: time.sleep(pause_s)) for layer in layers]  # type: ignore[operator]
     timer = StepTimer(HostClock())
-    timer.enable()
+    timer.enable(model.parameters())
     for _ in range(12):
         timer.resume()
-        loss = ddp(torch.randn(4, 32)).square().mean()
+        loss = ddp(torch.randn(4, 32, requires_grad=True)).square().mean()
         timer.watch_backward(loss)
         loss.backward()
         timer.gradients_reduced()
         timer.pause()
         timer.finish_step(4)
     timings = timer.take()[2:]
-    return [t.own_s for t in timings], [t.waiting_s for t in timings]
+    for pause in pauses:
+        pause.remove()
+    hooks = sum(len(p._backward_hooks or {}) for p in model.parameters())
+    return median([t.own_s for t in timings]), median([t.waiting_s for t in timings]), hooks
 
 
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def test_waiting_for_a_slower_rank_is_not_own_time(ranks: RankPools) -> None:
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_waiting_for_a_slower_rank_is_not_own_time(ranks: RankPools, use_reentrant: bool | None) -> None:
     """Fails where torch no longer runs the engine's callbacks in the order in which they were queued.
 
     The ranks sleep for known times, so the comparison holds on any machine: without the callback's place before
-    DDP's, the fast rank's own time would be that of the slow one, ten times as long.
+    DDP's, the fast rank's own time would be that of the slow one, ten times as long. Under reentrant checkpointing DDP
+    waits in an inner backward pass, before any callback of the outer one.
     """
-    (fast_own, fast_waiting), (slow_own, slow_waiting) = ranks.run(2, timed_steps, [0.02, 0.2])
-    assert median(slow_own) >= 0.2
-    assert median(fast_own) < 0.5 * median(slow_own)
-    assert median(fast_waiting) > 0.5 * median(slow_own)
-    assert median(slow_waiting) < 0.5 * median(slow_own)
+    results = ranks.run(2, timed_steps, [0.02, 0.2], use_reentrant)
+    (fast_own, fast_waiting, hooks), (slow_own, slow_waiting, _) = results
+    assert slow_own >= 0.2
+    assert fast_own < 0.5 * slow_own
+    assert fast_waiting > 0.5 * slow_own
+    assert slow_waiting < 0.5 * slow_own
+    assert hooks == (8 if use_reentrant else 0), "an ordinary step runs Python for no parameter"
 
 
 class FakeEvent:
