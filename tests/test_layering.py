@@ -17,8 +17,8 @@ FOREIGN = {
     "exceptions": ["torch", "numpy", "lightning"],
     "balance": ["torch", "lightning", "os", "time", "socket", "pynvml"],
     "hardware": ["torch.distributed", "lightning"],
-    "distributed": ["lightning"],
-    "plugin": ["pytorch_lightning"],
+    "distributed": ["lightning", "pynvml"],
+    "plugin": ["pytorch_lightning", "pynvml"],
 }
 
 

@@ -35,13 +35,16 @@ class DeviceProfile:
         host: name of the machine.
         device: where on that machine, for example ``"cuda:0"`` or ``"cpu"``.
         name: the model, for example ``"Tesla V100-SXM2-16GB"``.
+        nominal_speed: how fast the device is by its data, comparable among devices for which it is known; None where
+            it is not.
     """
 
     host: str
     device: str
     name: str
+    nominal_speed: float | None = None
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str | float | None]:
         """Return the fields by name."""
         return asdict(self)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from lightning_hetero.balance.types import DeviceProfile
+from lightning_hetero.hardware.nvml import Nvml
 
 __all__ = ["DeviceProbe", "TorchDeviceProbe"]
 
@@ -23,12 +24,27 @@ class DeviceProbe(Protocol):
 
 
 class TorchDeviceProbe:
-    """Asks torch and, for processors, the operating system."""
+    """Asks torch, for NVIDIA's devices the driver, and for processors the operating system.
+
+    Args:
+        nvml: what asks the driver.
+    """
+
+    def __init__(self, nvml: Nvml | None = None) -> None:
+        self._nvml = nvml or Nvml()
 
     def profile(self, device: torch.device) -> DeviceProfile:
         """Return what ``device`` is; on CUDA this initialises the device."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-        return DeviceProfile(host=socket.gethostname(), device=str(device), name=name)
+        if device.type != "cuda":
+            return DeviceProfile(socket.gethostname(), str(device), _processor_name())
+        # not every build of torch for other vendors' devices tells it
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        return DeviceProfile(
+            host=socket.gethostname(),
+            device=str(device),
+            name=torch.cuda.get_device_name(device),
+            nominal_speed=self._nvml.nominal_speed(f"GPU-{uuid}"),
+        )
 
 
 def _processor_name() -> str:

@@ -60,7 +60,7 @@ class LoadBalancer(Callback):
     Attributes:
         step_times: The expected step time of each rank; empty before the first window has ended.
         communication_s: What a step takes besides the slowest rank's own time, as measured.
-        statuses_before: Each rank under the initial plan, as measured.
+        statuses_before: Each rank under the plan that was measured first, as measured.
         statuses_after: Each rank under the plan that was found, as measured.
         changes: The changes of plan, as pairs of the first training step and the plan.
         finished: Whether the tuning is over.
@@ -98,6 +98,8 @@ class LoadBalancer(Callback):
         self._measure_from = 0
         self._elapsed = 0
         self._kept = 0
+        self._guess_is_due = False
+        self._improved = False
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class LoadBalancer(Callback):
         if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
             return
         self._begin(trainer.fit_loop.total_batch_idx + 1)
+        self._guess_is_due = not self.finished
         # the forward pass proper begins behind what DDP communicates before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
 
@@ -137,6 +140,8 @@ class LoadBalancer(Callback):
             self._restored = None
             self._begin(step + 1)  # what was measured is of another global batch
             return
+        if self._guess_is_due:
+            self._begin_with_a_guess(step + 1)
         if not strategy.timer.enabled:
             if step + 2 >= self._measure_from:  # the step under way when it is enabled is not whole
                 self._start_measuring()
@@ -189,6 +194,18 @@ class LoadBalancer(Callback):
         strategy.timer.disable()
         self._start_measuring()
 
+    def _begin_with_a_guess(self, next_step: int) -> None:
+        """Change to what the devices' data suggest, behind a first step that has shown that shares may be unequal."""
+        self._guess_is_due = False
+        strategy = self._the_strategy
+        plan = strategy.nominal_plan()
+        if plan is None or self._rebalancer is None or plan == self._rebalancer.current:
+            return
+        first_step = agree([strategy.fetched_through], _step_behind_all, strategy.root_device)
+        self._rebalancer.current = plan
+        self._change(first_step, plan, "a first guess, from the devices' cores and clocks")
+        self._start_window(max(first_step, next_step) + self.warmup_steps, self._rebalancer.first_window())
+
     def _start_measuring(self) -> None:
         strategy = self._the_strategy
         assert strategy.lightning_module is not None
@@ -215,10 +232,11 @@ class LoadBalancer(Callback):
             self.statuses_after = decision.windows
             self._report()
         if verdict.plan != current:
-            self._change(decision.first_step, verdict)
+            self._improved = True
+            self._change(decision.first_step, verdict.plan, f"predicted: {1 + verdict.gain:.2f}x as many samples/s")
         if verdict.tuned and not self.finished:
             self.finished = True
-            if not self.changes:
+            if not self._improved:
                 self._say(
                     f"hetero_ddp: the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
                     f" than {self.min_gain:.0%} faster"
@@ -233,7 +251,7 @@ class LoadBalancer(Callback):
     @property
     def _reports(self) -> bool:
         """Whether a table of what the tuning brought is still to come."""
-        return bool(self.changes and self.statuses_before and not self.statuses_after)
+        return bool(self._improved and self.statuses_before and not self.statuses_after)
 
     def _decide(self, rows: list[list[float]]) -> _Decision:
         windows = [WindowTiming.from_numbers(row[:-1]) for row in rows]
@@ -242,17 +260,14 @@ class LoadBalancer(Callback):
         shown = all(window.steps for window in windows) and (not self.statuses_before or self._reports)
         return _Decision(
             verdict=verdict,
-            first_step=int(max(row[-1] for row in rows)) + 1,
+            first_step=_step_behind_all([row[-1:] for row in rows]),
             windows=tuple(windows) if shown else (),
         )
 
-    def _change(self, first_step: int, verdict: Verdict) -> None:
-        self._the_strategy.change_plan(first_step, verdict.plan)
-        self.changes.append((first_step, verdict.plan))
-        self._say(
-            f"hetero_ddp: {list(verdict.plan.samples)} samples a rank from training step {first_step} on (predicted:"
-            f" {1 + verdict.gain:.2f}x as many samples/s)"
-        )
+    def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
+        self._the_strategy.change_plan(first_step, plan)
+        self.changes.append((first_step, plan))
+        self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
 
     def _report(self) -> None:
         strategy = self._the_strategy
@@ -292,7 +307,7 @@ class LoadBalancer(Callback):
 
     @property
     def measured_speed_up(self) -> float | None:
-        """How many times as many samples/s as under the initial plan; None before it is measured."""
+        """How many times as many samples/s as under the plan that was measured first; None before it is known."""
         if not (self.statuses_before and self.statuses_after):
             return None
         return speed_up(self.statuses_before, self.statuses_after)
@@ -324,6 +339,11 @@ class LoadBalancer(Callback):
         self.step_times = tuple(StepTime(**time) for time in state_dict["step_times"])
         self._restored = state_dict.get("balance")
         self.finished = True
+
+
+def _step_behind_all(rows: list[list[float]]) -> int:
+    """Return the first step that no rank has fetched, given what each has fetched through."""
+    return int(max(fetched_through for (fetched_through,) in rows)) + 1
 
 
 def add_default_balancer(trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hetero.balance.prior import nominal_shares
 from lightning_hetero.balance.types import (
     BatchLimits,
     BatchPlan,
@@ -121,6 +122,11 @@ class HeteroDDPStrategy(DDPStrategy):
     def training_slice(self) -> BatchSlice | None:
         """This rank's part of the latest global batch; None before the first."""
         return self.training.part
+
+    def nominal_plan(self) -> BatchPlan | None:
+        """Return the plan that the devices' data suggest before anything is measured; None where they suggest none."""
+        shares = nominal_shares(self.profiles) if self.shares == "auto" and self.schedule is not None else None
+        return None if shares is None else self.training.plan_in_proportion(shares)
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
         """Follow ``plan`` from training step ``first_step`` on.

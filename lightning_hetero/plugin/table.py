@@ -20,7 +20,7 @@ def balance_table(
 
     Args:
         profiles: what each rank runs on, shape ``(world_size,)``.
-        before: each rank under the initial plan.
+        before: each rank under the plan that was measured first.
         after: each rank under the plan that was found.
     """
     table = Table()

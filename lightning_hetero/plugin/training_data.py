@@ -185,6 +185,10 @@ class TrainingData:
         """The latest training step for which this rank has drawn its samples; -1 before the first."""
         return max((sampler.fetched_through for sampler in self._resolve()), default=-1)
 
+    def plan_in_proportion(self, shares: Sequence[float]) -> BatchPlan:
+        """Return the plan that divides the present global batch in proportion to ``shares``."""
+        return self._plan(shares, self._units(self._resolve()))
+
     def plan_at_next_step(self) -> BatchPlan | None:
         """Return the plan that holds now, if there is any."""
         return None if self._schedule is None else self._schedule.at(self._progress.step + 1)

@@ -106,6 +106,49 @@ def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
     assert max(abs(a - b) for a, b in zip(outcomes[0].parameters, expected, strict=True)) < 1e-10
 
 
+class Known(HeteroDDPStrategy):
+    """Devices of two models whose speeds the driver knows; on this machine there is no driver."""
+
+    nominal_speeds = (1000.0, 2000.0)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.profiles = tuple(
+            replace(profile, name=f"model {speed}", nominal_speed=speed)
+            for profile, speed in zip(self.profiles, self.nominal_speeds, strict=True)
+        )
+
+
+class Gathering(SmallModule):
+    """Gathers its samples in the training step, which needs equal shares."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.all_gather(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def guessed_run(factors: list[float], module: type[SmallModule]) -> tuple[list[tuple[int, BatchPlan]], bool, list[int]]:
+    model, balancer = module(), LoadBalancer()
+    trainer = make_trainer(Known(), 2, [SlowDown(factors, 0.002), balancer], max_steps=25)
+    trainer.fit(model, DataLoader(Numbered(64 * 30), batch_size=BATCH_SIZE))
+    return balancer.changes, balancer.finished, [len(samples) for samples in model.ledger]
+
+
+def test_begins_with_what_the_devices_data_suggest(ranks: RankPools) -> None:
+    """One step is equal, since it may show that shares must stay so; a right guess is kept, a wrong one mended."""
+    for right in ranks.run(2, guessed_run, [2.0, 1.0], SmallModule):
+        assert right[:2] == ([(1, BatchPlan((21, 43)))], True)
+    for wrong in ranks.run(2, guessed_run, [1.0, 1.0], SmallModule):
+        assert wrong[0][0] == (1, BatchPlan((21, 43)))
+        assert wrong[0][-1][1].is_equal
+        assert wrong[2][0] == wrong[2][-1] == BATCH_SIZE
+
+
+def test_guesses_nothing_where_a_step_gathers_its_samples(ranks: RankPools) -> None:
+    for changes, _, sizes in ranks.run(2, guessed_run, [2.0, 1.0], Gathering):
+        assert (changes, set(sizes)) == ([], {BATCH_SIZE})
+
+
 def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
     """Rank 1 has an overhead that alone is more than the other needs for the whole batch."""
     outcome = ranks.run(2, balanced_run, [1.0, 12.0], 0.0005, 0.01, 40)[0]
