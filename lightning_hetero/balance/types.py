@@ -56,7 +56,7 @@ class StepTiming:
     Attributes:
         samples: size of the rank's mini-batch.
         own_s: the rank's own time, which counts no waiting for other ranks.
-        waiting_s: from its last local gradient until the gradients of all ranks were combined.
+        waiting_s: the rest of the step, in which the rank may have waited for others.
     """
 
     samples: int
@@ -73,7 +73,7 @@ class WindowTiming:
         steps: how many steps the numbers are of.
         own_s: mean own time of a step.
         deviation_s: standard deviation of a step's own time.
-        waiting_s: mean time from the last local gradient until the gradients of all ranks were combined.
+        waiting_s: median of the rest of a step, in which the rank may have waited for others.
     """
 
     samples: int

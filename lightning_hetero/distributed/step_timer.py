@@ -3,7 +3,8 @@
 The timer is a stopwatch.  It stands still wherever the rank may be waiting for others: from its last local gradient
 until the gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own
 time is what ran between the last gradients of two consecutive steps, so it counts the optimiser, the callbacks, the
-waiting for data, the transfer, forward and backward.  Only durations of one clock are taken; clocks are never compared.
+waiting for data, the transfer, forward and backward; the rest between those gradients is waiting.  Only durations of
+one clock are taken; clocks are never compared.
 
 Where a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and
 hooks on the parameters tell the last gradient.  Whether that is so is found out in a first step, which is not counted.
@@ -72,7 +73,7 @@ _Span = tuple[Any, Any]
 class _Step:
     samples: int = 0
     own: list[_Span] = field(default_factory=list)
-    waiting: list[_Span] = field(default_factory=list)
+    whole: _Span | None = None
 
 
 class StepTimer:
@@ -87,10 +88,10 @@ class StepTimer:
         self._enabled = False
         self._since: Any = None
         self._ready: Any = None
+        self._ready_in_step_before: Any = None
         self._running: list[_Span] = []
         self._step = _Step()
         self._measured: list[_Step] = []
-        self._whole = False
         self._nested: bool | None = None  # None until a step was looked at
         self._pass = -1
         self._last_gradient: Any = None
@@ -118,11 +119,10 @@ class StepTimer:
     def disable(self) -> None:
         """Measure nothing any more and forget what was not read."""
         self._enabled = False
-        self._since = self._ready = self._last_gradient = None
+        self._since = self._ready = self._ready_in_step_before = self._last_gradient = None
         self._running = []
         self._step = _Step()
         self._measured = []
-        self._whole = False
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -177,17 +177,6 @@ class StepTimer:
         self._step.own += self._running
         self._running = []
 
-    def gradients_reduced(self) -> None:
-        """The backward pass has returned: on the device the gradients of all ranks are combined."""
-        if not self._enabled:
-            return
-        now = self._clock.mark()
-        if self._ready is not None:
-            self._step.waiting.append((self._ready, now))
-            self._ready = None
-        if self._since is None:
-            self._since = now
-
     def finish_step(self, samples: int, keep: bool = True) -> None:
         """Close the account of a step.
 
@@ -198,19 +187,22 @@ class StepTimer:
         if not self._enabled:
             return
         step, self._step = self._step, _Step()
-        step.samples = samples
-        if keep and self._whole and step.own:
-            self._measured.append(step)
+        begin, end = self._ready_in_step_before, self._ready
+        self._ready_in_step_before, self._ready = end, None
         # the first step lacks what came before the timer was enabled
-        self._whole = bool(step.own)
-        if self._whole and not self._nested:
+        if keep and begin is not None and end is not None:
+            step.samples, step.whole = samples, (begin, end)
+            self._measured.append(step)
+        if end is not None and not self._nested:
             self._nested = False
             self._remove_hooks()
 
     def take(self) -> list[StepTiming]:
         """Return the steps measured since the last call; on CUDA this waits for the latest of them."""
         measured, self._measured = self._measured, []
-        return [StepTiming(step.samples, self._sum(step.own), self._sum(step.waiting)) for step in measured]
+        return [self._timing(step) for step in measured]
 
-    def _sum(self, spans: list[_Span]) -> float:
-        return sum(self._clock.seconds(start, end) for start, end in spans)
+    def _timing(self, step: _Step) -> StepTiming:
+        assert step.whole is not None
+        own_s = sum(self._clock.seconds(start, end) for start, end in step.own)
+        return StepTiming(step.samples, own_s, max(self._clock.seconds(*step.whole) - own_s, 0.0))

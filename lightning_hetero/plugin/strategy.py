@@ -279,7 +279,7 @@ class HeteroDDPStrategy(DDPStrategy):
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
             loss = super().backward(loss, optimizer, *args, **kwargs)
-        self.timer.gradients_reduced()
+        self.timer.resume()  # the gradients of all ranks are combined, on CUDA in the order of the stream
         return loss
 
     def _muted(self) -> AbstractContextManager[None]:

@@ -40,7 +40,7 @@ def test_own_time_runs_from_the_last_all_reduce_to_the_last_gradient() -> None:
 
     def backward() -> None:
         timer.gradients_ready()
-        timer.gradients_reduced()
+        timer.resume()
 
     timer.resume()
     backward()
@@ -55,8 +55,9 @@ def test_own_time_runs_from_the_last_all_reduce_to_the_last_gradient() -> None:
     timer.resume()
     backward()
     timer.finish_step(4)
-    # step 0 began before the timer did; step 1: 1 (optimiser) + 3 + 3; step 2: 2 (optimiser) + 1
-    assert timer.take() == [StepTiming(16, 7.0, 6.0), StepTiming(4, 3.0, 2.0)]
+    # step 0 began before the timer did; step 1: 1 (optimiser) + 3 + 3 of the 13 between the last gradients, at 1 and at
+    # 14; step 2: 2 (optimiser) + 1 of 17
+    assert timer.take() == [StepTiming(16, 7.0, 6.0), StepTiming(4, 3.0, 14.0)]
     assert timer.take() == []
 
 
@@ -67,7 +68,7 @@ def test_several_backward_passes_make_one_step() -> None:
         timer.resume()
         for _ in range(2):
             timer.gradients_ready()
-            timer.gradients_reduced()
+            timer.resume()
         timer.finish_step(2)
     assert [timing.samples for timing in timer.take()] == [2, 2]
 
@@ -79,7 +80,7 @@ def test_a_step_that_is_not_kept_or_not_trained_is_not_measured() -> None:
         timer.resume()
         if step != 2:  # a training step that returned None
             timer.gradients_ready()
-            timer.gradients_reduced()
+            timer.resume()
         timer.finish_step(step, keep=step != 1)
     # 0 was not whole, 1 was not kept, 2 was not trained, and 3 began before the gradients of a step that was
     assert [timing.samples for timing in timer.take()] == [4]
@@ -90,7 +91,7 @@ def test_a_disabled_timer_marks_nothing() -> None:
     timer.resume()
     timer.pause()
     timer.gradients_ready()
-    timer.gradients_reduced()
+    timer.resume()
     timer.finish_step(3)
     loss = torch.ones((), requires_grad=True) * 2
     timer.watch_backward(loss)
@@ -129,7 +130,7 @@ def timed_steps(pauses_s: list[float], use_reentrant: bool | None) -> tuple[floa
         loss = ddp(torch.randn(4, 32, requires_grad=True)).square().mean()
         timer.watch_backward(loss)
         loss.backward()
-        timer.gradients_reduced()
+        timer.resume()
         timer.pause()
         timer.finish_step(4)
     timings = timer.take()[2:]
@@ -187,7 +188,7 @@ def test_cuda_marks_are_events_that_nobody_waits_for_until_they_are_read(monkeyp
     for _ in range(2):
         timer.resume()
         timer.gradients_ready()
-        timer.gradients_reduced()
+        timer.resume()
         timer.finish_step(8)
     assert FakeEvent.synchronised == 0
     assert timer.take() == [StepTiming(8, own_s=0.5, waiting_s=0.5)]
