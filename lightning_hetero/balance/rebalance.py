@@ -42,8 +42,10 @@ _FOLLOW_STEPS = 16
 _SETTLE_STEPS = 1
 _FIRST_WINDOW = 2
 _LONGEST_WINDOW = 10
-# Looks for drift are at least this far apart, so that they cost next to nothing where steps are short.
+# Looks for drift are at least this far apart, so that they cost next to nothing where steps are short or ranks many: a
+# judgement takes about 5 microseconds a rank.
 _LOOK_S = 0.25
+_LOOK_S_A_RANK = 0.0005
 _LONGEST_PAUSE = 20
 
 
@@ -208,7 +210,8 @@ class Rebalancer:
         tuned = self._tune_steps_left <= 0
         skipped = _SETTLE_STEPS if self._windows_since_change == 0 else 0
         if tuned and step_times and not skipped:
-            apart = math.ceil(_LOOK_S / max(self._step_s(step_times, plan), 1e-9))
+            look_s = max(_LOOK_S, _LOOK_S_A_RANK * plan.world_size)
+            apart = math.ceil(look_s / max(self._step_s(step_times, plan), 1e-9))
             skipped = min(max(apart - self._watch_steps, 0), _LONGEST_PAUSE * self._watch_steps)
         window = Window(skipped, self._length_of_window())
         return Verdict(plan, step_times, self._communication_s, gain, tuned, window)

@@ -146,12 +146,14 @@ def test_time_spent_communicating_counts_against_the_gain() -> None:
         assert (rebalancer.judge(windows).plan != plan) == changes
 
 
-def test_short_steps_are_looked_at_less_often() -> None:
-    def apart(seconds_per_sample: float) -> int:
-        window = simulate(ranks((0, seconds_per_sample), (0, seconds_per_sample)), 20, 200).verdicts[-1].window
+def test_short_steps_and_many_ranks_are_looked_at_less_often() -> None:
+    def apart(seconds_per_sample: float, world_size: int = 2) -> int:
+        truth = ranks((0, seconds_per_sample)) * world_size
+        window = simulate(truth, 10 * world_size, 60).verdicts[-1].window
         return window.skipped_steps + window.measured_steps
 
     assert (apart(0.01), apart(0.0005), apart(1e-6)) == (10, math.ceil(0.25 / 0.005), 210)
+    assert apart(0.001, 1000) == pytest.approx(0.5 / 0.010, abs=1)
 
 
 def test_a_run_that_was_tuned_before_begins_where_that_one_ended() -> None:
