@@ -9,50 +9,46 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise, permutations
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
+import contention
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from scenarios import SCENARIOS, Scenario
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from workloads import WORKLOADS
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
-from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
+from lightning_hetero.balance.batch_solver import predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 
-ROUNDS = 3
+COLD_STEPS = 100
 STEPS_A_BLOCK = 10
 SKIPPED_STEPS = 2
 DDP_BLOCKS = 2
-COLD_STEPS = 100
+VIRTUAL_ROUNDS, REAL_ROUNDS = 3, 5
+SCANNED_SPLITS, STEPS_A_SCANNED_SPLIT = 16, 5
+PAIRS, STEPS_A_PAIR = 12, 40
 
-
-class Network(LightningModule):
-    """Small, so that the devices' speed is that of the scenario and not of this machine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean squared error."""
-        return nn.functional.mse_loss(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return SGD."""
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+LAUNCHER = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 
 
 class StepClock(Callback):
@@ -69,16 +65,22 @@ class StepClock(Callback):
         """Return the length of each step but the first."""
         return [b - a for a, b in pairwise(self.ends)]
 
+    def rates(self, samples: int, blocks: int, steps_a_block: int = STEPS_A_BLOCK) -> list[float]:
+        """Return samples/s of each block of steps, by its median step."""
+        seconds = [0.0, *self.seconds()]
+        starts = [block * steps_a_block for block in range(blocks)]
+        return [samples / median(seconds[start + SKIPPED_STEPS : start + steps_a_block]) for start in starts]
+
 
 class Sweep(Callback):
     """Follows one fixed split after the other, each for a block of steps."""
 
-    def __init__(self, plans: Sequence[BatchPlan]) -> None:
-        self.plans = plans
+    def __init__(self, plans: Sequence[BatchPlan], steps_a_block: int) -> None:
+        self.plans, self.steps_a_block = plans, steps_a_block
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Change to the next split at the end of a block."""
-        block, step = divmod(trainer.global_step, STEPS_A_BLOCK)
+        block, step = divmod(trainer.global_step, self.steps_a_block)
         strategy = trainer.strategy
         if step == 0 and block < len(self.plans) and isinstance(strategy, HeteroDDPStrategy):
             strategy.change_plan(trainer.global_step, self.plans[block])
@@ -96,34 +98,31 @@ class Throttle(Callback):
         self.slow_down.factors[0] *= self.changes.get(trainer.global_step, 1.0)
 
 
-def fit(scenario: Scenario, strategy: Any, steps: int, *callbacks: Callback, slow_down: SlowDown | None = None) -> None:
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def fit(scenario: Scenario, strategy: Any, steps: int, *callbacks: Callback) -> None:
+    """Train for some steps, all ranks together."""
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    spread = {"devices": scenario.world_size // nodes, "num_nodes": nodes, "strategy": strategy}
+    train(scenario, spread, steps, scenario.batch_size, scenario.world_size, [*slowed(scenario, callbacks), *callbacks])
+
+
+def train(
+    scenario: Scenario, spread: dict[str, Any], steps: int, batch_size: int, ranks: int, callbacks: list[Callback]
+) -> None:
     """Train for some steps."""
     seed_everything(0, verbose=False)
-    world_size = scenario.world_size
-    size = world_size * scenario.batch_size * (steps + 1)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=strategy,
-        max_steps=steps,
-        callbacks=[slow_down or slowed(scenario), *callbacks],
-        **QUIET,
-    )
-    data = TensorDataset(torch.randn(size, 32), torch.randn(size, 1))
-    trainer.fit(Network(), DataLoader(data, batch_size=scenario.batch_size))
+    trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=callbacks, **spread, **QUIET)
+    workload = WORKLOADS[scenario.workload]()
+    trainer.fit(workload, DataLoader(workload.samples(ranks * batch_size * (steps + 1)), batch_size=batch_size))
 
 
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-def slowed(scenario: Scenario) -> SlowDown:
-    """Return the devices of the scenario."""
-    return SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)
+def slowed(scenario: Scenario, callbacks: Sequence[Callback] = ()) -> list[Callback]:
+    """Return what makes the devices of the scenario, unless it is among ``callbacks`` or they do real work."""
+    if not scenario.is_virtual or any(isinstance(callback, SlowDown) for callback in callbacks):
+        return []
+    return [SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)]
 
 
 @contextmanager
@@ -136,99 +135,142 @@ def without_launcher() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-LAUNCHER = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-
-
-def samples_per_s_alone(scenario: Scenario, samples: int, steps: int = 25) -> float:
-    """Return what this rank processes alone, in mini-batches of ``samples``."""
-    factor = scenario.factors[dist.get_rank()]
-    clock = StepClock()
+def rates_alone(scenario: Scenario, plan: BatchPlan, steps: int = 14) -> list[float]:
+    """Return what each rank processes alone, in mini-batches of its size in ``plan``; all at the same time."""
+    rank = dist.get_rank()
+    samples, clock = plan.samples[rank], StepClock()
+    dist.barrier()
     with without_launcher():
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            callbacks=[SlowDown([factor], scenario.seconds_per_sample, scenario.overhead_s), clock],
-            **QUIET,
+        devices = (
+            [SlowDown([scenario.factors[rank]], scenario.seconds_per_sample, scenario.overhead_s)]
+            if scenario.is_virtual
+            else []
         )
-        data = TensorDataset(torch.randn(samples * steps, 32), torch.randn(samples * steps, 1))
-        trainer.fit(Network(), DataLoader(data, batch_size=samples))
-    return samples / median(clock.seconds()[SKIPPED_STEPS:])
+        train(scenario, {"devices": 1}, steps, samples, 1, [*devices, clock])
+    rates = torch.zeros(scenario.world_size, dtype=torch.float64)
+    rates[rank] = samples / median(clock.seconds()[SKIPPED_STEPS:])
+    dist.all_reduce(rates)
+    return rates.tolist()
+
+
+def rates_of(scenario: Scenario, plans: Sequence[BatchPlan], steps_a_block: int = STEPS_A_BLOCK) -> list[float]:
+    """Return the samples/s of each plan, one after the other in one training."""
+    clock, shares = StepClock(), [float(n) for n in plans[0].samples]
+    sweep = Sweep(plans, steps_a_block)
+    fit(scenario, HeteroDDPStrategy(shares=shares), steps_a_block * len(plans), sweep, clock)
+    return clock.rates(plans[0].global_batch_size, len(plans), steps_a_block)
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 
 def neighbours(plan: BatchPlan, factors: Sequence[float]) -> list[BatchPlan]:
-    """Return splits around ``plan``: samples move between fast and slow ranks, up to a quarter of the slow ones'."""
-    order = sorted(range(len(factors)), key=lambda rank: factors[rank])
+    """Return splits around ``plan``: samples move between the fast and the slow half, and between any two kinds."""
+    order = sorted(range(len(factors)), key=lambda rank: -plan.samples[rank])
     half = len(order) // 2
-    fast, slow = order[:half], order[-half:]
+    moves = [(order[:half], list(reversed(order[-half:])), part) for part in (-0.25, -0.12, -0.06, 0.06, 0.12, 0.25)]
+    kinds = [[rank for rank in order if factors[rank] == kind] for kind in sorted(set(factors))]
+    if len(factors) > 2:
+        moves += [(a, b, 0.06) for a, b in permutations(kinds, 2)]
     found = {plan.samples: plan}
-    for part in (-0.25, -0.12, -0.06, 0.06, 0.12, 0.25):
+    for givers, takers, part in moves:
         samples = list(plan.samples)
-        for a, b in zip(fast, reversed(slow), strict=True):
-            moved = min(max(round(part * plan.samples[b]), 1 - samples[a]), samples[b] - 1) or (1 if part > 0 else -1)
+        for a, b in zip(givers, takers, strict=False):
+            moved = min(max(round(part * samples[b]), 1 - samples[a]), samples[b] - 1) or (1 if part > 0 else -1)
             samples[a] += moved
             samples[b] -= moved
-        found.setdefault(tuple(samples), BatchPlan(tuple(samples)))
+        if min(samples) > 0:
+            found.setdefault(tuple(samples), BatchPlan(tuple(samples)))
     return list(found.values())
 
 
-def rates(clock: StepClock, batch: int, blocks: int) -> list[float]:
-    """Return samples/s of each block of steps, by its median step."""
-    seconds = [0.0, *clock.seconds()]
-    return [batch / median(seconds[b * STEPS_A_BLOCK + SKIPPED_STEPS : (b + 1) * STEPS_A_BLOCK]) for b in range(blocks)]
+def scanned(scenario: Scenario, batch: int) -> list[BatchPlan]:
+    """Return the fastest three of all splits of two ranks in sixteenths, each run for a few steps."""
+    plans = [
+        BatchPlan((batch * part // SCANNED_SPLITS, batch - batch * part // SCANNED_SPLITS))
+        for part in range(1, SCANNED_SPLITS)
+    ]
+    rates = rates_of(scenario, plans, STEPS_A_SCANNED_SPLIT)
+    # every rank sees nearly the same times; the splits must be those of rank zero on all of them
+    found = [sorted(range(len(plans)), key=lambda i: -rates[i])[:3]]
+    dist.broadcast_object_list(found)
+    return [plans[i] for i in found[0]]
 
 
-def measure(scenario: Scenario) -> dict[str, Any]:
+def against_best(by_plan: dict[BatchPlan, list[float]], tuned: BatchPlan) -> list[float]:
+    """Return of each round the tuned split over the split that was the fastest in the other rounds.
+
+    Chosen by the round that it is compared in, the best of many noisy splits would be the luckiest.
+    """
+    ratios = []
+    for r, rate in enumerate(by_plan[tuned]):
+        others = {plan: median(v for i, v in enumerate(rates) if i != r) for plan, rates in by_plan.items()}
+        ratios.append(rate / by_plan[max(others, key=lambda plan: others[plan])][r])
+    return ratios
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def measure_shares(scenario: Scenario) -> dict[str, Any]:
     """Return everything that is compared; samples/s unless the name says otherwise."""
     batch = scenario.world_size * scenario.batch_size
+    equal = BatchPlan((scenario.batch_size,) * scenario.world_size)
+    calibrated = rates_alone(scenario, equal) if not scenario.is_virtual else []
     balancer, clock = LoadBalancer(verbose=False), StepClock()
     fit(scenario, HeteroDDPStrategy(), COLD_STEPS + 1, balancer, clock)
     cold = clock.seconds()
-    equal = BatchPlan((scenario.batch_size,) * scenario.world_size)
     tuned = balancer.changes[-1][1] if balancer.changes else equal
     own_s = predicted_step_s(balancer.step_times, tuned)
-    plans = [*neighbours(tuned, scenario.factors), tuned]
+    plans = neighbours(tuned, scenario.factors)
+    if scenario.world_size == 2:
+        plans += scanned(scenario, batch)
+    if calibrated:
+        plans += [proportional_plan(calibrated, batch)]
+    plans = [*dict.fromkeys(plan for plan in plans if plan != tuned), tuned]
     by_plan: dict[BatchPlan, list[float]] = {plan: [] for plan in plans}
     ddp: list[float] = []
-    for _ in range(ROUNDS):
+    alone: list[float] = []
+    for _ in range(VIRTUAL_ROUNDS if scenario.is_virtual else REAL_ROUNDS):
         clock = StepClock()
         fit(scenario, "ddp", STEPS_A_BLOCK * DDP_BLOCKS, clock)
-        ddp += rates(clock, batch, DDP_BLOCKS)
-        clock = StepClock()
-        shares = [float(n) for n in plans[0].samples]
-        fit(scenario, HeteroDDPStrategy(shares=shares), STEPS_A_BLOCK * len(plans), Sweep(plans), clock)
-        for plan, rate in zip(plans, rates(clock, batch, len(plans)), strict=True):
+        ddp += clock.rates(batch, DDP_BLOCKS)
+        for plan, rate in zip(plans, rates_of(scenario, plans), strict=True):
             by_plan[plan].append(rate)
-    alone = torch.tensor(samples_per_s_alone(scenario, tuned.samples[dist.get_rank()]), dtype=torch.float64)
-    dist.all_reduce(alone)
+        alone.append(sum(rates_alone(scenario, tuned)))
     best = max(by_plan, key=lambda plan: median(by_plan[plan]))
-    measured_s = batch / median(by_plan[tuned])
+    ratios = against_best(by_plan, tuned)
     return {
         "plan": tuned.samples,
         "best_plan": best.samples,
+        "splits": len(plans) + (SCANNED_SPLITS - 1) * (scenario.world_size == 2),
+        "calibrated": calibrated,
         "ddp": median(ddp),
         "cold": batch * COLD_STEPS / sum(cold[:COLD_STEPS]),
         "tuned": median(by_plan[tuned]),
         "best": median(by_plan[best]),
-        "bound": alone.item(),
+        "bound": median(alone),
+        "against_best": [min(ratios), median(ratios), max(ratios)],
         "spread": (max(by_plan[tuned]) - min(by_plan[tuned])) / median(by_plan[tuned]),
         "changes": [step for step, _ in balancer.changes],
         "predicted_s": own_s + balancer.communication_s,
-        "measured_s": measured_s,
-        "cold_step_s": cold,
+        "measured_s": batch / median(by_plan[tuned]),
         "solution": solve_batch(
             [StepTime(f * scenario.overhead_s, f * scenario.seconds_per_sample) for f in scenario.factors],
             batch,
             min_samples=1,
-        ).samples,
+        ).samples
+        if scenario.is_virtual
+        else best.samples,
     }
 
 
-def measure_throttled(scenario: Scenario) -> dict[str, Any]:
+def measure_drift(scenario: Scenario) -> dict[str, Any]:
     """Return how many steps pass behind each change of speed until 95 % of the new optimum is reached."""
-    clock, slow_down = StepClock(), slowed(scenario)
+    clock = StepClock()
+    slow_down = SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)
     balancer, steps = LoadBalancer(verbose=False), 2 * scenario.recovered_at - scenario.throttled_at
-    fit(scenario, HeteroDDPStrategy(), steps, Throttle(scenario, slow_down), balancer, clock, slow_down=slow_down)
+    fit(scenario, HeteroDDPStrategy(), steps, slow_down, Throttle(scenario, slow_down), balancer, clock)
     seconds = [0.0, *clock.seconds()]
     found = {}
     for name, begin, end in (
@@ -247,6 +289,33 @@ def measure_throttled(scenario: Scenario) -> dict[str, Any]:
     return {**found, "changes": [(step, plan.samples) for step, plan in balancer.changes], "step_s": seconds}
 
 
+def measure_cost(scenario: Scenario) -> dict[str, Any]:
+    """Return the step time of hetero_ddp over that of ddp on equal devices, of pairs of trainings side by side."""
+    ratios, milliseconds, changes = [], [], 0
+    for pair in range(PAIRS):
+        found = {}
+        for name in ("ddp", "hetero_ddp") if pair % 2 else ("hetero_ddp", "ddp"):
+            clock, balancer = StepClock(), LoadBalancer(verbose=False)
+            own = name == "hetero_ddp"
+            fit(scenario, HeteroDDPStrategy() if own else "ddp", STEPS_A_PAIR, *([balancer] if own else []), clock)
+            found[name] = median(clock.seconds()[SKIPPED_STEPS:])
+            changes += len(balancer.changes)
+        ratios.append(found["hetero_ddp"] / found["ddp"])
+        milliseconds.append(found["ddp"] * 1e3)
+    error = stdev(ratios) / math.sqrt(len(ratios))
+    return {
+        "ratio": fmean(ratios),
+        "error": error,
+        "ddp_ms": median(milliseconds),
+        "changes": changes,
+        "pairs": PAIRS,
+        "steps": STEPS_A_PAIR,
+    }
+
+
+MEASURES = {"shares": measure_shares, "drift": measure_drift, "cost": measure_cost}
+
+
 def main() -> None:
     """Measure the scenario named on the command line."""
     warnings.filterwarnings("ignore")
@@ -254,10 +323,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    name, path = sys.argv[1:]
+    rank, (name, path) = dist.get_rank(), sys.argv[1:]
     scenario = SCENARIOS[name]
-    result = measure_throttled(scenario) if scenario.throttled else measure(scenario)
-    if dist.get_rank() == 0:
+    with contention.quota(scenario.quotas[rank], rank) if scenario.quotas else nullcontext():
+        result = MEASURES[scenario.measures](scenario)
+    if rank == 0:
         Path(path).write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
 

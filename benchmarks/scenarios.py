@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["SCENARIOS", "Scenario"]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Devices of known speed and the training that runs on them.
+    """Devices and the training that runs on them.
 
     Attributes:
         factors: how many times as long each rank takes, one number a rank.
-        seconds_per_sample: seconds that a sample takes on a device of factor 1.
+        seconds_per_sample: seconds that a sample takes on a device of factor 1; 0 where devices do real work, as fast
+            as they can.
         overhead_s: seconds that a step takes besides, on a device of factor 1.
         batch_size: samples a rank under equal shares.
-        throttled_at: the step at which rank 0 becomes twice as slow; 0 where it does not.
-        recovered_at: the step at which it recovers.
+        measures: "shares" compares ddp, hetero_ddp and fixed splits; "drift" makes a device slow in mid-run; "cost"
+            compares ddp with hetero_ddp on equal devices.
+        workload: what is trained, a name in ``workloads.WORKLOADS``.
+        quotas: the part of a core that each rank may use; empty for all.
+        megabits_per_s: bandwidth between two nodes of one rank each; 0 for one node.
+        throttled_at: with "drift" the step at which rank 0 becomes twice as slow.
+        recovered_at: with "drift" the step at which it recovers.
     """
 
     factors: tuple[float, ...]
-    seconds_per_sample: float
+    seconds_per_sample: float = 0.0
     overhead_s: float = 0.0
     batch_size: int = 64
-    throttled_at: int = 0
-    recovered_at: int = 0
+    measures: Literal["shares", "drift", "cost"] = "shares"
+    workload: str = "light"
+    quotas: tuple[float, ...] = ()
+    megabits_per_s: int = 0
+    throttled_at: int = 60
+    recovered_at: int = 120
 
     @property
     def world_size(self) -> int:
@@ -33,9 +44,9 @@ class Scenario:
         return len(self.factors)
 
     @property
-    def throttled(self) -> bool:
-        """Whether a device changes its speed in the midst of a run."""
-        return self.throttled_at > 0
+    def is_virtual(self) -> bool:
+        """Whether the devices are of known speed."""
+        return self.seconds_per_sample > 0
 
 
 SCENARIOS = {
@@ -46,5 +57,12 @@ SCENARIOS = {
     "8 ranks of 4 kinds": Scenario((1, 1, 2, 2, 3, 3, 4, 4), 0.0010),
     "equal": Scenario((1, 1), 0.0012),
     "large overhead, 1:4": Scenario((1, 4), 0.0005, 0.020),
-    "throttled in mid-run": Scenario((1, 1), 0.0012, throttled_at=60, recovered_at=120),
+    "1:2, link of 1 Gbit/s": Scenario((1, 2), 0.0012, workload="heavy gradients", megabits_per_s=1000),
+    "1:2, link of 200 Mbit/s": Scenario((1, 2), 0.0012, workload="heavy gradients", megabits_per_s=200),
+    "CNN, quotas 80:40 %": Scenario((1, 1), batch_size=192, workload="CNN", quotas=(0.8, 0.4)),
+    "CNN, quotas 80:20 %": Scenario((1, 1), batch_size=192, workload="CNN", quotas=(0.8, 0.2)),
+    "transformer, quotas 80:40 %": Scenario((1, 1), batch_size=48, workload="transformer", quotas=(0.8, 0.4)),
+    "equal, known speed": Scenario((1, 1), 0.0012, measures="cost"),
+    "equal, CNN": Scenario((1, 1), measures="cost", workload="CNN"),
+    "drift": Scenario((1, 1), 0.0012, measures="drift"),
 }
