@@ -49,7 +49,6 @@ class Fleet:
 # steps of real devices: some jitter, and one step in two hundred that something disturbed
 _SOME, _MUCH = Jitter(0.03, spike_rate=0.005), Jitter(0.10, spike_rate=0.005)
 CASES = {
-    "one kind": (Fleet((1,)), _SOME),
     "one kind, 10 % jitter": (Fleet((1,)), _MUCH),
     "two kinds, 1:2, 10 % jitter": (Fleet((1, 2)), _MUCH),
     "four kinds, 1:2:3:4, speeds spread by 3 %": (Fleet((1, 2, 3, 4), 0.03), _SOME),

@@ -32,11 +32,11 @@ HEADER = """# Benchmarks
 
 Written by `tox -e bench`: {machine}, {cores} cores, Python {python}, torch {torch}, Lightning {lightning}, gloo, one
 thread a rank, {minutes:.0f} minutes in all. What is compared runs in the same processes, in turn, so the ratios hold
-although the machine is shared. Samples/s are medians over rounds of the median step of blocks of ten.
+although the machine is shared. Samples/s are medians over rounds of the median step of blocks of eight.
 
 - *cold*: the first 100 steps of `strategy="hetero_ddp"`, warm-up and tuning included (the very first step not).
 - *tuned*: the split that the tuning found.
-- *best fixed*: the fastest of all splits tried: with two ranks every sixteenth of the global batch is tried first, then
+- *best fixed*: the fastest of all splits tried: with two ranks every twelfth of the global batch is tried first, then
   in each round the best three of them, the tuned split and six around it; with more ranks those around it. *tuned /
   best* compares, in each round, with the split that was the fastest in the other rounds, since the best of many noisy
   figures is the luckiest.
@@ -49,7 +49,7 @@ although the machine is shared. Samples/s are medians over rounds of the median 
 
 Every rank is a process whose steps last as long as those of a device of known speed
 (`lightning_hetero.testing.SlowDown`); three rounds. The last two lines have 2.6 MB of gradients and two nodes, network
-namespaces with a link between them.
+namespaces with a link between them; two rounds.
 
 """
 COLUMNS = "devices|ddp|cold|tuned|best fixed|bound|tuned / ddp|tuned / best|tuned / bound|cold / best"

@@ -35,12 +35,12 @@ from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 
 COLD_STEPS = 100
-STEPS_A_BLOCK = 10
+STEPS_A_BLOCK = 8
 SKIPPED_STEPS = 2
 DDP_BLOCKS = 2
-VIRTUAL_ROUNDS, REAL_ROUNDS = 3, 5
-SCANNED_SPLITS, STEPS_A_SCANNED_SPLIT = 16, 5
-PAIRS, STEPS_A_PAIR = 12, 40
+VIRTUAL_ROUNDS, LINK_ROUNDS, REAL_ROUNDS = 3, 2, 5
+SCANNED_SPLITS, STEPS_A_SCANNED_SPLIT = 12, 4
+PAIRS, STEPS_A_PAIR = 10, 40
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -170,7 +170,7 @@ def neighbours(plan: BatchPlan, factors: Sequence[float]) -> list[BatchPlan]:
     half = len(order) // 2
     moves = [(order[:half], list(reversed(order[-half:])), part) for part in (-0.25, -0.12, -0.06, 0.06, 0.12, 0.25)]
     kinds = [[rank for rank in order if factors[rank] == kind] for kind in sorted(set(factors))]
-    if len(factors) > 2:
+    if 2 < len(factors) < 8:
         moves += [(a, b, 0.06) for a, b in permutations(kinds, 2)]
     found = {plan.samples: plan}
     for givers, takers, part in moves:
@@ -185,7 +185,7 @@ def neighbours(plan: BatchPlan, factors: Sequence[float]) -> list[BatchPlan]:
 
 
 def scanned(scenario: Scenario, batch: int) -> list[BatchPlan]:
-    """Return the fastest three of all splits of two ranks in sixteenths, each run for a few steps."""
+    """Return the fastest three of all splits of two ranks in twelfths, each run for a few steps."""
     plans = [
         BatchPlan((batch * part // SCANNED_SPLITS, batch - batch * part // SCANNED_SPLITS))
         for part in range(1, SCANNED_SPLITS)
@@ -231,7 +231,8 @@ def measure_shares(scenario: Scenario) -> dict[str, Any]:
     by_plan: dict[BatchPlan, list[float]] = {plan: [] for plan in plans}
     ddp: list[float] = []
     alone: list[float] = []
-    for _ in range(VIRTUAL_ROUNDS if scenario.is_virtual else REAL_ROUNDS):
+    rounds = LINK_ROUNDS if scenario.megabits_per_s else VIRTUAL_ROUNDS if scenario.is_virtual else REAL_ROUNDS
+    for _ in range(rounds):
         clock = StepClock()
         fit(scenario, "ddp", STEPS_A_BLOCK * DDP_BLOCKS, clock)
         ddp += clock.rates(batch, DDP_BLOCKS)

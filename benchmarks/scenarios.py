@@ -60,7 +60,6 @@ SCENARIOS = {
     "1:2, link of 1 Gbit/s": Scenario((1, 2), 0.0012, workload="heavy gradients", megabits_per_s=1000),
     "1:2, link of 200 Mbit/s": Scenario((1, 2), 0.0012, workload="heavy gradients", megabits_per_s=200),
     "CNN, quotas 80:40 %": Scenario((1, 1), batch_size=192, workload="CNN", quotas=(0.8, 0.4)),
-    "CNN, quotas 80:20 %": Scenario((1, 1), batch_size=192, workload="CNN", quotas=(0.8, 0.2)),
     "transformer, quotas 80:40 %": Scenario((1, 1), batch_size=48, workload="transformer", quotas=(0.8, 0.4)),
     "equal, known speed": Scenario((1, 1), 0.0012, measures="cost"),
     "equal, CNN": Scenario((1, 1), measures="cost", workload="CNN"),
