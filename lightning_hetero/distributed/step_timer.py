@@ -15,7 +15,8 @@ On CUDA the marks are events in the current stream, read when the timings are as
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -140,6 +141,17 @@ class StepTimer:
         if self._enabled and self._since is not None:
             self._running.append((self._since, self._clock.mark()))
             self._since = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In this context the rank may wait for others."""
+        was_running = self._since is not None
+        self.pause()
+        try:
+            yield
+        finally:
+            if was_running:
+                self.resume()
 
     def watch_backward(self, loss: torch.Tensor) -> None:
         """Note the moment at which the coming backward pass has computed its last gradient.

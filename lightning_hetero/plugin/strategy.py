@@ -288,6 +288,11 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        with self.timer.waiting():
+            self._check_gathered(tensor)
+            return super().all_gather(tensor, group, sync_grads)
+
+    def _check_gathered(self, tensor: Tensor) -> None:
         # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
         if self._shapes_may_differ:
             shapes = gather(tuple(tensor.shape))
@@ -299,7 +304,6 @@ class HeteroDDPStrategy(DDPStrategy):
                 )
         elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
             self.training.keep_equal()
-        return super().all_gather(tensor, group, sync_grads)
 
     @property
     def _shapes_may_differ(self) -> bool:
@@ -312,7 +316,18 @@ class HeteroDDPStrategy(DDPStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor):
             tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
-        return super().reduce(tensor, group, reduce_op)
+        with self.timer.waiting():
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self.timer.waiting():
+            return super().broadcast(obj, src)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with self.timer.waiting():
+            super().barrier(*args, **kwargs)
 
 
 def _stands_in(part: BatchSlice | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,26 @@ def test_finds_the_optimum_and_trains_exactly(ranks: RankPools, factors: list[fl
     expected = reference_parameters(BATCH_SIZE * world_size * (STEPS_AN_EPOCH - 1) + 17, batch, 45)
     for outcome in outcomes:
         assert max(abs(a - b) for a, b in zip(outcome.parameters, expected, strict=True)) < 1e-10
+
+
+class SleepsThenLogs(SmallModule):
+    """Rank 0 is twice as slow in the forward pass, behind which ranks communicate what they log."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep((0.004, 0.002)[self.global_rank] * len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def changes_where_steps_log() -> list[tuple[int, BatchPlan]]:
+    balancer = LoadBalancer(tune_steps=8)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=16)
+    trainer.fit(SleepsThenLogs(), DataLoader(Numbered(64 * 17), batch_size=32))
+    return balancer.changes
+
+
+def test_waiting_for_what_a_step_logs_is_not_own_time(ranks: RankPools) -> None:
+    for changes in ranks.run(2, changes_where_steps_log):
+        assert abs(changes[-1][1].samples[1] - 43) <= 2
 
 
 def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
