@@ -165,11 +165,12 @@ class _Problem:
                 f" got {self.total}. Raise it or use fewer devices."
             )
         if not self.feasible(np.inf):
+            held = int(most_units.sum()) * self.multiple
             raise InfeasiblePlanError(
                 f"`max_batch_size` must together hold the global batch of {self.total} samples, got"
-                f" {self.most.tolist()}, which hold {int(most_units.sum()) * self.multiple} in multiples of"
-                f" {self.multiple}: {self.total - int(most_units.sum()) * self.multiple} too few. Raise the limits"
-                f" or lower the global batch size."
+                f" {self.most.tolist()}, which hold {held} in multiples of {self.multiple}: {self.total - held} too"
+                f" few. Raise the limits, lower the global batch size to {held}, or use `micro_batch_size`, with which"
+                f" ranks work in several passes."
             )
 
     def least_feasible_upper_bound(self) -> float:

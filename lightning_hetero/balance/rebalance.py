@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
+from lightning_hetero.balance.batch_solver import keeps_limits, predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.pooling import pool
 from lightning_hetero.balance.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
@@ -119,6 +119,10 @@ class Rebalancer:
         self.model = model or StepTimeModel(initial.world_size)
         self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
+    def limit(self, limits: BatchLimits) -> None:
+        """Respect ``limits`` from the next judgement on; a plan that does not is left at once."""
+        self._limits = limits
+
     def first_window(self) -> Window:
         """Return the first window to measure."""
         return Window(0, self._length_of_window())
@@ -130,26 +134,39 @@ class Rebalancer:
         self._tune_steps_left -= self._length_of_window()
         self._windows_since_change += 1
         if not self.model.ready:
-            return self._verdict(self.current, (), 0.0)
+            return self._without_times()
         equal_size = self.initial.global_batch_size / self.initial.world_size
         step_times, self._deviations = pool(self.model, equal_size, self._doubt)
         target = self._best(step_times)
         gain = self._gain(step_times, target)
-        if target != self.current and self._worth_it(step_times, target, gain):
+        has_to = not keeps_limits(self.current, self._limits)
+        if target != self.current and (has_to or self._worth_it(step_times, target, gain)):
             if self._tune_steps_left <= 0 and gain > _LARGE_GAIN:
                 self._tune_steps_left = _FOLLOW_STEPS
-            self.current = target
-            self._windows_since_change = 0
-            self._tune_steps_left -= _SETTLE_STEPS
-            return self._verdict(target, step_times, gain)
+            return self._change(target, step_times, gain)
         if self._settled(gain):
             self._tune_steps_left = 0
         return self._verdict(self.current, step_times, 0.0)
+
+    def _change(self, target: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Verdict:
+        self.current = target
+        self._windows_since_change = 0
+        self._tune_steps_left -= _SETTLE_STEPS
+        return self._verdict(target, step_times, gain)
+
+    def _without_times(self) -> Verdict:
+        """Judge before every rank was measured: the present shares, as far as limits allow."""
+        if keeps_limits(self.current, self._limits):
+            return self._verdict(self.current, (), 0.0)
+        batch = self.current.global_batch_size
+        return self._change(proportional_plan(self.current.samples, batch, self._limits, min_samples=1), (), 0.0)
 
     # ---- judgement -------------------------------------------------------------------------------------------------
 
     def _best(self, step_times: Sequence[StepTime]) -> BatchPlan:
         best = solve_batch(step_times, self.initial.global_batch_size, self._limits, min_samples=1)
+        if not keeps_limits(self.initial, self._limits):
+            return best
         saved_s = predicted_step_s(step_times, self.initial) - predicted_step_s(step_times, best)
         return self.initial if saved_s <= _NO_GAIN * self._min_gain * self._step_s(step_times, best) else best
 

@@ -19,6 +19,7 @@ __all__ = [
     "BatchPlan",
     "BatchSlice",
     "DeviceProfile",
+    "MemoryReading",
     "PlanSchedule",
     "StepTime",
     "StepTiming",
@@ -91,6 +92,33 @@ class WindowTiming:
         """Return what :meth:`to_numbers` described."""
         samples, steps, *seconds = numbers
         return cls(int(samples), int(steps), *seconds)
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    """The memory of one rank over some steps.
+
+    Attributes:
+        samples: of the largest pass.
+        resident_bytes: held between two steps.
+        peak_bytes: held at most.
+        budget_bytes: what the rank may hold.
+    """
+
+    samples: int
+    resident_bytes: float
+    peak_bytes: float
+    budget_bytes: float
+
+    def to_numbers(self) -> list[float]:
+        """Return the fields as floating-point numbers, fit for a collective."""
+        return [float(value) for value in astuple(self)]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> MemoryReading:
+        """Return what :meth:`to_numbers` described."""
+        samples, *sizes = numbers
+        return cls(int(samples), *sizes)
 
 
 @dataclass(frozen=True)

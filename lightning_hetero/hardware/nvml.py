@@ -7,10 +7,13 @@ of another (MIG), the answer is None, and one debug line says why.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 __all__ = ["Nvml", "NvmlLibrary"]
+
+Answer = TypeVar("Answer")
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,10 @@ class NvmlLibrary(Protocol):
         """Return the highest rate of a clock in MHz."""
         ...
 
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
+        """Return the memory of the device in bytes: ``total``, ``used`` and ``free``."""
+        ...
+
 
 class Nvml:
     """Asks the driver about devices by their UUID (``"GPU-..."``), whatever ``CUDA_VISIBLE_DEVICES`` says.
@@ -47,23 +54,36 @@ class Nvml:
 
     def __init__(self, library: NvmlLibrary | None = None) -> None:
         self._given = library
+        self._refused: set[tuple[str, str]] = set()
 
     def nominal_speed(self, uuid: str) -> float | None:
         """Return the device's CUDA cores times their highest clock, in 10^9 a second; None where unknown.
 
         It compares devices before anything is measured, as roughly as data sheets do: cores of two generations differ.
         """
+
+        def speed(library: NvmlLibrary, handle: Any) -> float | None:
+            cores = library.nvmlDeviceGetNumGpuCores(handle)
+            clock_mhz = library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM)
+            return cores * clock_mhz / 1e3 or None
+
+        return self._ask(uuid, "speed", speed)
+
+    def free_bytes(self, uuid: str) -> int | None:
+        """Return the memory of the device that no process has; None where unknown."""
+        return self._ask(uuid, "memory", lambda library, handle: int(library.nvmlDeviceGetMemoryInfo(handle).free))
+
+    def _ask(self, uuid: str, what: str, question: Callable[[NvmlLibrary, Any], Answer | None]) -> Answer | None:
         library = self._library
         if library is None:
             return None
         try:
-            handle = library.nvmlDeviceGetHandleByUUID(uuid)
-            cores = library.nvmlDeviceGetNumGpuCores(handle)
-            clock_mhz = library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM)
+            return question(library, library.nvmlDeviceGetHandleByUUID(uuid))
         except library.NVMLError as error:
-            _log.debug("NVML does not tell the speed of %s: %s", uuid, error)
+            if (uuid, what) not in self._refused:
+                _log.debug("NVML does not tell the %s of %s: %s", what, uuid, error)
+            self._refused.add((uuid, what))
             return None
-        return cores * clock_mhz / 1e3 or None
 
     @cached_property
     def _library(self) -> NvmlLibrary | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
@@ -41,6 +42,10 @@ class Driver:
         assert handle == KNOWN
         return int(self._answer("nvmlDeviceGetNumGpuCores", 5120))
 
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
+        assert handle == KNOWN
+        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(total=16_000, used=6_000, free=10_000))
+
     def nvmlDeviceGetMaxClockInfo(self, handle: str, clock: int) -> int:  # noqa: N802
         assert (handle, clock) == (KNOWN, pynvml.NVML_CLOCK_SM)
         return int(self._answer("nvmlDeviceGetMaxClockInfo", 1530))
@@ -48,6 +53,14 @@ class Driver:
 
 def test_a_speed_is_cores_times_clock() -> None:
     assert Nvml(Driver()).nominal_speed(KNOWN) == pytest.approx(5120 * 1.530)
+
+
+def test_free_memory_is_what_nobody_has(caplog: pytest.LogCaptureFixture) -> None:
+    assert Nvml(Driver()).free_bytes(KNOWN) == 10_000
+    nvml = Nvml(Driver("nvmlDeviceGetMemoryInfo", pynvml.NVML_ERROR_NO_PERMISSION))
+    with caplog.at_level(logging.DEBUG):
+        assert [nvml.free_bytes(KNOWN) for _ in range(3)] == [None] * 3
+    assert len(caplog.records) == 1, "one line, however often it is asked"
 
 
 @pytest.mark.parametrize(

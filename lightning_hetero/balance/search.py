@@ -1,0 +1,42 @@
+"""Search the largest size that fits, by as few trials as possible."""
+
+from __future__ import annotations
+
+__all__ = ["Search"]
+
+
+class Search:
+    """Doubles a size while it fits, then bisects.
+
+    Args:
+        start: the first size to try; it has run before, so it is believed to fit.
+        most: no larger size is of interest.
+
+    Example:
+        >>> search = Search(start=8, most=100)
+        >>> while (size := search.next_size()) is not None:
+        ...     search.tell(size <= 37)
+        >>> search.largest
+        37
+    """
+
+    def __init__(self, start: int, most: int) -> None:
+        self.largest = min(start, most)
+        self._most = most
+        self._too_large: int | None = None
+        self._tried = 0
+
+    def next_size(self) -> int | None:
+        """Return the size to try next; None where the largest is found."""
+        if self.largest >= self._most or (self._too_large is not None and self._too_large - self.largest < 2):
+            return None
+        doubled = min(2 * self.largest, self._most)
+        self._tried = doubled if self._too_large is None else (self.largest + self._too_large) // 2
+        return self._tried
+
+    def tell(self, fits: bool) -> None:
+        """Say whether the size that was asked for fits."""
+        if fits:
+            self.largest = self._tried
+        else:
+            self._too_large = self._tried

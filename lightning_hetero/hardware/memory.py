@@ -1,0 +1,73 @@
+"""How much memory a process has used at most, and how much it may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lightning_hetero.hardware.nvml import Nvml
+
+__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "meter_of"]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """A reading of one device.
+
+    Attributes:
+        resident_bytes: held by this process now, between two steps.
+        peak_bytes: held by this process at most since the meter was restarted.
+        available_bytes: what this process could hold: what it has, and what nobody has.
+    """
+
+    resident_bytes: int
+    peak_bytes: int
+    available_bytes: int
+
+
+class MemoryMeter(Protocol):
+    """Anything that can read a device's memory; tests put devices here that the machine lacks."""
+
+    def restart(self) -> None:
+        """Forget the peak; must not wait for the device."""
+        ...
+
+    def read(self) -> MemoryUse | None:
+        """Return what is known since the restart; None where nothing is. Must not wait for the device."""
+        ...
+
+
+class CudaMemoryMeter:
+    """Asks torch's allocator for what this process has, and the driver for what nobody has.
+
+    Args:
+        device: a CUDA device.
+        nvml: what asks the driver; where it knows nothing, torch asks in its own way.
+    """
+
+    def __init__(self, device: torch.device, nvml: Nvml | None = None) -> None:
+        self._device = device
+        self._nvml = nvml or Nvml()
+        self._uuid = f"GPU-{getattr(torch.cuda.get_device_properties(device), 'uuid', None)}"
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def read(self) -> MemoryUse:
+        """Return what is known since the restart."""
+        free = self._nvml.free_bytes(self._uuid)
+        if free is None:
+            free = torch.cuda.mem_get_info(self._device)[0]
+        return MemoryUse(
+            resident_bytes=torch.cuda.memory_allocated(self._device),
+            peak_bytes=torch.cuda.max_memory_allocated(self._device),
+            available_bytes=free + torch.cuda.memory_reserved(self._device),
+        )
+
+
+def meter_of(device: torch.device) -> MemoryMeter | None:
+    """Return the meter of a device; None for a processor, whose memory is shared with everything else."""
+    return CudaMemoryMeter(device) if device.type == "cuda" else None
