@@ -1,6 +1,13 @@
 """Every error that this package raises on purpose."""
 
-__all__ = ["ConfigurationError", "HeteroError", "InfeasiblePlanError", "RankFailedError", "UnsupportedFeatureError"]
+__all__ = [
+    "ConfigurationError",
+    "HeteroError",
+    "InfeasiblePlanError",
+    "RankFailedError",
+    "RankOutOfMemoryError",
+    "UnsupportedFeatureError",
+]
 
 
 class HeteroError(Exception):
@@ -21,3 +28,7 @@ class UnsupportedFeatureError(HeteroError, RuntimeError):
 
 class RankFailedError(HeteroError, RuntimeError):
     """Another rank has failed; the message says which, and that rank reports the cause."""
+
+
+class RankOutOfMemoryError(HeteroError, RuntimeError):
+    """This rank ran out of memory and could not go on in smaller passes; the message says where and why."""

@@ -16,12 +16,15 @@ from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = [
+    "caps_of_ranks",
     "check_at_least",
     "check_caps",
     "check_choice",
     "check_global_batch_size",
     "check_optional_positive_integer",
+    "check_part",
     "check_shares",
+    "check_sum_of_caps",
     "shares_of_ranks",
 ]
 
@@ -36,11 +39,8 @@ def check_shares(shares: Any, world_size: int | None = None) -> None:
             )
         return
     if isinstance(shares, Mapping):
-        if not shares:
-            raise ConfigurationError("`shares` must name at least one device, got an empty mapping.")
+        _check_names("shares", shares)
         for name, share in shares.items():
-            if not isinstance(name, str):
-                raise ConfigurationError(f"`shares` must map device names to numbers, got the name {name!r}.")
             _check_share(f"shares[{name!r}]", share)
         return
     if not _is_list(shares):
@@ -55,6 +55,14 @@ def check_shares(shares: Any, world_size: int | None = None) -> None:
             f"`shares` must have one number a rank ({world_size}), got {len(shares)}: {list(shares)}."
             f" Add or remove numbers, or set `devices` and `num_nodes` to match."
         )
+
+
+def _check_names(name: str, numbers: Mapping[Any, Any]) -> None:
+    if not numbers:
+        raise ConfigurationError(f"`{name}` must name at least one device, got an empty mapping.")
+    for device in numbers:
+        if not isinstance(device, str):
+            raise ConfigurationError(f"`{name}` must map device names to numbers, got the name {device!r}.")
 
 
 def _check_share(name: str, share: Any) -> None:
@@ -83,38 +91,55 @@ def check_global_batch_size(global_batch_size: Any, batch_multiple: int, world_s
         )
 
 
-def check_caps(
-    max_batch_size: Any, batch_multiple: int, world_size: int | None = None, global_batch_size: int | None = None
-) -> None:
-    """Check the ``max_batch_size`` argument; its length and sum too where they can be known."""
-    if max_batch_size is None:
+Caps = int | Sequence[int] | Mapping[str, int] | None
+
+
+def check_caps(name: str, caps: Any, batch_multiple: int = 1, world_size: int | None = None) -> None:
+    """Check an argument that limits the samples of ranks: a number, one a rank, or one for each device name."""
+    if caps is None:
         return
-    caps = list(max_batch_size) if _is_list(max_batch_size) else [max_batch_size]
-    for cap in caps:
+    if isinstance(caps, Mapping):
+        _check_names(name, caps)
+    values = list(caps.values()) if isinstance(caps, Mapping) else list(caps) if _is_list(caps) else [caps]
+    for cap in values:
         if not _is_integer(cap) or cap < 1:
             raise ConfigurationError(
-                f"`max_batch_size` must be a positive integer, or one a rank, got {max_batch_size!r}."
+                f"`{name}` must be a positive integer, one a rank, or one for each device name, got {caps!r}."
             )
         if cap < batch_multiple:
             raise ConfigurationError(
-                f"`max_batch_size` must be at least `batch_multiple` ({batch_multiple}), got {cap}."
+                f"`{name}` must be at least `batch_multiple` ({batch_multiple}), got {cap}."
                 f" Raise it or lower `batch_multiple`."
             )
-    if world_size is None:
-        return
-    if not _is_list(max_batch_size):
-        caps = caps * world_size
-    if len(caps) != world_size:
+    if world_size is not None and _is_list(caps) and len(caps) != world_size:
         raise ConfigurationError(
-            f"`max_batch_size` must have one number a rank ({world_size}), got {len(caps)}: {max_batch_size}."
+            f"`{name}` must have one number a rank ({world_size}), got {len(caps)}: {caps}."
             f" Add or remove numbers, or give one number for all."
         )
-    if global_batch_size is not None and sum(caps) < global_batch_size:
+
+
+def check_sum_of_caps(caps: Caps, world_size: int, global_batch_size: int | None) -> None:
+    """Check that ``max_batch_size`` holds the global batch, where both are known."""
+    if caps is None or isinstance(caps, Mapping) or global_batch_size is None:
+        return
+    of_ranks = [caps] * world_size if isinstance(caps, int) else list(caps)
+    if sum(of_ranks) < global_batch_size:
         raise InfeasiblePlanError(
-            f"`max_batch_size` must together hold the global batch of {global_batch_size} samples, got {caps},"
-            f" which hold {sum(caps)}: {global_batch_size - sum(caps)} too few."
-            f" Raise the limits or lower `global_batch_size` to {sum(caps)}."
+            f"`max_batch_size` must together hold the global batch of {global_batch_size} samples, got {of_ranks},"
+            f" which hold {sum(of_ranks)}: {global_batch_size - sum(of_ranks)} too few."
+            f" Raise the limits or lower `global_batch_size` to {sum(of_ranks)}."
         )
+
+
+def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> list[int] | None:
+    """Return one limit a rank, given what each rank runs on; None where there is none.
+
+    Raises:
+        ConfigurationError: a rank's device is not in the mapping.
+    """
+    if caps is None or isinstance(caps, int):
+        return None if caps is None else [caps] * len(profiles)
+    return [int(cap) for cap in (_by_device(name, caps, profiles) if isinstance(caps, Mapping) else caps)]
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -127,6 +152,12 @@ def check_optional_positive_integer(name: str, value: Any) -> None:
     """Check that ``value`` is None or a positive integer."""
     if value is not None:
         check_at_least(name, value, 1)
+
+
+def check_part(name: str, value: Any) -> None:
+    """Check that ``value`` is a part of something: above 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ConfigurationError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
 
 
 def check_at_least(name: str, value: Any, least: int, *, whole: bool = True) -> None:
@@ -149,14 +180,18 @@ def shares_of_ranks(
         return [1.0] * len(profiles)
     if not isinstance(shares, Mapping):
         return [float(share) for share in shares]
+    return [float(share) for share in _by_device("shares", shares, profiles)]
+
+
+def _by_device(name: str, numbers: Mapping[str, Any], profiles: Sequence[DeviceProfile]) -> list[Any]:
     for rank, profile in enumerate(profiles):
-        if profile.name not in shares:
+        if profile.name not in numbers:
             raise ConfigurationError(
-                f"`shares` must name the device of every rank, got {sorted(shares)}, but rank {rank}"
+                f"`{name}` must name the device of every rank, got {sorted(numbers)}, but rank {rank}"
                 f" ({profile.host}, {profile.device}) runs on {profile.name!r}."
                 f" Add it; the devices of this run are {sorted({p.name for p in profiles})}."
             )
-    return [float(shares[profile.name]) for profile in profiles]
+    return [numbers[profile.name] for profile in profiles]
 
 
 def _is_list(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.advice import Advice, advise
+from lightning_hetero.balance.caps import limits_of_passes
+from lightning_hetero.balance.memory_model import MemoryModel
+from lightning_hetero.balance.passes import pass_sizes
 from lightning_hetero.balance.rebalance import Rebalancer, Verdict, Window
 from lightning_hetero.balance.summary import speed_up
-from lightning_hetero.balance.types import BatchPlan, PlanSchedule, StepTime, WindowTiming
+from lightning_hetero.balance.types import BatchPlan, MemoryReading, PlanSchedule, StepTime, WindowTiming
 from lightning_hetero.balance.window import summarise
 from lightning_hetero.distributed.agree import agree
 from lightning_hetero.exceptions import UnsupportedFeatureError
@@ -24,7 +28,34 @@ from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 __all__ = ["LoadBalancer", "add_default_balancer"]
 
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
+_NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 _REPORT_STEPS = 10
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank tells the others at the end of a window.
+
+    Attributes:
+        window: what its steps took.
+        memory: what its passes took.
+        pass_limit: most samples that its passes may have, as the user wants it or as it was learned; 0 for no limit.
+        fetched_through: the latest step for which it has drawn its samples.
+    """
+
+    window: WindowTiming
+    memory: MemoryReading
+    pass_limit: int
+    fetched_through: int
+
+    def to_numbers(self) -> list[float]:
+        return [*self.window.to_numbers(), *self.memory.to_numbers(), self.pass_limit, self.fetched_through]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> _Report:
+        *rest, pass_limit, fetched_through = numbers
+        window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
+        return cls(window, memory, int(pass_limit), int(fetched_through))
 
 
 @dataclass(frozen=True)
@@ -34,6 +65,7 @@ class _Decision:
     verdict: Verdict
     first_step: int
     windows: tuple[WindowTiming, ...]
+    predicted_passes: tuple[int | None, ...]
 
 
 class LoadBalancer(Callback):
@@ -51,6 +83,8 @@ class LoadBalancer(Callback):
             on would not change them.
         min_gain: Least predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
         verbose: Whether to print one line for each change and a table of what it brought.
+        memory_fraction: How much of a device's memory a plan may count on, as a part of what this process has and what
+            nobody has. Peaks are predicted from the steps that run anyway; on processors nothing is predicted.
         watch_steps: Training steps of each look for drift after the tuning. The ranks exchange a few numbers at the end
             of each, at most about four times a second. 0 keeps the shares that the tuning found.
 
@@ -73,12 +107,15 @@ class LoadBalancer(Callback):
         min_gain: float = 0.05,
         verbose: bool = True,
         watch_steps: int = 10,
+        memory_fraction: float = 0.92,
     ) -> None:
         arguments.check_at_least("warmup_steps", warmup_steps, 0)
         arguments.check_at_least("tune_steps", tune_steps, 1)
         arguments.check_at_least("min_gain", min_gain, 0, whole=False)
         arguments.check_at_least("watch_steps", watch_steps, 0)
+        arguments.check_part("memory_fraction", memory_fraction)
         super().__init__()
+        self.memory_fraction = memory_fraction
         self.warmup_steps = warmup_steps
         self.tune_steps = tune_steps
         self.min_gain = min_gain
@@ -93,6 +130,7 @@ class LoadBalancer(Callback):
         self._strategy: HeteroDDPStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
         self._rebalancer: Rebalancer | None = None
+        self._memory_model = MemoryModel(0)
         self._restored: dict[str, Any] | None = None
         self._window = Window(0, 1)
         self._measure_from = 0
@@ -146,6 +184,8 @@ class LoadBalancer(Callback):
             if step + 2 >= self._measure_from:  # the step under way when it is enabled is not whole
                 self._start_measuring()
             return
+        if step + 1 == self._measure_from and strategy.memory is not None:
+            strategy.memory.restart()
         in_window = step >= self._measure_from
         whole = part.global_samples == plan.global_batch_size
         # a first batch may have waited for workers to start, unless there are hardly others; a ragged one is not what
@@ -155,7 +195,13 @@ class LoadBalancer(Callback):
         self._elapsed += in_window
         self._kept += keep
         if self._kept and self._elapsed >= self._window.measured_steps:
-            self._end_window()
+            self._end_window(plan)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        memory = self._strategy.memory if self._strategy is not None else None
+        if self._rebalancer is not None and memory is not None:
+            memory.restart()  # a peak of validation says nothing about training steps
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,6 +236,7 @@ class LoadBalancer(Callback):
             watch_steps=self.watch_steps or _REPORT_STEPS,
             model=None if state is None else Rebalancer.model_of(state),
         )
+        self._memory_model = MemoryModel(strategy.world_size)
         self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
         strategy.timer.disable()
         self._start_measuring()
@@ -216,14 +263,20 @@ class LoadBalancer(Callback):
         self._measure_from = first_step + window.skipped_steps
         self._elapsed = self._kept = 0
 
-    def _end_window(self) -> None:
+    def _end_window(self, plan: BatchPlan) -> None:
         """Exchange what was measured; every rank comes here after the same step."""
         strategy = self._the_strategy
         assert self._rebalancer is not None
         current = self._rebalancer.current
-        window = summarise(strategy.timer.take()) or _NOTHING_MEASURED
-        decision = agree([*window.to_numbers(), strategy.fetched_through], self._decide, strategy.root_device)
+        report = _Report(
+            summarise(strategy.timer.take()) or _NOTHING_MEASURED,
+            self._memory_of_pass(plan.samples[strategy.global_rank]),
+            strategy.passes.limit or 0,
+            strategy.fetched_through,
+        )
+        decision = agree(report.to_numbers(), self._decide, strategy.root_device)
         verdict = decision.verdict
+        strategy.passes.predicted = decision.predicted_passes[strategy.global_rank]
         self.step_times, self.communication_s = verdict.step_times, verdict.communication_s
         self._rebalancer.current = verdict.plan  # on rank zero it is already
         if not self.statuses_before:
@@ -253,15 +306,44 @@ class LoadBalancer(Callback):
         """Whether a table of what the tuning brought is still to come."""
         return bool(self._improved and self.statuses_before and not self.statuses_after)
 
-    def _decide(self, rows: list[list[float]]) -> _Decision:
-        windows = [WindowTiming.from_numbers(row[:-1]) for row in rows]
+    def _memory_of_pass(self, samples: int) -> MemoryReading:
+        strategy = self._the_strategy
+        use = strategy.memory.read() if strategy.memory is not None and strategy.training.counts_samples else None
+        if use is None:
+            return _NOTHING_READ
+        assert strategy.memory is not None
+        strategy.memory.restart()  # the next window may follow at once
+        largest = max(pass_sizes(samples, strategy.passes.most), default=0)
+        budget_bytes = self.memory_fraction * use.available_bytes
+        return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
+
+    def _predict_memory(self, reports: Sequence[_Report]) -> tuple[int | None, ...]:
+        """Have the rebalancer respect what fits; return the most samples that are expected to on each rank."""
+        strategy = self._the_strategy
         assert self._rebalancer is not None
+        self._memory_model.observe([report.memory if report.memory.samples else None for report in reports])
+        predicted = tuple(self._memory_model.most_samples(rank) for rank in range(len(reports)))
+        if strategy.micro_batch_size is None and strategy.training.counts_samples:
+            fit = [
+                min((n for n in (report.pass_limit or None, most) if n is not None), default=None)
+                for report, most in zip(reports, predicted, strict=True)
+            ]
+            batch = self._rebalancer.current.global_batch_size
+            self._rebalancer.limit(limits_of_passes(strategy.limits, fit, batch))
+        return predicted
+
+    def _decide(self, rows: list[list[float]]) -> _Decision:
+        reports = [_Report.from_numbers(row) for row in rows]
+        windows = [report.window for report in reports]
+        assert self._rebalancer is not None
+        predicted_passes = self._predict_memory(reports)
         verdict = self._rebalancer.judge([window if window.steps else None for window in windows])
         shown = all(window.steps for window in windows) and (not self.statuses_before or self._reports)
         return _Decision(
             verdict=verdict,
-            first_step=_step_behind_all([row[-1:] for row in rows]),
+            first_step=_step_behind_all([[report.fetched_through] for report in reports]),
             windows=tuple(windows) if shown else (),
+            predicted_passes=predicted_passes,
         )
 
     def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-__all__ = ["muted_gradients", "stand_in"]
+__all__ = ["discarded_metrics", "muted_gradients", "stand_in"]
 
 # what torchmetrics keeps of an update beside the states
 _BOOKKEEPING = ("_update_count", "_computed", "_forward_cache")
@@ -40,7 +40,7 @@ def muted_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def stand_in(module: LightningModule) -> Iterator[None]:
     """Run a step on a stand-in: nothing that it adds to metrics, logs or synchronised statistics remains."""
-    with _discarded_metrics(module), _left_out_of_statistics(module):
+    with discarded_metrics(module), _left_out_of_statistics(module):
         yield
 
 
@@ -73,7 +73,7 @@ def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _discarded_metrics(module: LightningModule) -> Iterator[None]:
+def discarded_metrics(module: LightningModule) -> Iterator[None]:
     """Take back what the step in this context adds to the module's metrics and to what it logs."""
     # `trainer._results` has no public counterpart: it is where `self.log` accumulates
     logged: dict[str, Metric] | None = module.trainer._results

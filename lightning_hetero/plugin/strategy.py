@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,13 +24,16 @@ from lightning_hetero.balance.types import (
     weight_in_mean,
 )
 from lightning_hetero.distributed.agree import gather, gather_counts
+from lightning_hetero.distributed.failure import failure_of_peers
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.evaluation_data import EvaluationData
 from lightning_hetero.plugin.inexact import inexact_parts, warn_of_inexact
 from lightning_hetero.plugin.logged import to_reduce
+from lightning_hetero.plugin.passes import Passes
 from lightning_hetero.plugin.stand_in import muted_gradients, stand_in
 from lightning_hetero.plugin.training_data import TrainingData
 
@@ -50,7 +54,8 @@ class HeteroDDPStrategy(DDPStrategy):
         global_batch_size: Samples of all ranks in one training step. By default the training loader's batch size
             times the number of ranks, as under DDP. With a batch sampler of your own: the size of its batches, which
             are then taken as global batches.
-        max_batch_size: Most training samples a rank can hold in one step: one number for all ranks or one a rank.
+        max_batch_size: Most training samples a rank gets in one step: one number for all ranks, one a rank, or one for
+            each device name.
         batch_multiple: Every rank's number of samples is a multiple of this, but for one rank that takes what is
             left over.
         loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum. A sum is left
@@ -58,6 +63,9 @@ class HeteroDDPStrategy(DDPStrategy):
             of ranks.
         num_loss_terms: Counts the terms that the training loss averages over, given the batch, where that is not
             the number of samples: tokens that are not padding, boxes. Costs one small all-reduce a step.
+        micro_batch_size: Most samples that a rank processes in one pass, a number for all ranks, one a rank, or one for
+            each device name. A larger part of a step is processed in several passes whose gradients are added up on the
+            rank, so a fast device with little memory still gets the share that its speed deserves.
         **ddp_kwargs: Arguments of Lightning's DDPStrategy and of torch's DistributedDataParallel.
 
     Raises:
@@ -69,16 +77,18 @@ class HeteroDDPStrategy(DDPStrategy):
         self,
         shares: Literal["auto"] | list[float] | dict[str, float] = "auto",
         global_batch_size: int | None = None,
-        max_batch_size: int | list[int] | None = None,
+        max_batch_size: int | list[int] | dict[str, int] | None = None,
         batch_multiple: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], int] | None = None,
+        micro_batch_size: int | list[int] | dict[str, int] | None = None,
         **ddp_kwargs: Any,
     ) -> None:
         arguments.check_at_least("batch_multiple", batch_multiple, 1)
         arguments.check_shares(shares)
         arguments.check_global_batch_size(global_batch_size, batch_multiple)
-        arguments.check_caps(max_batch_size, batch_multiple)
+        arguments.check_caps("max_batch_size", max_batch_size, batch_multiple)
+        arguments.check_caps("micro_batch_size", micro_batch_size)
         arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if num_loss_terms is not None and not callable(num_loss_terms):
             raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
@@ -93,11 +103,14 @@ class HeteroDDPStrategy(DDPStrategy):
         self.batch_multiple = batch_multiple
         self.loss_reduction = loss_reduction
         self.num_loss_terms = num_loss_terms
+        self.micro_batch_size = micro_batch_size
         self.timer = StepTimer(HostClock())
         self.profiles: tuple[DeviceProfile, ...] = ()
         self.training = TrainingData(self)
         self.evaluation = EvaluationData(self)
-        self._loss_weight = 1.0
+        self.passes = Passes(self)
+        self.memory: MemoryMeter | None = None
+        self.loss_weight = 1.0
         self._part_of_step: BatchSlice | None = None
         self._weight_in_step = 1.0
 
@@ -166,7 +179,9 @@ class HeteroDDPStrategy(DDPStrategy):
         world_size = self.num_nodes * self.num_processes
         arguments.check_shares(self.shares, world_size)
         arguments.check_global_batch_size(self.global_batch_size, self.batch_multiple, world_size)
-        arguments.check_caps(self.max_batch_size, self.batch_multiple, world_size, self.global_batch_size)
+        arguments.check_caps("max_batch_size", self.max_batch_size, self.batch_multiple, world_size)
+        arguments.check_sum_of_caps(self.max_batch_size, world_size, self.global_batch_size)
+        arguments.check_caps("micro_batch_size", self.micro_batch_size, 1, world_size)
         super().set_world_ranks()
 
     @property
@@ -189,14 +204,19 @@ class HeteroDDPStrategy(DDPStrategy):
         super().setup_environment()
         if self.root_device.type == "cuda":
             self.timer = StepTimer(CudaClock())
+        self.memory = meter_of(self.root_device)
         self.profiles = tuple(gather(TorchDeviceProbe().profile(self.root_device)))
         # raises where a mapping does not know a device; every rank sees all devices, so all raise
         arguments.shares_of_ranks(self.shares, self.profiles)
+        arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
+        micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
+        self.passes.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
 
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         self.training.check(self.lightning_module.training_step)
+        self.passes.begin()
         if self.training.may_be_unequal:
             warn_of_inexact(inexact_parts(self.lightning_module, self))
         super().on_train_start()
@@ -232,11 +252,12 @@ class HeteroDDPStrategy(DDPStrategy):
         # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
         self.timer.pause()
         self.training.begin_step()
-        self._loss_weight = self._weight_of_loss(args[0] if args else None)
+        self.loss_weight = self._weight_of_loss(args[0] if args else None)
         part = self.training.part
-        weight = self._loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
-        with self._as_part(part, weight):
-            return super().training_step(*args, **kwargs)
+        weight = self.loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
+        forward = partial(super().training_step, **kwargs)
+        with self._as_part(part, weight), failure_of_peers():
+            return self.passes.training_step(forward, partial(self._backward, super().backward), args, part)
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.training.part
@@ -272,13 +293,21 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        weight = self._loss_weight
+        with failure_of_peers():
+            return self.passes.backward(
+                partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
+            )
+
+    def _backward(
+        self, backward: Callable[..., Tensor], loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        weight = self.loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
         # to the precision of the loss it would cost nine digits.
-        loss = closure_loss if weight == 1.0 else closure_loss * weight
+        loss = loss if weight == 1.0 else loss * weight
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
-            loss = super().backward(loss, optimizer, *args, **kwargs)
+            loss = backward(loss, optimizer, *args, **kwargs)
         self.timer.resume()  # the gradients of all ranks are combined, on CUDA in the order of the stream
         return loss
 
@@ -288,6 +317,8 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        self.passes.refuse_to_communicate("all_gather")
+        self.passes.communicates()
         with self.timer.waiting():
             self._check_gathered(tensor)
             return super().all_gather(tensor, group, sync_grads)
@@ -314,6 +345,7 @@ class HeteroDDPStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        self.passes.communicates()
         if isinstance(tensor, Tensor):
             tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
         with self.timer.waiting():

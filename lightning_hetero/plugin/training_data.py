@@ -172,13 +172,17 @@ class TrainingData:
     def limits(self) -> BatchLimits:
         """What every plan has to respect, in units of the schedule's plans: samples, or with several loaders more."""
         strategy, samplers = self._strategy, self._resolve()
-        caps = strategy.max_batch_size
-        if caps is None:
+        of_ranks = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+        if of_ranks is None:
             return BatchLimits(None, strategy.batch_multiple)
-        of_ranks = [caps] * strategy.world_size if isinstance(caps, int) else caps
         samples = sum(sampler.batches.size for sampler in samplers)
         units = self._units(samplers)
         return BatchLimits(tuple(cap * units // max(samples, 1) for cap in of_ranks), strategy.batch_multiple)
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        return len(self._resolve()) == 1
 
     @property
     def fetched_through(self) -> int:
@@ -286,17 +290,16 @@ class TrainingData:
         whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers])
         for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
             samples = _samples_of_ranks(plan, sizes)
-            caps = strategy.max_batch_size
-            of_ranks = [caps] * len(samples) if isinstance(caps, int) or caps is None else caps
+            caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
             rank = max(range(len(samples)), key=lambda r: samples[r])
             situation = (
                 f"in steps whose batches have {list(sizes)} samples rank {rank} gets {samples[rank]} of them, because"
                 f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
             )
-            if any(cap is not None and n > cap for n, cap in zip(samples, of_ranks, strict=True)):
+            if caps is not None and any(n > cap for n, cap in zip(samples, caps, strict=True)):
                 raise InfeasiblePlanError(
-                    f"`max_batch_size` must allow for the last batches of several loaders, got {caps}; but {situation}."
-                    f" Use `drop_last=True`."
+                    f"`max_batch_size` must allow for the last batches of several loaders, got"
+                    f" {strategy.max_batch_size}; but {situation}. Use `drop_last=True`."
                 )
             if samples[rank] > max(whole):
                 rank_zero_warn(f"`hetero_ddp`: {situation}. `drop_last=True` avoids that.")

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.exceptions import ConfigurationError, HeteroError
-from lightning_hetero.plugin.arguments import shares_of_ranks
+from lightning_hetero.plugin.arguments import caps_of_ranks, shares_of_ranks
 from lightning_hetero.testing import SlowDown
 
 NAN = float("nan")
@@ -35,9 +35,17 @@ INF = float("inf")
         ({"global_batch_size": 0}, "`global_batch_size` must be an integer of at least 1, got 0"),
         ({"global_batch_size": 1.5}, "`global_batch_size` must be an integer of at least 1, got 1.5"),
         ({"global_batch_size": "64"}, "`global_batch_size` must be an integer of at least 1, got '64'"),
-        ({"max_batch_size": 0}, "`max_batch_size` must be a positive integer, or one a rank, got 0"),
+        (
+            {"max_batch_size": 0},
+            "`max_batch_size` must be a positive integer, one a rank, or one for each device name, got 0",
+        ),
         ({"max_batch_size": [4, -4]}, r"`max_batch_size` must be a positive integer, .* got \[4, -4\]"),
         ({"max_batch_size": "8"}, "`max_batch_size` must be a positive integer, .* got '8'"),
+        ({"max_batch_size": {}}, "`max_batch_size` must name at least one device, got an empty mapping"),
+        ({"max_batch_size": {"Tesla K80": 0}}, r"one for each device name, got \{'Tesla K80': 0\}"),
+        ({"max_batch_size": {0: 4}}, "`max_batch_size` must map device names to numbers, got the name 0"),
+        ({"micro_batch_size": 1.5}, "`micro_batch_size` must be a positive integer, .* got 1.5"),
+        ({"micro_batch_size": [True, 4]}, r"`micro_batch_size` must be a positive integer, .* got \[True, 4\]"),
         (
             {"max_batch_size": 4, "batch_multiple": 8},
             r"`max_batch_size` must be at least `batch_multiple` \(8\), got 4",
@@ -67,6 +75,7 @@ def test_strategy_refuses(arguments: dict[str, Any], message: str) -> None:
             r"`max_batch_size` must together hold the global batch of 32 samples, got \[8, 16\], which hold 24:"
             r" 8 too few\. .* lower `global_batch_size` to 24",
         ),
+        ({"micro_batch_size": [8]}, r"`micro_batch_size` must have one number a rank \(2\), got 1: \[8\]\. Add"),
         ({"max_batch_size": 8, "global_batch_size": 32}, r"got \[8, 8\], which hold 16: 16 too few"),
     ],
 )
@@ -85,6 +94,10 @@ def test_what_depends_on_the_number_of_ranks_is_refused_by_the_trainers_construc
         ({"tune_steps": 2.5}, "`tune_steps` must be an integer of at least 1, got 2.5"),
         ({"min_gain": -0.1}, "`min_gain` must be a finite number of at least 0, got -0.1"),
         ({"min_gain": NAN}, "`min_gain` must be a finite number of at least 0, got nan"),
+        ({"memory_fraction": 0}, "`memory_fraction` must be a number above 0 and at most 1, got 0"),
+        ({"memory_fraction": 92}, "`memory_fraction` must be a number above 0 and at most 1, got 92"),
+        ({"memory_fraction": NAN}, "`memory_fraction` must be a number above 0 and at most 1, got nan"),
+        ({"memory_fraction": "all"}, "`memory_fraction` must be a number above 0 and at most 1, got 'all'"),
         ({"min_gain": "5%"}, "`min_gain` must be a finite number of at least 0, got '5%'"),
     ],
 )
@@ -123,6 +136,14 @@ def test_shares_are_looked_up_by_device_name() -> None:
     assert shares_of_ranks({"Tesla K80": 1, "Tesla V100": 2, "H200": 9}, PROFILES) == [1.0, 2.0]
     assert shares_of_ranks("auto", PROFILES) == [1.0, 1.0]
     assert shares_of_ranks([3, 4], PROFILES) == [3.0, 4.0]
+
+
+def test_limits_are_looked_up_by_device_name() -> None:
+    assert caps_of_ranks("max_batch_size", {"Tesla K80": 24, "Tesla V100": 96}, PROFILES) == [24, 96]
+    assert caps_of_ranks("max_batch_size", 8, PROFILES) == [8, 8]
+    assert caps_of_ranks("max_batch_size", None, PROFILES) is None
+    with pytest.raises(ConfigurationError, match=r"`micro_batch_size` must name the device of every rank, .* rank 1"):
+        caps_of_ranks("micro_batch_size", {"Tesla K80": 24}, PROFILES)
 
 
 def test_a_device_that_the_mapping_does_not_know_is_refused() -> None:

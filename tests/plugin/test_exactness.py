@@ -375,7 +375,7 @@ class Unweighted(HeteroDDPStrategy):
 
 class WeightedTwice(HeteroDDPStrategy):
     def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().backward(closure_loss * self._loss_weight, *args, **kwargs)
+        return super().backward(closure_loss * self.loss_weight, *args, **kwargs)
 
 
 class OneRankLate(HeteroDDPStrategy):

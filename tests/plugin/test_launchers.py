@@ -18,9 +18,23 @@ from torch.utils.data import DataLoader
 from training import Numbered, SmallModule, flat
 from lightning_hetero import HeteroDDPStrategy
 
+class NeverFits(SmallModule):
+    # runs out of memory on one rank, with a single sample too, in the backward pass of the fourth step
+    rank = -1
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.rank == self.global_rank and self.trainer.fit_loop.total_batch_idx == 3:
+            loss.register_hook(self.run_out)
+        return loss
+
+    def run_out(self, gradient):
+        raise torch.OutOfMemoryError("out of memory, as a test wants it")
+
 def main(strategy):
     seed_everything(7, verbose=False)
-    module = SmallModule()
+    module = NeverFits()
+    NeverFits.rank = int(sys.argv[2]) if len(sys.argv) > 2 else -1
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=12, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                       limit_val_batches=0)
@@ -33,13 +47,13 @@ if __name__ == "__main__":
 """
 
 
-def run_script(folder: Path, strategy: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def run_script(folder: Path, *arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
     """Run the script as a user would and return what it printed."""
     script = folder / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, str(script), strategy],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -77,4 +91,16 @@ def test_bad_input_ends_the_script_with_one_clear_error(tmp_path: Path, strategy
     done = run_script(tmp_path, strategy)
     assert done.returncode != 0
     assert message in done.stderr
+    assert "parameters" not in done.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_for_which_nothing_fits_ends_all_and_is_named(tmp_path: Path, rank: int) -> None:
+    """The peers wait in an all-reduce; they end in seconds, and the one that can still be reached says why too."""
+    done = run_script(tmp_path, "HeteroDDPStrategy()", str(rank), timeout_s=60)
+    assert done.returncode != 0
+    assert f"RankOutOfMemoryError: Rank {rank} (cpu) ran out of memory in the backward pass of training" in done.stderr
+    assert "a single sample does not fit" in done.stderr
+    if rank == 1:
+        assert f"RankFailedError: Another rank has failed: Rank {rank}" in done.stderr
     assert "parameters" not in done.stdout

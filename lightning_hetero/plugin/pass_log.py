@@ -1,0 +1,122 @@
+"""What a step logs in several passes becomes what it would log in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+__all__ = ["PassLog", "combined_log", "silent_log"]
+
+# among the arguments of `LightningModule.log` behind the value
+_REDUCE_FX = 4
+
+
+@dataclass(frozen=True)
+class _Call:
+    value: Any
+    samples: int
+    weight: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class PassLog:
+    """Collects what ``self.log`` is given in each pass, and hands on one value for all of them.
+
+    Logged once, a value is synchronised over ranks once too, however many passes each of them has.
+
+    Args:
+        log: the module's own.
+
+    Attributes:
+        samples: of the pass at hand.
+        weight: what its loss counts in that of all passes.
+    """
+
+    def __init__(self, log: Callable[..., None]) -> None:
+        self._log = log
+        self._calls: dict[str, list[_Call]] = {}
+        self._losses: set[str] = set()
+        self.samples = 0
+        self.weight = 1.0
+
+    def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Take the place of ``LightningModule.log``."""
+        kept = value.detach() if isinstance(value, Tensor) else value
+        self._calls.setdefault(name, []).append(_Call(kept, self.samples, self.weight, args, kwargs))
+
+    def told_loss(self, loss: Tensor) -> None:
+        """The pass at hand has returned ``loss``; what it logged and is the same adds up as losses do."""
+        for name, calls in self._calls.items():
+            value = calls[-1].value
+            if isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr():
+                self._losses.add(name)
+
+    def hand_on(self) -> None:
+        """Log every value once."""
+        for name, calls in self._calls.items():
+            args, kwargs = calls[-1].args, calls[-1].kwargs
+            if kwargs.get("batch_size") is not None:
+                kwargs = {**kwargs, "batch_size": sum(call.kwargs["batch_size"] for call in calls)}
+            reduce_fx = args[_REDUCE_FX] if len(args) > _REDUCE_FX else kwargs.get("reduce_fx", "mean")
+            self._log(name, _combined(calls, reduce_fx, name in self._losses), *args, **kwargs)
+
+
+def _combined(calls: list[_Call], reduce_fx: Any, is_loss: bool) -> Any:
+    last = calls[-1].value
+    if len(calls) == 1 or not all(isinstance(call.value, Tensor | int | float) for call in calls):
+        return last  # a metric counts the samples of every pass itself
+    stacked = torch.stack([torch.as_tensor(call.value) for call in calls])
+    if is_loss:
+        return _sum(stacked, [call.weight for call in calls])
+    if reduce_fx in ("mean", torch.mean):
+        samples = sum(call.samples for call in calls)
+        return _sum(stacked, [call.samples / samples for call in calls])
+    if reduce_fx in ("sum", torch.sum, sum):
+        return stacked.sum(0)
+    if reduce_fx in ("max", torch.max, max):
+        return stacked.amax(0)
+    if reduce_fx in ("min", torch.min, min):
+        return stacked.amin(0)
+    return last
+
+
+def _sum(values: Tensor, weights: list[float]) -> Tensor:
+    """Return the weighted sum over the first dimension."""
+    if not values.is_floating_point():
+        values = values.to(torch.get_default_dtype())
+    return sum((value * weight for value, weight in zip(values, weights, strict=True)), torch.zeros_like(values[0]))
+
+
+@contextmanager
+def combined_log(module: LightningModule) -> Iterator[PassLog]:
+    """Collect what ``module`` logs in this context, and log it at its end unless it ends in an error."""
+    log = PassLog(module.log)
+    with _in_place_of_log(module, log):
+        yield log
+    log.hand_on()
+
+
+@contextmanager
+def silent_log(module: LightningModule) -> Iterator[None]:
+    """Log nothing in this context."""
+    with _in_place_of_log(module, lambda *_, **__: None):
+        yield
+
+
+@contextmanager
+def _in_place_of_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    before = module.__dict__.get("log")
+    module.__dict__["log"] = log
+    try:
+        yield
+    finally:
+        del module.__dict__["log"]
+        if before is not None:
+            module.__dict__["log"] = before
