@@ -1,0 +1,137 @@
+"""What the planning of a pipeline exchanges: layers of known cost, and stages of layers on ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from lightning_hetero.exceptions import ConfigurationError
+
+__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes"]
+
+Schedule = Literal["gpipe", "1f1b"]
+Kind = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Which rank computes which layers.
+
+    Attributes:
+        ranks: the rank of each stage, the first stage first.
+        ends: the layer behind the last one of each stage.
+    """
+
+    ranks: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.ranks) != list(range(len(self.ends))) or any(a >= b for a, b in pairwise((0, *self.ends))):
+            raise ConfigurationError(
+                f"A pipeline must have one stage of at least one layer on each rank, got ranks {self.ranks} and stages"
+                f" that end before layers {self.ends}."
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages, which is that of ranks."""
+        return len(self.ends)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of all stages."""
+        return self.ends[-1]
+
+    def layers(self, stage: int) -> range:
+        """Return the layers of a stage."""
+        return range(self.ends[stage - 1] if stage else 0, self.ends[stage])
+
+    def stage_of(self, rank: int) -> int:
+        """Return the stage of a rank."""
+        return self.ranks.index(rank)
+
+    @property
+    def layers_of_ranks(self) -> tuple[int, ...]:
+        """How many layers each rank has, rank 0 first."""
+        return tuple(len(self.layers(self.stage_of(rank))) for rank in range(self.num_stages))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, for JSON."""
+        return {"ranks": list(self.ranks), "ends": list(self.ends)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StagePlan:
+        """Return what :meth:`to_dict` described."""
+        return cls(tuple(values["ranks"]), tuple(values["ends"]))
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """How long each rank takes for each layer and one micro-batch.
+
+    Attributes:
+        forward_s: shape ``(world_size, num_layers)``.
+        backward_s: likewise.
+    """
+
+    forward_s: tuple[tuple[float, ...], ...]
+    backward_s: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of_speeds(cls, layers: Sequence[tuple[float, float]], speeds: Sequence[float]) -> LayerCosts:
+        """Return the costs where a rank's speed is the same for every layer.
+
+        Args:
+            layers: forward and backward seconds of each layer on a device of speed 1.
+            speeds: of each rank.
+        """
+        return cls(
+            tuple(tuple(forward / speed for forward, _ in layers) for speed in speeds),
+            tuple(tuple(backward / speed for _, backward in layers) for speed in speeds),
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.forward_s)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.forward_s[0])
+
+    @property
+    def total_s(self) -> tuple[tuple[float, ...], ...]:
+        """Forward and backward seconds together, shape ``(world_size, num_layers)``."""
+        return tuple(
+            tuple(a + b for a, b in zip(forward, backward, strict=True))
+            for forward, backward in zip(self.forward_s, self.backward_s, strict=True)
+        )
+
+    def of_stages(self, plan: StagePlan) -> StageTimes:
+        """Return what each stage of a plan takes for one micro-batch."""
+        stages = [(rank, plan.layers(stage)) for stage, rank in enumerate(plan.ranks)]
+        return StageTimes(
+            tuple(sum(self.forward_s[rank][i] for i in layers) for rank, layers in stages),
+            tuple(sum(self.backward_s[rank][i] for i in layers) for rank, layers in stages),
+        )
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """How long each stage takes for one micro-batch, the first stage first.
+
+    Attributes:
+        forward_s: of each stage.
+        backward_s: of each stage.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+
+    @property
+    def slowest_s(self) -> float:
+        """Forward and backward seconds of the slowest stage."""
+        return max(a + b for a, b in zip(self.forward_s, self.backward_s, strict=True))
