@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,9 +22,11 @@ __all__ = [
     "check_caps",
     "check_choice",
     "check_global_batch_size",
+    "check_numbers",
     "check_optional_positive_integer",
     "check_part",
     "check_shares",
+    "check_splits",
     "check_sum_of_caps",
     "shares_of_ranks",
 ]
@@ -140,6 +143,36 @@ def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> l
     if caps is None or isinstance(caps, int):
         return None if caps is None else [caps] * len(profiles)
     return [int(cap) for cap in (_by_device(name, caps, profiles) if isinstance(caps, Mapping) else caps)]
+
+
+def check_numbers(name: str, numbers: Any, world_size: int | None = None) -> None:
+    """Check that ``numbers`` are one positive number a rank."""
+    if not _is_list(numbers) or not numbers:
+        raise ConfigurationError(f"`{name}` must be one positive number a rank, got {numbers!r}. For example [1, 2].")
+    for rank, number in enumerate(numbers):
+        _check_share(f"{name}[{rank}]", number)
+    if world_size is not None and len(numbers) != world_size:
+        raise ConfigurationError(
+            f"`{name}` must have one number a rank ({world_size}), got {len(numbers)}: {list(numbers)}."
+            f" Add or remove numbers, or set `devices` and `num_nodes` to match."
+        )
+
+
+def check_splits(splits: Any, world_size: int | None = None) -> None:
+    """Check the ``splits`` argument; its length too where ``world_size`` is known."""
+    if splits == "auto":
+        return
+    if not _is_list(splits) or not all(_is_integer(split) for split in splits):
+        raise ConfigurationError(
+            f'`splits` must be "auto", or the first layer of every stage but the first, got {splits!r}.'
+            f" For example [4] for two stages, the first of four layers."
+        )
+    if any(a >= b for a, b in pairwise((0, *splits))):
+        raise ConfigurationError(f"`splits` must be positive and increase, got {list(splits)}.")
+    if world_size is not None and len(splits) != world_size - 1:
+        raise ConfigurationError(
+            f"`splits` must have one number less than ranks ({world_size}), got {len(splits)}: {list(splits)}."
+        )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

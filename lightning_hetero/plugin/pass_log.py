@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-__all__ = ["PassLog", "combined_log", "silent_log"]
+__all__ = ["PassLog", "combined_log", "in_place_of_log", "silent_log"]
 
 # among the arguments of `LightningModule.log` behind the value
 _REDUCE_FX = 4
@@ -98,7 +98,7 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
 def combined_log(module: LightningModule) -> Iterator[PassLog]:
     """Collect what ``module`` logs in this context, and log it at its end unless it ends in an error."""
     log = PassLog(module.log)
-    with _in_place_of_log(module, log):
+    with in_place_of_log(module, log):
         yield log
     log.hand_on()
 
@@ -106,12 +106,13 @@ def combined_log(module: LightningModule) -> Iterator[PassLog]:
 @contextmanager
 def silent_log(module: LightningModule) -> Iterator[None]:
     """Log nothing in this context."""
-    with _in_place_of_log(module, lambda *_, **__: None):
+    with in_place_of_log(module, lambda *_, **__: None):
         yield
 
 
 @contextmanager
-def _in_place_of_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
+def in_place_of_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
+    """Have ``module.log`` call ``log`` in this context."""
     before = module.__dict__.get("log")
     module.__dict__["log"] = log
     try:

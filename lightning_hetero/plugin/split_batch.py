@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["split_batch"]
+__all__ = ["split_batch", "tensors_in"]
 
 _WITHOUT_SAMPLES = (str, bytes, int, float, complex, bool, type(None))
 
@@ -33,7 +33,7 @@ def split_batch(batch: Any, sizes: Sequence[int], *, lists_are_fields: bool = Fa
         UnsupportedFeatureError: it cannot be told which of its parts belong to which sample.
     """
     samples = sum(sizes)
-    if not any(_counts(tensor, samples) for tensor in _tensors(batch)):
+    if not any(_counts(tensor, samples) for tensor in tensors_in(batch)):
         raise UnsupportedFeatureError(
             f"A batch is cut into passes along the first dimension of its tensors, got a {type(batch).__name__!r}"
             f" without a tensor whose first dimension is its {samples} samples. Lower the batch size, or collate the"
@@ -48,15 +48,16 @@ def _counts(tensor: Tensor, samples: int) -> bool:
     return tensor.dim() > 0 and len(tensor) == samples
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Return the tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for entry in value.values():
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Cut:
     def _of_sequence(self, value: Any) -> Any:
         # default_collate leaves strings in a list of one a sample
         a_sample_each = len(value) == self.samples and (not self.lists_are_fields or isinstance(value[0], str | bytes))
-        if a_sample_each and any(_counts(tensor, self.samples) for tensor in _tensors(value)):
+        if a_sample_each and any(_counts(tensor, self.samples) for tensor in tensors_in(value)):
             # two samples of two fields, or three images of three channels: both would fit
             raise self._not_told(f"a {type(value).__name__} of {len(value)} entries of {len(value)}")
         if a_sample_each:

@@ -1,0 +1,288 @@
+"""Run a user's steps on a model that is split over ranks.
+
+The step is the user's own and calls the model once.  On the first stage it runs until that call, whose arguments enter
+the pipeline; on the last stage it runs from its beginning, and the call returns what comes out.  In training that is
+done for each micro-batch, in validation, test and prediction with the outputs of the whole batch put together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from torchmetrics import Metric
+
+from lightning_hetero.distributed.pipeline import Pipeline
+from lightning_hetero.distributed.structure import flatten, unflatten
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.batch_size import samples_in
+from lightning_hetero.plugin.pass_log import PassLog, in_place_of_log, silent_log
+from lightning_hetero.plugin.split_batch import split_batch, tensors_in
+from lightning_hetero.plugin.stand_in import discarded_metrics
+from lightning_hetero.plugin.step_output import combined_output, detached_output, loss_of
+
+__all__ = ["PipelineStep"]
+
+Step = Callable[..., Any]
+
+
+class _Called(BaseException):
+    """The model was called; nothing behind the call is to run."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.given = args
+
+
+@dataclass(frozen=True)
+class _MetricOf:
+    """Stands for a metric of the module on its way to another rank."""
+
+    name: str
+
+
+class PipelineStep:
+    """The steps of one rank.
+
+    Args:
+        module: the user's.
+        called: what its steps call.
+        pipeline: runs the layers.
+        last_rank: the rank of the last stage.
+        micro_batches: of a step.
+        loss_weights: returns what each micro-batch's loss counts, given the micro-batches and their samples.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        called: nn.Module,
+        pipeline: Pipeline,
+        last_rank: int,
+        micro_batches: int,
+        loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
+    ) -> None:
+        self._module = module
+        self._called = called
+        self._pipeline = pipeline
+        self._last_rank = last_rank
+        self._micro_batches = micro_batches
+        self._loss_weights = loss_weights
+
+    def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
+        """Run a training step; gradients are accumulated on the parameters.
+
+        Returns:
+            What the step would have returned; the loss alone on ranks but the last.
+        """
+        batch, *rest = args
+        samples = samples_in(batch)
+        groups = _groups(samples, self._micro_batches)
+        sizes = [size for count, size in groups for _ in range(count)]
+        parts = self._split(batch, sizes)
+        weights = self._loss_weights(parts, sizes)
+        outputs: list[Any] = []
+        calls: list[dict[str, Any]] = []
+        log = PassLog(lambda *given, **named: calls.append(_named_arguments(given, named)))
+        first = 0
+        with in_place_of_log(self._module, log) if self._pipeline.is_last else nullcontext():
+            for count, size in groups:
+                chosen = range(first, first + count)
+                inputs = [self._inputs(step, parts[i], rest) for i in chosen] if self._pipeline.is_first else []
+
+                def loss_of_part(number: int, output: Any, first: int = first, size: int = size) -> Tensor:
+                    i = first + number
+                    log.samples, log.weight = size, weights[i]
+                    returned = self._finished(step, parts[i], rest, output)
+                    loss = loss_of(returned)
+                    log.told_loss(loss)
+                    outputs.append(detached_output(returned))
+                    return loss * (weights[i] / accumulated_batches)
+
+                self._pipeline.train(_kind(parts[first]), count, inputs, loss_of_part)
+                first += count
+        if self._pipeline.is_last:
+            log.hand_on()
+            returned = combined_output(outputs, sizes, weights)
+            self._tell(loss_of(returned), calls)
+            return returned
+        return self._hear()
+
+    def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
+        """Run a step without gradients.
+
+        Args:
+            step: the user's.
+            args: what it is given; the batch first.
+            logs: whether it may log.
+
+        Returns:
+            What it returns, on the last stage's rank; None elsewhere.
+        """
+        batch, *rest = args
+        samples = samples_in(batch)
+        groups = _groups(samples, self._micro_batches)
+        sizes = [size for count, size in groups for _ in range(count)]
+        parts = self._split(batch, sizes)
+        found: list[Any] = []
+        first = 0
+        for count, _ in groups:
+            chosen = parts[first : first + count]
+            inputs = [self._inputs(step, part, rest) for part in chosen] if self._pipeline.is_first else []
+            found += self._pipeline.evaluate(_kind(parts[first]), count, inputs)
+            first += count
+        if not self._pipeline.is_last:
+            if logs:
+                self._hear()
+            return None
+        calls: list[dict[str, Any]] = []
+        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        with recorded if logs else nullcontext():
+            returned = self._finished(step, batch, rest, _joined(found, sizes))
+        if logs:
+            self._tell(None, calls)
+        return returned
+
+    # ---- the user's step -------------------------------------------------------------------------------------------
+
+    def inputs_of(self, step: Step, args: tuple[Any, ...]) -> Any:
+        """Return what the model is called with in a step."""
+        return self._inputs(step, args[0], args[1:])
+
+    def _inputs(self, step: Step, part: Any, rest: Sequence[Any]) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            if kwargs:
+                raise UnsupportedFeatureError(
+                    f"`hetero_pipeline` needs the model to be called with positional arguments, got {sorted(kwargs)}."
+                )
+            raise _Called(args)
+
+        with ExitStack() as stack:
+            if not self._pipeline.is_last:
+                stack.enter_context(discarded_metrics(self._module))
+            for context in (silent_log(self._module), _in_place_of_forward(self._called, note)):
+                stack.enter_context(context)
+            try:
+                step(part, *rest)
+            except _Called as call:
+                return self._checked(call.given)
+        raise UnsupportedFeatureError(
+            f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got no call."
+        )
+
+    @staticmethod
+    def _checked(inputs: Any) -> Any:
+        if any(tensor.requires_grad for tensor in flatten(inputs)[0]):
+            raise UnsupportedFeatureError(
+                "`hetero_pipeline` needs all trained parameters before the model's call to be in its layers, got an"
+                " input that requires a gradient. Make what computes it the model's first layer."
+            )
+        return inputs
+
+    def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any) -> Any:
+        calls = 0
+
+        def returned(*_: Any, **__: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise UnsupportedFeatureError(
+                    f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got a second call."
+                )
+            return output
+
+        with _in_place_of_forward(self._called, returned):
+            return step(part, *rest)
+
+    def _split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
+        if len(sizes) == 1:
+            return [batch]
+        loader = self._module.trainer.train_dataloader
+        return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
+
+    # ---- what other ranks see --------------------------------------------------------------------------------------
+
+    def _tell(self, loss: Tensor | None, calls: list[dict[str, Any]]) -> None:
+        """Have every rank know the loss and log what the last stage has logged."""
+        names = {id(metric): name for name, metric in self._module.named_modules() if isinstance(metric, Metric)}
+        told = [{**call, "value": _portable(call["value"], names)} for call in calls]
+        dist.broadcast_object_list([(None if loss is None else loss.detach().cpu(), told)], src=self._last_rank)
+        for call in calls:
+            self._module.log(**call)
+
+    def _hear(self) -> Tensor | None:
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, src=self._last_rank)
+        loss, calls = heard[0]
+        for call in calls:
+            if not call.get("rank_zero_only"):
+                self._module.log(**{**call, "value": self._local(call["value"])})
+        return None if loss is None else loss.to(self._module.device)
+
+    def _local(self, value: Any) -> Any:
+        if isinstance(value, _MetricOf):
+            return self._module.get_submodule(value.name)
+        if isinstance(value, Mapping):
+            return {key: self._local(entry) for key, entry in value.items()}
+        return value
+
+
+def _portable(value: Any, names: dict[int, str]) -> Any:
+    if isinstance(value, Metric):
+        return _MetricOf(names[id(value)])
+    if isinstance(value, Mapping):
+        return {key: _portable(entry, names) for key, entry in value.items()}
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of ``self.log`` by name; every rank will log the same, so nothing is reduced."""
+    arguments = dict(inspect.signature(LightningModule.log).bind(None, *given, **named).arguments)
+    del arguments["self"]
+    return {**arguments, "sync_dist": False}
+
+
+def _groups(samples: int, micro_batches: int) -> list[tuple[int, int]]:
+    """Return how many micro-batches of how many samples there are: equal ones, and what is left over."""
+    size = -(-samples // micro_batches)
+    full, left = divmod(samples, size)
+    return [(full, size), *([(1, left)] if left else [])]
+
+
+def _kind(part: Any) -> Hashable:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(part))
+
+
+def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return the output of the whole batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    flat, structures = zip(*(flatten(output) for output in outputs), strict=True)
+    for tensors, size in zip(flat, sizes, strict=True):
+        for tensor in tensors:
+            if tensor.dim() == 0 or len(tensor) != size:
+                raise UnsupportedFeatureError(
+                    f"`num_microbatches` must be 1 here, because the model's output is no tensor of one entry a sample:"
+                    f" got shape {tuple(tensor.shape)} for {size} samples."
+                )
+    return unflatten([torch.cat(tensors) for tensors in zip(*flat, strict=True)], structures[0])
+
+
+@contextmanager
+def _in_place_of_forward(called: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = called.__dict__.get("forward")
+    called.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del called.__dict__["forward"]
+        if before is not None:
+            called.__dict__["forward"] = before
