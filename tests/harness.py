@@ -49,21 +49,21 @@ class RankPool:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout_s
-        while len(results) + len(errors) < self.world_size:
-            ready = wait(self._connections, timeout=max(deadline - time.monotonic(), 0))
+        missing = dict(enumerate(self._connections))
+        while missing:
+            ready = wait(list(missing.values()), timeout=max(deadline - time.monotonic(), 0))
             if not ready:
-                missing = sorted(set(range(self.world_size)) - set(results) - set(errors))
                 if errors:  # the others wait for a rank that has failed
                     break
-                raise TimeoutError(f"ranks {missing} did not finish {function.__name__} within {timeout_s} s")
-            for rank in [r for r, connection in enumerate(self._connections) if connection in ready]:
+                raise TimeoutError(f"ranks {list(missing)} did not finish {function.__name__} within {timeout_s} s")
+            for rank in [r for r, connection in missing.items() if connection in ready]:
+                del missing[rank]
                 ok, value = self._receive(rank)
                 if ok:
                     results[rank] = value
-                elif rank not in errors:
+                else:
                     errors[rank] = value
                     deadline = min(deadline, time.monotonic() + 5.0)
-                    self._connections[rank] = mp.Pipe()[0]
         if errors:
             raise RankError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(errors.items())))
         return [results[rank] for rank in range(self.world_size)]
