@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_hetero.balance.pipeline_simulation import simulate_pipeline
-from lightning_hetero.balance.stage_solver import uniform_stages
+from lightning_hetero.balance.stage_solver import StageMemory, uniform_stages
 from lightning_hetero.balance.stages import LayerCosts, Schedule, StagePlan, StageTimes
 
 __all__ = ["PipelineAdvice", "advise_pipeline"]
@@ -26,6 +26,7 @@ class PipelineAdvice:
         micro_batches: of the plan.
         better_micro_batches: as many would make a step at least 5 % faster; None where no number up to 64 would.
         better_step_s: what a step would take then.
+        fits_alone: whether the whole model fits into that rank's memory; None where nothing is known of it.
     """
 
     step_s: float
@@ -35,6 +36,7 @@ class PipelineAdvice:
     micro_batches: int
     better_micro_batches: int | None
     better_step_s: float
+    fits_alone: bool | None = None
 
     def sentences(self) -> list[str]:
         """Return what a user should know, the plan's worth first."""
@@ -42,17 +44,22 @@ class PipelineAdvice:
             f"predicted {1e3 * self.step_s:.0f} ms a step; {1e3 * self.uniform_step_s:.0f} ms with equal numbers of"
             f" layers, {1e3 * self.alone_s:.0f} ms on rank {self.fastest_rank} alone"
         ]
-        if self.alone_s < self.step_s:
-            found.append(
-                f"rank {self.fastest_rank} alone is predicted to be {self.step_s / self.alone_s:.2f}x as fast as this"
-                f" pipeline: use it alone if the model fits into its memory"
-            )
         if self.better_micro_batches is not None:
             found.append(
                 f"{self.better_micro_batches} micro-batches instead of {self.micro_batches} are predicted to take"
                 f" {1e3 * self.better_step_s:.0f} ms a step, if smaller ones are as fast a sample"
             )
         return found
+
+    def warning(self) -> str | None:
+        """Return why not to use a pipeline at all; None where it is worth it, or one device cannot hold the model."""
+        if self.alone_s >= self.step_s or self.fits_alone is False:
+            return None
+        condition = "the model fits into its memory" if self.fits_alone else "if the model fits into its memory"
+        return (
+            f"rank {self.fastest_rank} alone is predicted to be {self.step_s / self.alone_s:.2f}x as fast as this"
+            f" pipeline; {condition}, use it alone (devices=1)"
+        )
 
 
 def advise_pipeline(
@@ -62,6 +69,7 @@ def advise_pipeline(
     schedule: Schedule = "1f1b",
     transfer_s: float = 0.0,
     batch_size: int | None = None,
+    memory: StageMemory | None = None,
 ) -> PipelineAdvice:
     """Return what is predicted.
 
@@ -72,6 +80,7 @@ def advise_pipeline(
         schedule: the order of passes.
         transfer_s: what a transfer between stages takes.
         batch_size: samples of a step, which is the most micro-batches that it can have; None where unknown.
+        memory: what layers hold, and ranks may; None where nothing is known of it.
     """
     uniform = uniform_stages(costs.num_layers, costs.world_size, plan.ranks[-1])
     alone_s = [micro_batches * sum(row) for row in costs.total_s]
@@ -92,5 +101,12 @@ def advise_pipeline(
             better, better_s = count, candidate_s
     fastest = min(range(costs.world_size), key=lambda rank: alone_s[rank])
     return PipelineAdvice(
-        present_s, step_s(uniform, micro_batches), fastest, alone_s[fastest], micro_batches, better, better_s
+        step_s=present_s,
+        uniform_step_s=step_s(uniform, micro_batches),
+        fastest_rank=fastest,
+        alone_s=alone_s[fastest],
+        micro_batches=micro_batches,
+        better_micro_batches=better,
+        better_step_s=better_s,
+        fits_alone=None if memory is None else memory.fits_alone(fastest),
     )

@@ -64,6 +64,11 @@ class StageMemory:
         needed = self.needed_bytes(plan)
         return all(n <= self.budgets_bytes[rank] for n, rank in zip(needed, plan.ranks, strict=True))
 
+    def fits_alone(self, rank: int) -> bool:
+        """Return whether a rank could hold the whole model, and the activations of a whole batch."""
+        needed = sum(self.weights_bytes) + self.micro_batches * sum(self.activations_bytes)
+        return needed <= self.budgets_bytes[rank]
+
     def _held(self, num_stages: int) -> list[int]:
         return [passes_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
 

@@ -56,6 +56,16 @@ class Pipeline:
         return self._stage == 0
 
     @property
+    def first_rank(self) -> int:
+        """The rank of the first stage."""
+        return self._plan.ranks[0]
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of the last stage."""
+        return self._plan.ranks[-1]
+
+    @property
     def is_last(self) -> bool:
         """Whether this rank's stage makes the output."""
         return self._stage == self._plan.num_stages - 1

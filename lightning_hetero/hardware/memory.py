@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_hetero.hardware.nvml import Nvml
 
-__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "meter_of"]
+__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "meter_of", "state_per_parameter"]
+
+_USUAL_STATE = 2.0  # of Adam and its kin
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,15 @@ class CudaMemoryMeter:
 def meter_of(device: torch.device) -> MemoryMeter | None:
     """Return the meter of a device; None for a processor, whose memory is shared with everything else."""
     return CudaMemoryMeter(device) if device.type == "cuda" else None
+
+
+def state_per_parameter(optimizer: Optimizer) -> float:
+    """Return how many numbers an optimiser keeps for each number that it trains, as it does for a small parameter."""
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    with suppress(Exception):  # not every optimiser can be made from its defaults
+        twin = type(optimizer)([parameter], **optimizer.defaults)
+        parameter.grad = torch.ones_like(parameter)
+        twin.step()
+        kept = [v for v in twin.state[parameter].values() if isinstance(v, torch.Tensor) and v.dim()]
+        return sum(value.numel() for value in kept) / parameter.numel()
+    return _USUAL_STATE

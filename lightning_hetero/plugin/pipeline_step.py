@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
+from lightning_hetero.distributed.agree import lend
 from lightning_hetero.distributed.pipeline import Pipeline
 from lightning_hetero.distributed.structure import flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.batch_size import samples_in
 from lightning_hetero.plugin.pass_log import PassLog, in_place_of_log, silent_log
+from lightning_hetero.plugin.pipeline_metrics import PipelineMetrics
+from lightning_hetero.plugin.seeded import seeded
 from lightning_hetero.plugin.split_batch import split_batch, tensors_in
 from lightning_hetero.plugin.stand_in import discarded_metrics
 from lightning_hetero.plugin.step_output import combined_output, detached_output, loss_of
 
-__all__ = ["PipelineStep"]
+__all__ = ["Example", "PipelineStep"]
 
 Step = Callable[..., Any]
 
@@ -43,10 +46,35 @@ class _Called(BaseException):
 
 
 @dataclass(frozen=True)
+class Example:
+    """The first micro-batch of a step.
+
+    Attributes:
+        inputs: what the model is called with.
+        loss_of: returns the loss, given the model's output; None on ranks that compute none.
+        samples: of the whole step.
+        micro_batches: of the whole step.
+        training: whether the step has backward passes.
+    """
+
+    inputs: tuple[Any, ...]
+    loss_of: Callable[[Any], Tensor] | None
+    samples: int
+    micro_batches: int
+    training: bool
+
+
+@dataclass(frozen=True)
 class _MetricOf:
-    """Stands for a metric of the module on its way to another rank."""
+    """Stands for a metric of the module on its way to another rank.
+
+    Attributes:
+        name: in the module.
+        in_step: its value of the latest step, which it has where it was updated.
+    """
 
     name: str
+    in_step: Any
 
 
 class PipelineStep:
@@ -56,9 +84,10 @@ class PipelineStep:
         module: the user's.
         called: what its steps call.
         pipeline: runs the layers.
-        last_rank: the rank of the last stage.
         micro_batches: of a step.
         loss_weights: returns what each micro-batch's loss counts, given the micro-batches and their samples.
+        metrics: those of the module.
+        seed: of the random numbers of the user's step, the same on all ranks.
     """
 
     def __init__(
@@ -66,26 +95,32 @@ class PipelineStep:
         module: LightningModule,
         called: nn.Module,
         pipeline: Pipeline,
-        last_rank: int,
         micro_batches: int,
         loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
+        metrics: PipelineMetrics,
+        seed: int,
     ) -> None:
         self._module = module
         self._called = called
         self._pipeline = pipeline
-        self._last_rank = last_rank
         self._micro_batches = micro_batches
         self._loss_weights = loss_weights
+        # batch normalisation refuses a single sample in training
+        normalises = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+        self._fewest_samples = 2 if normalises else 1
+        self._metrics = metrics
+        self._seed = seed
+        self._times_run = 0
 
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
         """Run a training step; gradients are accumulated on the parameters.
 
         Returns:
-            What the step would have returned; the loss alone on ranks but the last.
+            What the step would have returned.
         """
         batch, *rest = args
-        samples = samples_in(batch)
-        groups = _groups(samples, self._micro_batches)
+        self._times_run += 1
+        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
         sizes = [size for count, size in groups for _ in range(count)]
         parts = self._split(batch, sizes)
         weights = self._loss_weights(parts, sizes)
@@ -95,13 +130,15 @@ class PipelineStep:
         first = 0
         with in_place_of_log(self._module, log) if self._pipeline.is_last else nullcontext():
             for count, size in groups:
-                chosen = range(first, first + count)
-                inputs = [self._inputs(step, parts[i], rest) for i in chosen] if self._pipeline.is_first else []
+                inputs = [
+                    self._inputs(step, parts[i], rest, i)
+                    for i in (range(first, first + count) if self._pipeline.is_first else ())
+                ]
 
                 def loss_of_part(number: int, output: Any, first: int = first, size: int = size) -> Tensor:
                     i = first + number
                     log.samples, log.weight = size, weights[i]
-                    returned = self._finished(step, parts[i], rest, output)
+                    returned = self._finished(step, parts[i], rest, output, i)
                     loss = loss_of(returned)
                     log.told_loss(loss)
                     outputs.append(detached_output(returned))
@@ -109,12 +146,10 @@ class PipelineStep:
 
                 self._pipeline.train(_kind(parts[first]), count, inputs, loss_of_part)
                 first += count
-        if self._pipeline.is_last:
-            log.hand_on()
-            returned = combined_output(outputs, sizes, weights)
-            self._tell(loss_of(returned), calls)
-            return returned
-        return self._hear()
+        if not self._pipeline.is_last:
+            return self._hear()
+        log.hand_on()
+        return self._tell(combined_output(outputs, sizes, weights), calls)
 
     def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
         """Run a step without gradients.
@@ -125,39 +160,70 @@ class PipelineStep:
             logs: whether it may log.
 
         Returns:
-            What it returns, on the last stage's rank; None elsewhere.
+            What it returns.
         """
         batch, *rest = args
-        samples = samples_in(batch)
-        groups = _groups(samples, self._micro_batches)
+        self._times_run += 1
+        groups = _groups(samples_in(batch), self._micro_batches)
         sizes = [size for count, size in groups for _ in range(count)]
         parts = self._split(batch, sizes)
         found: list[Any] = []
         first = 0
         for count, _ in groups:
-            chosen = parts[first : first + count]
-            inputs = [self._inputs(step, part, rest) for part in chosen] if self._pipeline.is_first else []
+            inputs = [
+                self._inputs(step, parts[i], rest, i)
+                for i in (range(first, first + count) if self._pipeline.is_first else ())
+            ]
             found += self._pipeline.evaluate(_kind(parts[first]), count, inputs)
             first += count
         if not self._pipeline.is_last:
-            if logs:
-                self._hear()
-            return None
+            return self._hear()
         calls: list[dict[str, Any]] = []
         recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
         with recorded if logs else nullcontext():
-            returned = self._finished(step, batch, rest, _joined(found, sizes))
-        if logs:
-            self._tell(None, calls)
-        return returned
+            returned = self._finished(step, batch, rest, _joined(found, sizes), 0)
+        return self._tell(returned, calls)
+
+    def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
+        """Return the first micro-batch of a step, on every rank, which is to call this at the same point."""
+        batch, *rest = args
+        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = [size for count, size in groups for _ in range(count)]
+        part = self._split(batch, sizes)[0]
+        inputs = self._inputs(step, part, rest, 0) if self._pipeline.is_first else None
+        inputs = move_data_to_device(lend(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
+
+        def loss_of_output(output: Any) -> Tensor:
+            with discarded_metrics(self._module), silent_log(self._module):
+                return loss_of(self._finished(step, part, rest, output, 0))
+
+        loss = loss_of_output if training and self._pipeline.is_last else None
+        return Example(inputs, loss, sum(sizes), len(sizes), training)
+
+    @contextmanager
+    def collected(self) -> Iterator[bool]:
+        """Run what follows a whole epoch where the steps were run; elsewhere, log what it has logged.
+
+        Yields:
+            Whether this is the rank to run it.
+        """
+        if not self._pipeline.is_last:
+            yield False
+            self._hear()
+            return
+        calls: list[dict[str, Any]] = []
+        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        with recorded, self._metrics.alone():
+            yield True
+        self._tell(None, calls)
 
     # ---- the user's step -------------------------------------------------------------------------------------------
 
-    def inputs_of(self, step: Step, args: tuple[Any, ...]) -> Any:
-        """Return what the model is called with in a step."""
-        return self._inputs(step, args[0], args[1:])
+    def _seeded(self, number: int) -> AbstractContextManager[None]:
+        """Let the step draw the same random numbers for a micro-batch wherever it is run."""
+        return seeded(self._seed, self._times_run, number)
 
-    def _inputs(self, step: Step, part: Any, rest: Sequence[Any]) -> Any:
+    def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Any:
         def note(*args: Any, **kwargs: Any) -> Any:
             if kwargs:
                 raise UnsupportedFeatureError(
@@ -168,15 +234,15 @@ class PipelineStep:
         with ExitStack() as stack:
             if not self._pipeline.is_last:
                 stack.enter_context(discarded_metrics(self._module))
+            stack.enter_context(self._seeded(number))
+            stack.enter_context(self._metrics.alone())
             for context in (silent_log(self._module), _in_place_of_forward(self._called, note)):
                 stack.enter_context(context)
             try:
                 step(part, *rest)
             except _Called as call:
                 return self._checked(call.given)
-        raise UnsupportedFeatureError(
-            f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got no call."
-        )
+        raise UnsupportedFeatureError(_no_call(step))
 
     @staticmethod
     def _checked(inputs: Any) -> Any:
@@ -187,7 +253,7 @@ class PipelineStep:
             )
         return inputs
 
-    def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any) -> Any:
+    def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any, number: int) -> Any:
         calls = 0
 
         def returned(*_: Any, **__: Any) -> Any:
@@ -199,8 +265,11 @@ class PipelineStep:
                 )
             return output
 
-        with _in_place_of_forward(self._called, returned):
-            return step(part, *rest)
+        with _in_place_of_forward(self._called, returned), self._seeded(number), self._metrics.alone():
+            finished = step(part, *rest)
+        if not calls:
+            raise UnsupportedFeatureError(_no_call(step))
+        return finished
 
     def _split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
         if len(sizes) == 1:
@@ -210,26 +279,29 @@ class PipelineStep:
 
     # ---- what other ranks see --------------------------------------------------------------------------------------
 
-    def _tell(self, loss: Tensor | None, calls: list[dict[str, Any]]) -> None:
-        """Have every rank know the loss and log what the last stage has logged."""
+    def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
+        """Have every rank know what a step has returned, and log what it has logged."""
         names = {id(metric): name for name, metric in self._module.named_modules() if isinstance(metric, Metric)}
         told = [{**call, "value": _portable(call["value"], names)} for call in calls]
-        dist.broadcast_object_list([(None if loss is None else loss.detach().cpu(), told)], src=self._last_rank)
+        lend((_on_cpu(returned), told), self._pipeline.last_rank)
         for call in calls:
             self._module.log(**call)
+        return returned
 
-    def _hear(self) -> Tensor | None:
-        heard: list[Any] = [None]
-        dist.broadcast_object_list(heard, src=self._last_rank)
-        loss, calls = heard[0]
+    def _hear(self) -> Any:
+        told: Any = lend(None, self._pipeline.last_rank)
+        returned, calls = told
         for call in calls:
             if not call.get("rank_zero_only"):
                 self._module.log(**{**call, "value": self._local(call["value"])})
-        return None if loss is None else loss.to(self._module.device)
+        return move_data_to_device(returned, self._module.device)
 
     def _local(self, value: Any) -> Any:
         if isinstance(value, _MetricOf):
-            return self._module.get_submodule(value.name)
+            metric: Any = self._module.get_submodule(value.name)
+            # where Lightning looks for what a metric is on a step; see `stand_in`
+            metric._forward_cache = move_data_to_device(value.in_step, self._module.device)
+            return metric
         if isinstance(value, Mapping):
             return {key: self._local(entry) for key, entry in value.items()}
         return value
@@ -237,10 +309,18 @@ class PipelineStep:
 
 def _portable(value: Any, names: dict[int, str]) -> Any:
     if isinstance(value, Metric):
-        return _MetricOf(names[id(value)])
+        return _MetricOf(names[id(value)], _on_cpu(value._forward_cache))
     if isinstance(value, Mapping):
         return {key: _portable(entry, names) for key, entry in value.items()}
     return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _on_cpu(value: Any) -> Any:
+    return move_data_to_device(value, torch.device("cpu"))
+
+
+def _no_call(step: Step) -> str:
+    return f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got no call."
 
 
 def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -250,11 +330,17 @@ def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str,
     return {**arguments, "sync_dist": False}
 
 
-def _groups(samples: int, micro_batches: int) -> list[tuple[int, int]]:
-    """Return how many micro-batches of how many samples there are: equal ones, and what is left over."""
-    size = -(-samples // micro_batches)
-    full, left = divmod(samples, size)
-    return [(full, size), *([(1, left)] if left else [])]
+def _groups(samples: int, micro_batches: int, least: int = 1) -> list[tuple[int, int]]:
+    """Return how many micro-batches of how many samples there are; sizes differ by one at most.
+
+    Args:
+        samples: of the batch.
+        micro_batches: most that there may be.
+        least: fewest samples of each, where the batch has as many.
+    """
+    count = max(min(micro_batches, samples // least), 1)
+    size, larger = divmod(samples, count)
+    return [group for group in ((larger, size + 1), (count - larger, size)) if group[0]]
 
 
 def _kind(part: Any) -> Hashable:

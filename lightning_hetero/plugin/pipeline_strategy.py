@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -18,15 +20,24 @@ from typing_extensions import override
 
 from lightning_hetero.balance.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.distributed.agree import lend
 from lightning_hetero.distributed.pipeline import Pipeline
+from lightning_hetero.distributed.placement import Placement, gather_on_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.gradients import Gradients, put_back, taken_aside
-from lightning_hetero.plugin.pipeline_model import PipelineModel, gather_on_zero, layers_of
+from lightning_hetero.plugin.pipeline_layers import layers_of
+from lightning_hetero.plugin.pipeline_metrics import PipelineMetrics
+from lightning_hetero.plugin.pipeline_planning import PipelineFindings, find_stages
 from lightning_hetero.plugin.pipeline_step import PipelineStep
 from lightning_hetero.plugin.rank_zero_batches import RankZeroBatches
+from lightning_hetero.plugin.seeded import seeded
 
 __all__ = ["HeteroPipelineStrategy"]
+
+_MEMORY_FRACTION = 0.92
+_END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
 
 class HeteroPipelineStrategy(DDPStrategy):
@@ -34,12 +45,15 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     ``self.model`` of the LightningModule is an ``nn.Sequential``, or it or the module defines ``pipeline_layers()``,
     the list of layers that are called one after the other. Steps call the model exactly once. Layers exchange tensors,
-    in tuples, lists and dicts. The last stage runs on rank 0, where losses are computed and logged; it loads the data.
+    in tuples, lists and dicts. The last stage runs on rank 0, where losses are computed; it loads the data. What a step
+    has returned and logged is known to all ranks; what it collects in the module is on rank 0, so hooks of the module
+    at the end of an epoch run there, and all ranks log what they log.
 
     Args:
         splits: Where the layers are divided: a list has the first layer of every stage but the first, so that [4] gives
-            the first stage four layers and the second one the others. "auto" gives each rank layers in proportion to
-            ``speeds``, equal numbers without them.
+            the first stage four layers and the second one the others. "auto" times every layer on every rank before the
+            first step, and takes the division that is predicted to be fastest; with ``speeds`` it gives each rank
+            layers in proportion to them instead.
         speeds: How fast each rank is, one positive number a rank, rank 0 first, so that [2, 1] gives rank 0 twice the
             layers of rank 1.
         num_microbatches: In how many parts a batch goes through the stages; more of them leave the stages less idle.
@@ -47,11 +61,18 @@ class HeteroPipelineStrategy(DDPStrategy):
         loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum.
         num_loss_terms: Counts the terms that the training loss averages over, given a micro-batch, where that is not
             the number of samples: tokens that are not padding.
+        max_memory_bytes: What each rank may hold, a number for all or one a rank; None for 92 % of what a GPU has for
+            this process, and for no limit on processors. Only what is measured is planned accordingly.
+        verbose: Whether to print the stages that were found, and what is predicted of them.
         **strategy_kwargs: Arguments of Lightning's DDPStrategy that launch processes: ``start_method``, ``timeout``,
             ``process_group_backend``.
 
     Raises:
         ConfigurationError: an argument breaks its rule.
+
+    Attributes:
+        plan: The stages; None before set-up.
+        findings: What was measured and is predicted; None where nothing was measured.
     """
 
     def __init__(
@@ -62,6 +83,8 @@ class HeteroPipelineStrategy(DDPStrategy):
         schedule: Schedule = "1f1b",
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], int] | None = None,
+        max_memory_bytes: int | list[int] | None = None,
+        verbose: bool = True,
         **strategy_kwargs: Any,
     ) -> None:
         arguments.check_at_least("num_microbatches", num_microbatches, 1)
@@ -74,6 +97,7 @@ class HeteroPipelineStrategy(DDPStrategy):
             raise ConfigurationError("`speeds` must be None where `splits` says how the layers are divided. Give one.")
         if num_loss_terms is not None and not callable(num_loss_terms):
             raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
+        arguments.check_caps("max_memory_bytes", max_memory_bytes)
         super().__init__(**strategy_kwargs)
         self.splits = splits
         self.speeds = speeds
@@ -81,9 +105,15 @@ class HeteroPipelineStrategy(DDPStrategy):
         self.schedule = schedule
         self.loss_reduction = loss_reduction
         self.num_loss_terms = num_loss_terms
+        self.max_memory_bytes = max_memory_bytes
+        self.verbose = verbose
         self.plan: StagePlan | None = None
-        self._part: PipelineModel | None = None
+        self.findings: PipelineFindings | None = None
+        self._placement: Placement | None = None
+        self._metrics: PipelineMetrics | None = None
         self._steps: PipelineStep | None = None
+        self._seed = 0
+        self._batches = 0
         self._aside: Gradients = []
         self._failed = False
 
@@ -96,6 +126,7 @@ class HeteroPipelineStrategy(DDPStrategy):
         arguments.check_splits(self.splits, world_size)
         if self.speeds is not None:
             arguments.check_numbers("speeds", self.speeds, world_size)
+        arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size)
         super().set_world_ranks()
 
     @override
@@ -141,16 +172,39 @@ class HeteroPipelineStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         module = self._module
         _, layers = layers_of(module)
-        self.plan = self._plan_of(len(layers))
-        self._part = PipelineModel(module, self.plan, self.global_rank)
-        self._part.keep_own(self.root_device)
-        pipeline = Pipeline(self._part.layers, self.plan, self.schedule, self.global_rank, self.root_device)
-        self._steps = PipelineStep(
-            module, self._part.called, pipeline, self.plan.ranks[-1], self.num_microbatches, self._loss_weights
-        )
+        self.plan = self._first_plan(len(layers))
+        self._seed = lend(torch.initial_seed(), 0)
+        self._batches = 0
+        self._placement = Placement(module, layers, self.plan, self.root_device)
+        last_rank = self.plan.ranks[-1]
+        self._metrics = PipelineMetrics(module, last_rank, is_last=self.global_rank == last_rank)
+        self._run_stages_of(self._placement)
+        self._run_where_steps_end(module)
         self._failed = False
 
-    def _plan_of(self, num_layers: int) -> StagePlan:
+    def _run_stages_of(self, placement: Placement) -> None:
+        called, _ = layers_of(self._module)
+        pipeline = Pipeline(placement.own_layers, placement.plan, self.schedule, self.global_rank, self.root_device)
+        self._steps = PipelineStep(
+            self._module, called, pipeline, self.num_microbatches, self._loss_weights, self._the_metrics, self._seed
+        )
+
+    def _run_where_steps_end(self, module: LightningModule) -> None:
+        """Have hooks at the end of an epoch, which use what steps have collected, run where steps have."""
+
+        def where_steps_end(hook: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                with self._the_steps.collected() as here:
+                    return hook() if here else None
+
+            return run
+
+        for name in _END_OF_EPOCH:
+            if is_overridden(name, module):
+                # Lightning calls what it finds on the instance
+                module.__dict__[name] = where_steps_end(getattr(module, name))
+
+    def _first_plan(self, num_layers: int) -> StagePlan:
         uniform = uniform_stages(num_layers, self.world_size)
         if self.splits != "auto":
             ends = (*self.splits, num_layers)
@@ -159,9 +213,55 @@ class HeteroPipelineStrategy(DDPStrategy):
                     f"`splits` must be layers of the model, of which there are {num_layers}, got {self.splits}."
                 )
             return StagePlan(uniform.ranks, ends)
-        if self.speeds is None:
-            return uniform
-        return solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * num_layers, self.speeds))
+        if self.speeds is not None:
+            return solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * num_layers, self.speeds))
+        found = self.findings
+        return found.plan if found is not None and _fits(found.plan, uniform) else uniform
+
+    def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
+        """Change to the best stages before the first step that is not a check of the validation loop."""
+        if (
+            self.splits != "auto"
+            or self.speeds is not None
+            or self.world_size == 1
+            or self._module.trainer.sanity_checking
+            or (self.findings is not None and (self.findings.training or not training))
+        ):
+            return
+        placement = self._the_placement
+        example = self._the_steps.example(step, args, training=training)
+        with self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context():
+            self.findings = find_stages(
+                placement, layers_of(self._module)[1], example, self.schedule, self.root_device, self._budget_bytes(),
+                max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
+            )  # fmt: skip
+        self.plan = self.findings.plan
+        if self.plan != placement.plan:
+            with torch.inference_mode(False):
+                placement.move(self.plan, self.optimizers)
+            self._run_stages_of(placement)
+        self._tell_findings(self.findings)
+
+    def _budget_bytes(self) -> float | None:
+        given = self.max_memory_bytes
+        if given is not None:
+            return float(given if isinstance(given, int) else given[self.global_rank])
+        meter = meter_of(self.root_device)
+        use = None if meter is None else meter.read()
+        return None if use is None else _MEMORY_FRACTION * use.available_bytes
+
+    def _tell_findings(self, findings: PipelineFindings) -> None:
+        if not self.verbose:
+            return
+        plan = findings.plan
+        rank_zero_info(
+            f"hetero_pipeline: {list(plan.layers_of_ranks)} layers a rank, in the order of ranks {list(plan.ranks)}"
+        )
+        for sentence in findings.advice.sentences():
+            rank_zero_info(f"hetero_pipeline: {sentence}")
+        warning = findings.advice.warning()
+        if warning is not None:
+            rank_zero_warn(f"hetero_pipeline: {warning}")
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -183,6 +283,12 @@ class HeteroPipelineStrategy(DDPStrategy):
         return RankZeroBatches(dataloader) if self.world_size > 1 else dataloader
 
     @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        self._batches += 1
+        with seeded(self._seed, self._batches):  # hooks that change a batch at random change it alike on all ranks
+            return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.global_rank:  # dropout of one stage must not repeat that of another; rank 0 shuffles
@@ -193,7 +299,8 @@ class HeteroPipelineStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         accumulated = self._module.trainer.accumulate_grad_batches
-        with self.precision_plugin.train_step_context(), taken_aside(self._the_part.parameters) as aside:
+        self._plan_by_measuring(self._module.training_step, args, training=True)
+        with self.precision_plugin.train_step_context(), taken_aside(self._the_placement.parameters) as aside:
             output = self._the_steps.train(self._module.training_step, args, accumulated)
         self._aside = aside
         return output
@@ -216,7 +323,7 @@ class HeteroPipelineStrategy(DDPStrategy):
         """Add up the gradients of parameters that several stages use."""
         found = {id(parameter): gradient for parameter, gradient in gradients}
         shared: Gradients = []
-        for parameter, group in self._the_part.tied:
+        for parameter, group in self._the_placement.tied:
             if parameter.requires_grad:
                 gradient = found.get(id(parameter), torch.zeros_like(parameter))
                 dist.all_reduce(gradient, group=group)
@@ -226,7 +333,7 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        squares = [p.grad.square().sum() for p in own if self._the_part.counts(p)]
+        squares = [p.grad.square().sum() for p in own if self._the_placement.counts(p)]
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.root_device)
         total = total.to(torch.float64) if self.root_device.type == "cpu" else total.float()
         dist.all_reduce(total)
@@ -234,16 +341,19 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._plan_by_measuring(self._module.validation_step, args, training=False)
         with self.precision_plugin.val_step_context():
             return self._the_steps.evaluate(self._module.validation_step, args, logs=True)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._plan_by_measuring(self._module.test_step, args, training=False)
         with self.precision_plugin.test_step_context():
             return self._the_steps.evaluate(self._module.test_step, args, logs=True)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._plan_by_measuring(self._module.predict_step, args, training=False)
         with self.precision_plugin.predict_step_context():
             return self._the_steps.evaluate(self._module.predict_step, args, logs=False)
 
@@ -256,22 +366,32 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._the_part.state_dict()
+        return self._the_placement.state_dict()
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        self._the_part.load(checkpoint["state_dict"], strict=strict)
+        self._the_placement.load(checkpoint["state_dict"], strict=strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        own = {i: value for i, value in state["state"].items() if not parameters[i].is_meta}
+        own = {i: value for i, value in state["state"].items() if self._the_placement.owns(parameters[i])}
         parts = gather_on_zero(own)
         if parts is None:
             return {}
         merged = {i: value for part in reversed(parts) for i, value in part.items()}
         return {**state, "state": {i: merged[i] for i in sorted(merged)}}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        # torch puts a state where its parameter is, and one that is elsewhere has no place
+        own = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            states = {i: state for i, state in saved["state"].items() if self._the_placement.owns(parameters[i])}
+            own.append({**saved, "state": states})
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -282,10 +402,14 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._metrics is not None:
+            self._metrics.restore()
+        for name in _END_OF_EPOCH if self.lightning_module is not None else ():
+            self._module.__dict__.pop(name, None)
         # peers of a rank that failed may not come here
-        if self._part is not None and not self._failed:
-            self._part.complete()
-        self._part = self._steps = None
+        if self._placement is not None and not self._failed:
+            self._placement.complete()
+        self._placement = self._steps = self._metrics = None
         super().teardown()
 
     @property
@@ -294,11 +418,21 @@ class HeteroPipelineStrategy(DDPStrategy):
         return self.lightning_module
 
     @property
-    def _the_part(self) -> PipelineModel:
-        assert self._part is not None
-        return self._part
+    def _the_placement(self) -> Placement:
+        assert self._placement is not None
+        return self._placement
+
+    @property
+    def _the_metrics(self) -> PipelineMetrics:
+        assert self._metrics is not None
+        return self._metrics
 
     @property
     def _the_steps(self) -> PipelineStep:
         assert self._steps is not None
         return self._steps
+
+
+def _fits(plan: StagePlan, uniform: StagePlan) -> bool:
+    """Return whether a plan is of the present ranks and layers."""
+    return (plan.num_stages, plan.num_layers) == (uniform.num_stages, uniform.num_layers)

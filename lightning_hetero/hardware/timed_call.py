@@ -1,0 +1,27 @@
+"""Time a piece of work that is run for that purpose; training steps are timed without waiting (``step_timer``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+__all__ = ["timed_call"]
+
+Result = TypeVar("Result")
+
+
+def timed_call(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """Return what ``call`` returns, and the seconds until the device has finished it."""
+    _finish(device)
+    start_s = time.perf_counter()
+    result = call()
+    _finish(device)
+    return result, time.perf_counter() - start_s
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

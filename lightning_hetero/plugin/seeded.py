@@ -1,0 +1,24 @@
+"""Random numbers that are the same on several ranks, wherever each of them is in its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+__all__ = ["seeded"]
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Draw in this context what follows from ``numbers``, and nothing from what is drawn outside of it."""
+    seed = int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1)[0])
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
