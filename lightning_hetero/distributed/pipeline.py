@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from lightning_hetero.balance.stages import Schedule, StagePlan
 from lightning_hetero.distributed.structure import Border, flatten, unflatten
@@ -110,6 +109,9 @@ class Pipeline:
         if key in self._kinds:
             self._kinds.move_to_end(key)
             return self._kinds[key]
+        # importing it takes a while, which those who train otherwise need not wait
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
         before, behind = self._borders(inputs[0] if inputs else None)
         module = _Stage(self._layers, before, behind if training or not self.is_last else None, first=self.is_first)
         stage = PipelineStage(

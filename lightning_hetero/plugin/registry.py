@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.pipeline_strategy import HeteroPipelineStrategy
 from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
 __all__ = ["register_strategies"]
@@ -22,7 +23,7 @@ _UNUSED_PARAMETERS: dict[str, dict[str, bool]] = {
 
 
 def register_strategies() -> None:
-    """Register the ``hetero_ddp`` family; calling it again changes nothing."""
+    """Register the ``hetero_ddp`` family and ``hetero_pipeline``; calling it again changes nothing."""
     for launcher, start_method in _START_METHODS.items():
         for suffix, parameters in _UNUSED_PARAMETERS.items():
             name = f"hetero_ddp{launcher}{suffix}"
@@ -35,6 +36,16 @@ def register_strategies() -> None:
                 **parameters,
             )
             _refuse_in_pytorch_lightning(name)
+    for launcher in ("", "_spawn"):
+        start_method = _START_METHODS[launcher]
+        StrategyRegistry.register(
+            f"hetero_pipeline{launcher}",
+            HeteroPipelineStrategy,
+            description=f"Layers split over devices in proportion to their speed, started by {start_method!r}",
+            override=True,
+            start_method=start_method,
+        )
+        _refuse_in_pytorch_lightning(f"hetero_pipeline{launcher}")
 
 
 def _refuse_in_pytorch_lightning(name: str) -> None:
@@ -49,6 +60,6 @@ def _refuse_in_pytorch_lightning(name: str) -> None:
 
 def _refuse(**_: Any) -> NoReturn:
     raise UnsupportedFeatureError(
-        "`hetero_ddp` works with `lightning.pytorch`, got a Trainer of the separate package `pytorch_lightning`."
+        "`lightning_hetero` works with `lightning.pytorch`, got a Trainer of the separate package `pytorch_lightning`."
         " Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
     )
