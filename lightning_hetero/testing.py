@@ -14,10 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.types import StepTime
+from lightning_hetero.distributed.structure import flatten, unflatten
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.pipeline_layers import layers_of
 
-__all__ = ["SlowDown"]
+__all__ = ["SlowDown", "SlowLayers"]
 
 # of a training step on most networks a third is the forward pass, two thirds the backward pass
 _FORWARD_PART = 1 / 3
@@ -123,6 +125,102 @@ class SlowDown(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+class SlowLayers(Callback):
+    """Makes each layer of a pipeline take ``factors[rank]`` times as long on each rank; for ``hetero_pipeline``.
+
+    By default a rank sleeps after each layer's forward pass in proportion to what that took, and twice as long before
+    its backward pass. With ``seconds_per_sample`` every rank becomes a device of known speed: the two passes of a layer
+    and n samples together last ``factor * seconds_per_sample * n``, as long as the real work is shorter.
+
+    Args:
+        factors: How many times as long each rank takes, one positive number a rank. Without ``seconds_per_sample`` a
+            factor is at least 1.
+        seconds_per_sample: Seconds that a layer's forward and backward pass take for a sample on a device of factor 1,
+            one number for all layers or one a layer.
+
+    Raises:
+        ConfigurationError: an argument breaks its rule.
+
+    Example:
+        >>> slow_second_rank = SlowLayers(factors=[1, 2])
+        >>> three_ms_a_sample = SlowLayers(factors=[1, 2], seconds_per_sample=0.003)
+    """
+
+    def __init__(self, factors: Sequence[float], seconds_per_sample: float | Sequence[float] | None = None) -> None:
+        arguments.check_numbers("factors", factors)
+        for rank, factor in enumerate(factors):
+            if not seconds_per_sample:
+                arguments.check_at_least(f"factors[{rank}]", factor, 1, whole=False)
+        super().__init__()
+        self.factors = list(factors)
+        self.seconds_per_sample = seconds_per_sample
+        self._hooks: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        arguments.check_numbers("factors", self.factors, trainer.world_size)
+        _, layers = layers_of(pl_module)
+        seconds = self.seconds_per_sample
+        if seconds is not None and not isinstance(seconds, Sequence):
+            seconds = [seconds] * len(layers)
+        if seconds is not None and len(seconds) != len(layers):
+            raise ConfigurationError(
+                f"`seconds_per_sample` must be one number, or one a layer ({len(layers)}), got {len(seconds)} numbers."
+            )
+        self._remove_hooks()
+        for number, layer in enumerate(layers):
+            slow = _SlowLayer(self.factors[trainer.global_rank], None if seconds is None else seconds[number])
+            self._hooks += [layer.register_forward_pre_hook(slow.begin), layer.register_forward_hook(slow.end)]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _SlowLayer:
+    def __init__(self, factor: float, seconds_per_sample: float | None) -> None:
+        self._factor = factor
+        self._seconds_per_sample = seconds_per_sample
+        self._started = 0.0
+
+    def begin(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def end(self, _: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        passed_s = time.perf_counter() - self._started
+        if self._seconds_per_sample is None:
+            pause_s = (self._factor - 1) * passed_s
+            pause_before_backward_s = 2 * pause_s
+        else:
+            whole_s = self._factor * self._seconds_per_sample * len(flatten(inputs)[0][0])
+            pause_s = _FORWARD_PART * whole_s - passed_s
+            pause_before_backward_s = (1 - _FORWARD_PART) * whole_s
+        time.sleep(max(pause_s, 0.0))
+        tensors, structure = flatten(output)
+        first = next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), None)
+        if first is None:
+            return output
+        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s)  # type: ignore[no-untyped-call]
+        return unflatten(tensors, structure)
+
+
+class _SleepBeforeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float) -> torch.Tensor:
+        ctx.pause_s = pause_s
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        time.sleep(ctx.pause_s)
+        return *gradients, None
 
 
 def _samples_in(batch: Any) -> int:

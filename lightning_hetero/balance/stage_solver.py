@@ -197,9 +197,9 @@ def _does_not_fit(memory: StageMemory | None, world_size: int) -> str:
     assert memory is not None
     held = sum(memory.weights_bytes)
     return (
-        f"The layers must fit into the memories of {world_size} ranks, got {held / 1e9:.2f} GB of parameters, gradients"
+        f"The layers must fit into the memories of {world_size} ranks, got {held / 1e9:.3g} GB of parameters, gradients"
         f" and state of the optimiser beside their activations, and budgets of"
-        f" {[round(b / 1e9, 2) for b in memory.budgets_bytes]} GB. Use smaller micro-batches, fewer at a time"
+        f" {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB. Use smaller micro-batches, fewer at a time"
         f' (`schedule="1f1b"`), or more devices.'
     )
 

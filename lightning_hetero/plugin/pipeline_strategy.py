@@ -406,11 +406,18 @@ class HeteroPipelineStrategy(DDPStrategy):
             self._metrics.restore()
         for name in _END_OF_EPOCH if self.lightning_module is not None else ():
             self._module.__dict__.pop(name, None)
-        # peers of a rank that failed may not come here
-        if self._placement is not None and not self._failed:
+        module = self.lightning_module
+        if module is not None and self._failed:
+            # peers may not come here, so the module stays without what they have, and cannot be moved as a whole
+            module.__dict__["cpu"] = lambda: module
+        elif self._placement is not None:
             self._placement.complete()
         self._placement = self._steps = self._metrics = None
-        super().teardown()
+        try:
+            super().teardown()
+        finally:
+            if module is not None:
+                module.__dict__.pop("cpu", None)
 
     @property
     def _module(self) -> LightningModule:
