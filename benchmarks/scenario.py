@@ -12,20 +12,21 @@ import logging
 import math
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise, permutations
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import contention
+import pipeline
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 from scenarios import SCENARIOS, Scenario
+from timing import QUIET, SKIPPED_STEPS, STEPS_A_BLOCK, StepClock, without_launcher
 from torch.utils.data import DataLoader
 from workloads import WORKLOADS
 
@@ -35,41 +36,10 @@ from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 
 COLD_STEPS = 100
-STEPS_A_BLOCK = 8
-SKIPPED_STEPS = 2
 DDP_BLOCKS = 2
 VIRTUAL_ROUNDS, LINK_ROUNDS, REAL_ROUNDS = 3, 2, 5
 SCANNED_SPLITS, STEPS_A_SCANNED_SPLIT = 12, 4
 PAIRS, STEPS_A_PAIR = 10, 40
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-LAUNCHER = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-
-
-class StepClock(Callback):
-    """Notes when each step ends."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Return the length of each step but the first."""
-        return [b - a for a, b in pairwise(self.ends)]
-
-    def rates(self, samples: int, blocks: int, steps_a_block: int = STEPS_A_BLOCK) -> list[float]:
-        """Return samples/s of each block of steps, by its median step."""
-        seconds = [0.0, *self.seconds()]
-        starts = [block * steps_a_block for block in range(blocks)]
-        return [samples / median(seconds[start + SKIPPED_STEPS : start + steps_a_block]) for start in starts]
 
 
 class Sweep(Callback):
@@ -123,16 +93,6 @@ def slowed(scenario: Scenario, callbacks: Sequence[Callback] = ()) -> list[Callb
     if not scenario.is_virtual or any(isinstance(callback, SlowDown) for callback in callbacks):
         return []
     return [SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)]
-
-
-@contextmanager
-def without_launcher() -> Iterator[None]:
-    """Let Lightning believe that this process is alone."""
-    hidden = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("TORCHELASTIC") or k in LAUNCHER}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 def rates_alone(scenario: Scenario, plan: BatchPlan, steps: int = 14) -> list[float]:
@@ -314,7 +274,13 @@ def measure_cost(scenario: Scenario) -> dict[str, Any]:
     }
 
 
-MEASURES = {"shares": measure_shares, "drift": measure_drift, "cost": measure_cost}
+MEASURES = {
+    "shares": measure_shares,
+    "drift": measure_drift,
+    "cost": measure_cost,
+    "pipeline": pipeline.measure_splits,
+    "trainer": pipeline.measure_trainer,
+}
 
 
 def main() -> None:

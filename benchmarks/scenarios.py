@@ -19,7 +19,8 @@ class Scenario:
         overhead_s: seconds that a step takes besides, on a device of factor 1.
         batch_size: samples a rank under equal shares.
         measures: "shares" compares ddp, hetero_ddp and fixed splits; "drift" makes a device slow in mid-run; "cost"
-            compares ddp with hetero_ddp on equal devices.
+            compares ddp with hetero_ddp on equal devices; "pipeline" compares divisions of layers, and "trainer" what
+            the Trainer adds to a schedule of passes. There ``seconds_per_sample`` is that of a layer.
         workload: what is trained, a name in ``workloads.WORKLOADS``.
         quotas: the part of a core that each rank may use; empty for all.
         megabits_per_s: bandwidth between two nodes of one rank each; 0 for one node.
@@ -31,7 +32,7 @@ class Scenario:
     seconds_per_sample: float = 0.0
     overhead_s: float = 0.0
     batch_size: int = 64
-    measures: Literal["shares", "drift", "cost"] = "shares"
+    measures: Literal["shares", "drift", "cost", "pipeline", "trainer"] = "shares"
     workload: str = "light"
     quotas: tuple[float, ...] = ()
     megabits_per_s: int = 0
@@ -63,5 +64,8 @@ SCENARIOS = {
     "transformer, quotas 80:40 %": Scenario((1, 1), batch_size=48, workload="transformer", quotas=(0.8, 0.4)),
     "equal, known speed": Scenario((1, 1), 0.0012, measures="cost"),
     "equal, CNN": Scenario((1, 1), measures="cost", workload="CNN"),
+    "pipeline 1:2": Scenario((1, 2), 0.008, batch_size=16, measures="pipeline"),
+    "pipeline 1:2:4": Scenario((1, 2, 4), 0.004, batch_size=16, measures="pipeline"),
+    "pipeline of three ranks": Scenario((1, 1, 1), batch_size=16, measures="trainer"),
     "drift": Scenario((1, 1), 0.0012, measures="drift"),
 }

@@ -36,6 +36,11 @@ __all__ = ["Example", "PipelineStep"]
 
 Step = Callable[..., Any]
 
+_USED_BEFORE = (
+    "`hetero_pipeline` needs all parameters and buffers that are used before the model's call to be in its layers, got"
+    " one that is on the last stage. Make what uses it the model's first layer."
+)
+
 
 class _Called(BaseException):
     """The model was called; nothing behind the call is to run."""
@@ -242,15 +247,16 @@ class PipelineStep:
                 step(part, *rest)
             except _Called as call:
                 return self._checked(call.given)
+            except (RuntimeError, NotImplementedError) as error:
+                if "meta" not in str(error):  # where a tensor has no memory
+                    raise
+                raise UnsupportedFeatureError(_USED_BEFORE) from error
         raise UnsupportedFeatureError(_no_call(step))
 
     @staticmethod
     def _checked(inputs: Any) -> Any:
-        if any(tensor.requires_grad for tensor in flatten(inputs)[0]):
-            raise UnsupportedFeatureError(
-                "`hetero_pipeline` needs all trained parameters before the model's call to be in its layers, got an"
-                " input that requires a gradient. Make what computes it the model's first layer."
-            )
+        if any(tensor.requires_grad or tensor.is_meta for tensor in flatten(inputs)[0]):
+            raise UnsupportedFeatureError(_USED_BEFORE)
         return inputs
 
     def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any, number: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,9 +22,10 @@ from typing_extensions import override
 from lightning_hetero.balance.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.agree import lend
+from lightning_hetero.distributed.failure import announce, failure_of_peers
 from lightning_hetero.distributed.pipeline import Pipeline
 from lightning_hetero.distributed.placement import Placement, gather_on_zero
-from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, RankFailedError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.gradients import Gradients, put_back, taken_aside
@@ -300,7 +302,8 @@ class HeteroPipelineStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         accumulated = self._module.trainer.accumulate_grad_batches
         self._plan_by_measuring(self._module.training_step, args, training=True)
-        with self.precision_plugin.train_step_context(), taken_aside(self._the_placement.parameters) as aside:
+        gradients = taken_aside(self._the_placement.parameters)
+        with failure_of_peers(), self.precision_plugin.train_step_context(), gradients as aside:
             output = self._the_steps.train(self._module.training_step, args, accumulated)
         self._aside = aside
         return output
@@ -342,19 +345,19 @@ class HeteroPipelineStrategy(DDPStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.validation_step, args, training=False)
-        with self.precision_plugin.val_step_context():
+        with failure_of_peers(), self.precision_plugin.val_step_context():
             return self._the_steps.evaluate(self._module.validation_step, args, logs=True)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.test_step, args, training=False)
-        with self.precision_plugin.test_step_context():
+        with failure_of_peers(), self.precision_plugin.test_step_context():
             return self._the_steps.evaluate(self._module.test_step, args, logs=True)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.predict_step, args, training=False)
-        with self.precision_plugin.predict_step_context():
+        with failure_of_peers(), self.precision_plugin.predict_step_context():
             return self._the_steps.evaluate(self._module.predict_step, args, logs=False)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -398,6 +401,9 @@ class HeteroPipelineStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        if not isinstance(exception, RankFailedError):
+            told = "".join(traceback.format_exception(exception))
+            announce(f"rank {self.global_rank} with\n{told}")  # its own traceback may be cut off when all are ended
         super().on_exception(exception)
 
     @override

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,118 @@ def test_a_rank_for_which_nothing_fits_ends_all_and_is_named(tmp_path: Path, ran
     if rank == 1:
         assert f"RankFailedError: Another rank has failed: Rank {rank}" in done.stderr
     assert "parameters" not in done.stdout
+
+
+PIPELINE = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from torch import nn
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_hetero import HeteroPipelineStrategy
+
+class Fails(nn.Module):
+    def forward(self, x):
+        if self.training and sys.argv[2] == "layer":
+            raise KeyError("of a layer")
+        return x
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        if sys.argv[2] == "layer":
+            self.model[int(sys.argv[3])] = Fails()
+        self.before = nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
+        step = sys.argv[2]
+        if step == "trained before":
+            x = self.before(x)
+        if step == "never":
+            return x.sum()
+        y = self.model(input=x) if step == "keywords" else self.model(x)
+        if step == "twice":
+            self.model(x)
+        if step == "loss":
+            raise KeyError("of a loss")
+        return y.square().mean()
+
+    def on_train_end(self):
+        if self.global_rank == 0:
+            print("trained", self.trainer.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+class Data(TensorDataset):
+    def __getitem__(self, index):
+        if sys.argv[2] == "data" and index > 30:
+            raise KeyError("of a sample")
+        return super().__getitem__(index)
+
+if __name__ == "__main__":
+    torch.manual_seed(1)
+    trainer = Trainer(accelerator="cpu", devices=3, strategy=eval(sys.argv[1]), max_steps=12, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Module(), DataLoader(Data(torch.randn(48, 2)), batch_size=4))
+"""
+
+
+def run_pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a pipeline of three stages in its own session, and find out what it leaves."""
+    script = folder / "pipeline.py"
+    script.write_text(PIPELINE, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=60)
+        running = ["pgrep", "-g", str(process.pid), "--runstates", "RSD"]  # those that have ended may still be listed
+        deadline = time.monotonic() + 10
+        while left := subprocess.run(running, capture_output=True, text=True, check=False).stdout.split():
+            assert time.monotonic() < deadline, f"processes are left: {left}"
+            time.sleep(0.2)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("name", ["hetero_pipeline", "hetero_pipeline_spawn"])
+def test_a_name_starts_a_pipeline(tmp_path: Path, name: str) -> None:
+    done = run_pipeline(tmp_path, repr(name), "well")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["trained", "12"]
+    assert "hetero_pipeline: [1, 1, 1] layers a rank" in done.stderr
+    assert "predicted" in done.stderr
+
+
+SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2{})"
+
+
+@pytest.mark.parametrize(
+    ("start_method", "what", "error"),
+    [
+        ("", ("layer", "0"), "KeyError: 'of a layer'"),
+        ("", ("layer", "1"), "KeyError: 'of a layer'"),
+        (', start_method="spawn"', ("layer", "0"), "KeyError: 'of a layer'"),
+        (', start_method="spawn"', ("layer", "2"), "KeyError: 'of a layer'"),
+        ("", ("loss",), "KeyError: 'of a loss'"),
+        ("", ("data",), "KeyError: 'of a sample'"),
+        ("", ("twice",), "to call the model exactly once, got a second call"),
+        ("", ("never",), "to call the model exactly once, got no call"),
+        ("", ("keywords",), "positional arguments, got ['input']"),
+        ("", ("trained before",), "that are used before the model's call to be in its layers"),
+    ],
+)
+def test_an_error_on_any_stage_ends_all_and_is_told(
+    tmp_path: Path, start_method: str, what: tuple[str, ...], error: str
+) -> None:
+    done = run_pipeline(tmp_path, SPLIT.format(start_method), *what)
+    assert done.returncode != 0
+    assert error in done.stderr
+    assert "trained" not in done.stdout
