@@ -18,7 +18,9 @@ def seeded(*numbers: int) -> Iterator[None]:
     """Draw in this context what follows from ``numbers``, and nothing from what is drawn outside of it."""
     seed = int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1)[0])
     with isolate_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # otherwise torch would note for each call when it was made
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed)
         random.seed(seed)
         yield
