@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from scenarios import Scenario
 from timing import QUIET, SKIPPED_STEPS, StepClock, without_launcher
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
 from lightning_hetero.balance.pipeline_plan import plan_pipeline
 from lightning_hetero.balance.pipeline_simulation import simulate_pipeline
 from lightning_hetero.balance.stage_solver import uniform_stages
@@ -42,12 +43,19 @@ class Stack(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def train(scenario: Scenario, strategy: Any, ranks: int, steps: int, factors: list[float]) -> list[float]:
+def train(
+    scenario: Scenario, strategy: Any, ranks: int, steps: int, factors: list[float], *callbacks: Callback
+) -> list[float]:
     """Return the seconds of each step but the first."""
     clock = StepClock()
     slow = [SlowLayers(factors, scenario.seconds_per_sample)] if scenario.seconds_per_sample else []
     trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=steps, callbacks=[*slow, clock], **QUIET
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_steps=steps,
+        callbacks=[*slow, *callbacks, clock],
+        **QUIET,
     )
     data = TensorDataset(torch.randn(scenario.batch_size * (steps + 1), FEATURES))
     trainer.fit(Stack(), DataLoader(data, scenario.batch_size))
@@ -60,11 +68,12 @@ def measure_splits(scenario: Scenario) -> dict[str, Any]:
     uniform = uniform_stages(LAYERS, ranks)
     found: dict[str, list[float]] = {"uniform": [], "auto": [], "alone": []}
     plans, predicted = [], []
+    recorders = {name: PipelineRecorder(STEPS - 1) for name in ("uniform", "auto")}
     for _ in range(ROUNDS):
         fixed = HeteroPipelineStrategy(splits=list(uniform.ends[:-1]), num_microbatches=MICRO_BATCHES)
-        found["uniform"] += train(scenario, fixed, ranks, STEPS, factors)
+        found["uniform"] += train(scenario, fixed, ranks, STEPS, factors, recorders["uniform"])
         strategy = HeteroPipelineStrategy(num_microbatches=MICRO_BATCHES, verbose=False)
-        found["auto"] += train(scenario, strategy, ranks, STEPS, factors)
+        found["auto"] += train(scenario, strategy, ranks, STEPS, factors, recorders["auto"])
         assert strategy.findings is not None
         plans.append(strategy.findings.plan)
         predicted.append(strategy.findings.advice.step_s)
@@ -82,8 +91,15 @@ def measure_splits(scenario: Scenario) -> dict[str, Any]:
         "optimum_plan": optimum.layers_of_ranks,
         "plans": [plan.layers_of_ranks for plan in plans],
         "predicted_s": median(predicted),
+        "timelines": {name: passes_of(recorder) for name, recorder in recorders.items()},
         "spread": (max(found["auto"]) - min(found["auto"])) / seconds["auto"],
     }
+
+
+def passes_of(recorder: PipelineRecorder) -> list[dict[str, Any]]:
+    """Return the passes of the recorded step."""
+    assert recorder.timeline is not None
+    return [asdict(one) for one in recorder.timeline.passes]
 
 
 def measure_trainer(scenario: Scenario) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 import at_scale
 import contention
 import link
+import pipeline
 from scenarios import SCENARIOS, Scenario
 
 HERE = Path(__file__).parent
@@ -75,6 +76,21 @@ error.
 
 | devices | ddp step ms | ratio | changes of shares |
 |---|---|---|---|
+"""
+PIPELINE_COLUMNS = " found / uniform | found / optimum | predicted ms | error | spread | layers found "
+PIPELINE = """
+## Layers in proportion to speed
+
+Twelve equal layers, batches of 16 samples in 8 micro-batches, 1F1B; three rounds, medians of {steps} steps each.
+*Uniform* are equal numbers of layers, *found* those that `hetero_pipeline` finds by timing layers; *optimum* is the
+best plan's simulated step of devices that need no time beside their layers; *alone* is the fastest device with all
+layers.
+
+{lines}
+![Who computes what when, with equal numbers of layers and with those found](pipeline.png)
+
+Through the Trainer a step of three ranks, whose layers take hardly any time, takes {through:.1f} ms, with torch's bare
+schedule {bare:.1f} ms; in three rounds {added} ms more.
 """
 DRIFT = """
 ## A device that slows down and recovers
@@ -188,6 +204,49 @@ def scale_text() -> str:
     return text + DECISIONS.format(times=", ".join(f"{k} {v:.3g} ms" for k, v in at_scale.milliseconds().items()))
 
 
+def pipeline_text(of_splits: dict[str, dict[str, Any]], trainer: dict[str, Any]) -> str:
+    """Describe what was measured of pipelines."""
+    head = "|".join((" speeds ", *(f" {n} ms " for n in ("uniform", "found", "optimum", "alone")), PIPELINE_COLUMNS))
+    lines = f"|{head}|\n{'|---' * (head.count('|') + 1)}|\n"
+    for name, r in of_splits.items():
+        found, predicted = r["auto_s"], r["predicted_s"]
+        times = " | ".join(f"{1e3 * r[key]:.0f}" for key in ("uniform_s", "auto_s", "optimum_s", "alone_s"))
+        ratios = f"{found / r['uniform_s']:.3f} | {found / r['optimum_s']:.3f}"
+        plans = " or ".join(sorted({":".join(map(str, plan)) for plan in r["plans"]}))
+        lines += (
+            f"| {name.removeprefix('pipeline ')} | {times} | {ratios}"
+            f" | {1e3 * predicted:.0f} | {predicted / found - 1:+.1%} | {r['spread']:.1%} | {plans} |\n"
+        )
+    added = ", ".join(f"{value:.1f}" for value in trainer["added"])
+    return PIPELINE.format(
+        steps=pipeline.STEPS - 1, lines=lines, through=trainer["through"], bare=trainer["bare"], added=added
+    )
+
+
+def plot_timelines(result: dict[str, Any], path: Path) -> None:
+    """Draw who computes what when."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(12, 5), sharex=True)
+    titles = {"uniform": "equal numbers of layers", "auto": "the layers that were found"}
+    for axis, (name, passes) in zip(axes, result["timelines"].items(), strict=True):
+        for one in passes:
+            colour = "#1f6fb4" if one["kind"] == "forward" else "#2f9e63"
+            length_s = one["end_s"] - one["start_s"]
+            axis.barh(one["stage"], length_s, left=one["start_s"], height=0.8, color=colour, edgecolor="white")
+            if length_s > 0.012:
+                middle_s = one["start_s"] + length_s / 2
+                axis.text(
+                    middle_s, one["stage"], one["micro_batch"], ha="center", va="center", color="white", fontsize=7
+                )
+        stages = sorted({one["stage"] for one in passes})
+        axis.set(title=titles[name], ylabel="stage", yticks=stages)
+        axis.invert_yaxis()
+    axes[1].set_xlabel("seconds from the start of the step; blue: forward passes, green: backward, by micro-batch")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
 def plot(results: dict[str, dict[str, Any]], drift: dict[str, Any], path: Path) -> None:
     """Draw throughput against the bound, and the steps of the run with a drift."""
     import matplotlib as mpl
@@ -232,6 +291,9 @@ def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: f
     text += COST.format(steps=steps, pairs=pairs)
     for name, r in of["cost"].items():
         text += f"| {name} | {r['ddp_ms']:.1f} | {r['ratio']:.4f} ± {r['error']:.4f} | {r['changes']} |\n"
+    of_splits = {n: r for n, r in results.items() if SCENARIOS[n].measures == "pipeline"}
+    (trainer,) = (r for n, r in results.items() if SCENARIOS[n].measures == "trainer")
+    text += pipeline_text(of_splits, trainer)
     text += DRIFT.format(
         slow=scenario.throttled_at,
         fast=scenario.recovered_at,
@@ -256,9 +318,11 @@ def main() -> None:
             continue
         begun_s = time.perf_counter()
         results[name] = measured(name, SCENARIOS[name])
-        shown = {k: v for k, v in results[name].items() if not k.endswith("step_s")}
+        shown = {k: v for k, v in results[name].items() if not k.endswith(("step_s", "timelines"))}
         print(f"{name} ({time.perf_counter() - begun_s:.0f} s): {shown}", flush=True)
     if sys.argv[1:]:
+        for name in (n for n in names if SCENARIOS[n].measures == "pipeline"):
+            plot_timelines(results[name], Path(f"{name.replace(':', '-')}.png"))
         return
     text = page(results, skipped, start_s)
     DOCS.joinpath("benchmarks.md").write_text(text, encoding="utf-8")
@@ -267,6 +331,7 @@ def main() -> None:
         results["drift"],
         DOCS / "benchmarks.png",
     )
+    plot_timelines(results["pipeline 1:2:4"], DOCS / "pipeline.png")
     print(text)
 
 

@@ -5,11 +5,19 @@ Importing this package registers its strategies, so that ``Trainer(strategy="het
 
 from lightning_hetero.plugin.largest_batch import LargestBatchFinder
 from lightning_hetero.plugin.load_balancer import LoadBalancer
+from lightning_hetero.plugin.pipeline_recorder import PipelineRecorder
 from lightning_hetero.plugin.pipeline_strategy import HeteroPipelineStrategy
 from lightning_hetero.plugin.registry import register_strategies
 from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
-__all__ = ["HeteroDDPStrategy", "HeteroPipelineStrategy", "LargestBatchFinder", "LoadBalancer", "__version__"]
+__all__ = [
+    "HeteroDDPStrategy",
+    "HeteroPipelineStrategy",
+    "LargestBatchFinder",
+    "LoadBalancer",
+    "PipelineRecorder",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 

@@ -8,18 +8,22 @@ enters the first stage and what the loss needs is looked up by the number of the
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hetero.balance.stages import Schedule, StagePlan
+from lightning_hetero.balance.pipeline_simulation import Pass, Timeline
+from lightning_hetero.balance.stages import Kind, Schedule, StagePlan
+from lightning_hetero.distributed.agree import gather
 from lightning_hetero.distributed.structure import Border, flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.hardware.timed_call import timed_call
 
 __all__ = ["Pipeline"]
 
@@ -48,6 +52,9 @@ class Pipeline:
         self._stage = plan.stage_of(rank)
         self._device = device
         self._kinds: OrderedDict[Hashable, tuple[_Stage, Any]] = OrderedDict()
+        self._recorded: list[Pass] | None = None
+        self._record_from_s = 0.0
+        self._micro_batches_before = 0
 
     @property
     def is_first(self) -> bool:
@@ -88,6 +95,35 @@ class Pipeline:
                 target=numbers if self.is_last else None,
                 return_outputs=False,
             )
+        self._micro_batches_before += count
+
+    def record(self) -> None:
+        """Note from now on when passes begin and end; every rank has to call it at the same point.
+
+        That waits for the device at the end of each pass. Ranks do not compare clocks: each counts from here.
+        """
+        dist.barrier()
+        self._recorded, self._record_from_s, self._micro_batches_before = [], time.perf_counter(), 0
+
+    def stop_recording(self) -> Timeline:
+        """Return what all ranks have noted; every rank has to call it at the same point."""
+        own, self._recorded = self._recorded or [], None
+        passes = [one for part in gather(own) for one in part]
+        return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
+
+    def _observed(self, kind: Kind, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``run``, the pass of a micro-batch whose number is its first argument, such that it is recorded."""
+
+        def observed(number: int, *args: Any, **kwargs: Any) -> Any:
+            if self._recorded is None:
+                return run(number, *args, **kwargs)
+            start_s = time.perf_counter() - self._record_from_s
+            result, seconds = timed_call(lambda: run(number, *args, **kwargs), self._device)
+            micro_batch = self._micro_batches_before + number
+            self._recorded.append(Pass(self._stage, kind, micro_batch, start_s, start_s + seconds))
+            return result
+
+        return observed
 
     def evaluate(self, kind: Hashable, count: int, inputs: Sequence[Any]) -> list[Any]:
         """Run forward passes of ``count`` micro-batches of one shape.
@@ -124,6 +160,9 @@ class Pipeline:
         )
         # public, but not documented: which rank has which stage; by default stage s is on rank s
         stage.stage_index_to_group_rank = dict(enumerate(self._plan.ranks))
+        # where a schedule runs a pass, once it has what it needs; public, and the recorder's test fails without them
+        for chunk, name in (("forward", "forward_one_chunk"), ("backward", "backward_one_chunk")):
+            setattr(stage, name, self._observed(cast("Kind", chunk), getattr(stage, name)))
         if not training:
             schedule: Any = ScheduleGPipe(stage, count)
         else:

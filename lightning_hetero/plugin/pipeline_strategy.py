@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_hetero.balance.pipeline_simulation import Timeline
 from lightning_hetero.balance.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.agree import lend
@@ -113,6 +114,7 @@ class HeteroPipelineStrategy(DDPStrategy):
         self.findings: PipelineFindings | None = None
         self._placement: Placement | None = None
         self._metrics: PipelineMetrics | None = None
+        self._pipeline: Pipeline | None = None
         self._steps: PipelineStep | None = None
         self._seed = 0
         self._batches = 0
@@ -186,7 +188,9 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     def _run_stages_of(self, placement: Placement) -> None:
         called, _ = layers_of(self._module)
-        pipeline = Pipeline(placement.own_layers, placement.plan, self.schedule, self.global_rank, self.root_device)
+        self._pipeline = pipeline = Pipeline(
+            placement.own_layers, placement.plan, self.schedule, self.global_rank, self.root_device
+        )
         self._steps = PipelineStep(
             self._module, called, pipeline, self.num_microbatches, self._loss_weights, self._the_metrics, self._seed
         )
@@ -360,6 +364,16 @@ class HeteroPipelineStrategy(DDPStrategy):
         with failure_of_peers(), self.precision_plugin.predict_step_context():
             return self._the_steps.evaluate(self._module.predict_step, args, logs=False)
 
+    # ---- what a recorder needs ---------------------------------------------------------------------------------------
+
+    def record_step(self) -> None:
+        """Note who computes what when from now on; every rank has to call it at the same point."""
+        self._the_pipeline.record()
+
+    def recorded_step(self) -> Timeline:
+        """Return what was noted; every rank has to call it at the same point."""
+        return self._the_pipeline.stop_recording()
+
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @property
@@ -418,7 +432,7 @@ class HeteroPipelineStrategy(DDPStrategy):
             module.__dict__["cpu"] = lambda: module
         elif self._placement is not None:
             self._placement.complete()
-        self._placement = self._steps = self._metrics = None
+        self._placement = self._steps = self._metrics = self._pipeline = None
         try:
             super().teardown()
         finally:
@@ -434,6 +448,11 @@ class HeteroPipelineStrategy(DDPStrategy):
     def _the_placement(self) -> Placement:
         assert self._placement is not None
         return self._placement
+
+    @property
+    def _the_pipeline(self) -> Pipeline:
+        assert self._pipeline is not None
+        return self._pipeline
 
     @property
     def _the_metrics(self) -> PipelineMetrics:

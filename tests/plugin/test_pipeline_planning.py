@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import make_trainer
 
-from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
+from lightning_hetero.balance.pipeline_simulation import Timeline, order_of_passes
 from lightning_hetero.balance.stages import LayerCosts, StagePlan
 from lightning_hetero.distributed.placement import Placement
 from lightning_hetero.exceptions import InfeasiblePlanError
@@ -59,16 +61,17 @@ class Found:
     costs: LayerCosts
     parameters: dict[str, Tensor]
     predicted_s: float
-    random: float
     checkpoint: str
+    timeline: Timeline | None
 
 
 def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None = None, **options: Any) -> Found:
     strategy = HeteroPipelineStrategy(num_microbatches=8, verbose=False, **options)
     slow = SlowLayers(factors, seconds_per_sample=0.003)
+    recorder = PipelineRecorder(step=3)
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = make_trainer(
-        strategy, dist.get_world_size(), [slow, saving], max_epochs=epochs, limit_val_batches=None,
+        strategy, dist.get_world_size(), [slow, saving, recorder], max_epochs=epochs, limit_val_batches=None,
         num_sanity_val_steps=1, enable_checkpointing=True,
     )  # fmt: skip
     module = Deep()
@@ -77,7 +80,7 @@ def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None
     assert strategy.findings is not None
     return Found(
         strategy.plan, strategy.findings.costs, dict(module.state_dict()), strategy.findings.advice.step_s,
-        float(torch.rand(())), saving._last_checkpoint_saved,
+        saving._last_checkpoint_saved, recorder.timeline,
     )  # fmt: skip
 
 
@@ -104,12 +107,28 @@ def test_a_rank_half_as_fast_gets_half_the_layers_and_the_training_is_the_same(
         assert outcome.plan == StagePlan((1, 0), (4, 12))
         ratio = sum(outcome.costs.total_s[1]) / sum(outcome.costs.total_s[0])
         assert 1.8 < ratio < 2.2
+        check_recorded_step(outcome.timeline)
     agree_with(alone(1), found)
     # with Adam's state of each layer on the move
     again = ranks.run(2, train, [2.0, 1.0], str(tmp_path / "second"), 2, found[0].checkpoint)
     for outcome in again:
         assert outcome.plan == StagePlan((1, 0), (8, 12))
     agree_with(alone(2), again)
+
+
+def check_recorded_step(timeline: Timeline | None) -> None:
+    """Every pass once, in the order of the schedule, and none before what it needs."""
+    assert timeline is not None
+    ends = {(one.kind, one.stage, one.micro_batch): one.end_s for one in timeline.passes}
+    assert len(ends) == len(timeline.passes) == 2 * 2 * 8
+    for stage in range(2):
+        own = sorted((one for one in timeline.passes if one.stage == stage), key=lambda one: one.start_s)
+        assert [(one.kind, one.micro_batch) for one in own] == order_of_passes(stage, 2, 8, "1f1b")
+        assert all(a.end_s <= b.start_s for a, b in pairwise(own))
+        for one in own:
+            before = 0 if one.kind == "forward" else 1
+            if stage != before:
+                assert ends[one.kind, before, one.micro_batch] <= one.start_s + 0.002  # two clocks
 
 
 def test_three_speeds(ranks: RankPools, tmp_path: Path) -> None:
