@@ -12,7 +12,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -111,19 +112,22 @@ class Pipeline:
         passes = [one for part in gather(own) for one in part]
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
-    def _observed(self, kind: Kind, run: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``run``, the pass of a micro-batch whose number is its first argument, such that it is recorded."""
+    def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
+        """Run the pass of a micro-batch, and note it where passes are recorded."""
+        if self._recorded is None:
+            return run(number, *args, **kwargs)
+        start_s = time.perf_counter() - self._record_from_s
+        result, seconds = timed_call(lambda: run(number, *args, **kwargs), self._device)
+        micro_batch = self._micro_batches_before + number
+        self._recorded.append(Pass(self._stage, kind, micro_batch, start_s, start_s + seconds))
+        return result
 
-        def observed(number: int, *args: Any, **kwargs: Any) -> Any:
-            if self._recorded is None:
-                return run(number, *args, **kwargs)
-            start_s = time.perf_counter() - self._record_from_s
-            result, seconds = timed_call(lambda: run(number, *args, **kwargs), self._device)
-            micro_batch = self._micro_batches_before + number
-            self._recorded.append(Pass(self._stage, kind, micro_batch, start_s, start_s + seconds))
-            return result
+    def close(self) -> None:
+        """Let go of stages and schedules.
 
-        return observed
+        They hold the process group; one that outlives its destruction ends the process with an error now and then.
+        """
+        self._kinds.clear()
 
     def evaluate(self, kind: Hashable, count: int, inputs: Sequence[Any]) -> list[Any]:
         """Run forward passes of ``count`` micro-batches of one shape.
@@ -146,11 +150,11 @@ class Pipeline:
             self._kinds.move_to_end(key)
             return self._kinds[key]
         # importing it takes a while, which those who train otherwise need not wait
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+        from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
         before, behind = self._borders(inputs[0] if inputs else None)
         module = _Stage(self._layers, before, behind if training or not self.is_last else None, first=self.is_first)
-        stage = PipelineStage(
+        stage = _observed_stage()(
             module,
             self._stage,
             self._plan.num_stages,
@@ -160,9 +164,7 @@ class Pipeline:
         )
         # public, but not documented: which rank has which stage; by default stage s is on rank s
         stage.stage_index_to_group_rank = dict(enumerate(self._plan.ranks))
-        # where a schedule runs a pass, once it has what it needs; public, and the recorder's test fails without them
-        for chunk, name in (("forward", "forward_one_chunk"), ("backward", "backward_one_chunk")):
-            setattr(stage, name, self._observed(cast("Kind", chunk), getattr(stage, name)))
+        stage.observe = self._observed
         if not training:
             schedule: Any = ScheduleGPipe(stage, count)
         else:
@@ -235,6 +237,24 @@ class _Stage(nn.Module):
         assert self.behind is not None
         tensors = output if isinstance(output, tuple) else (output,)
         return self.loss_of(int(number), unflatten(tensors, self.behind.structure))
+
+
+@cache
+def _observed_stage() -> Any:
+    """Return a stage whose passes can be timed: without what it waits for, which its schedule waits for before."""
+    from torch.distributed.pipelining import PipelineStage
+
+    class ObservedStage(PipelineStage):
+        observe: Any
+
+        # public, and the test of the recorder fails where a schedule does not call them
+        def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+            return self.observe("forward", super().forward_one_chunk, *args, **kwargs)
+
+        def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+            return self.observe("backward", super().backward_one_chunk, *args, **kwargs)
+
+    return ObservedStage
 
 
 def run_layers(layers: Any, value: Any, *, first: bool) -> Any:

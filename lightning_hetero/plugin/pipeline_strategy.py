@@ -432,6 +432,8 @@ class HeteroPipelineStrategy(DDPStrategy):
             module.__dict__["cpu"] = lambda: module
         elif self._placement is not None:
             self._placement.complete()
+        if self._pipeline is not None:
+            self._pipeline.close()
         self._placement = self._steps = self._metrics = self._pipeline = None
         try:
             super().teardown()
