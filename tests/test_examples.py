@@ -13,10 +13,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_example(*arguments: str, timeout_s: float = 150.0) -> str:
-    """Run ``examples/digits.py`` and return what it printed; the environment is that of a shell."""
+def run_example(*arguments: str, name: str = "digits", timeout_s: float = 150.0) -> str:
+    """Run an example and return what it printed; the environment is that of a shell."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "digits.py"), *arguments],
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -69,3 +69,39 @@ def test_lightning_cli_explains_the_arguments() -> None:
     explained = run_example("fit", "--trainer.strategy.help=lightning_hetero.HeteroDDPStrategy")
     assert "How the samples are divided" in explained
     assert "--trainer.strategy.find_unused_parameters" in explained or "--trainer.strategy.start_method" in explained
+
+
+def test_equal_stages_and_those_found_train_alike() -> None:
+    """On twelve layers; the ratio of two to one is only roughly met where little time is taken for each layer."""
+    printed = run_example("--steps", "5", "--seconds-per-sample", "0.001", name="characters")
+    (equal, found) = re.findall(r"layers a rank\s*│\s*(\d+, \d+)\s*│\s*(\d+, \d+)", printed)[0]
+    assert equal == "6, 6"
+    assert found in ("7, 5", "8, 4", "9, 3")
+    (difference,) = re.findall(r"largest difference of a parameter ([\d.e+-]+)", printed)
+    assert float(difference) < 1e-5
+    assert "hetero_pipeline: predicted" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fit", "--trainer.max_steps=2"], ["fit", "--trainer.max_steps=2", "--trainer.strategy=hetero_pipeline"],
+     ["validate"], ["test"], ["predict"]],
+    ids=["fit", "name", "validate", "test", "predict"],
+)  # fmt: skip
+def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
+    subcommand, *rest = arguments
+    config = ["--config", str(EXAMPLES / "characters.yaml"), "--trainer.limit_val_batches=1"]
+    printed = run_example(
+        subcommand, *config, "--trainer.limit_test_batches=1", "--trainer.limit_predict_batches=1", *rest,
+        name="characters",
+    )  # fmt: skip
+    assert "layers a rank" in printed
+    assert "error" not in printed.lower()
+    assert "terminate called" not in printed
+
+
+def test_a_pipeline_is_explained_and_its_configuration_printed() -> None:
+    config = run_example("fit", "--config", str(EXAMPLES / "characters.yaml"), "--print_config", name="characters")
+    assert "class_path: lightning_hetero.HeteroPipelineStrategy" in config
+    explained = run_example("fit", "--trainer.strategy.help=lightning_hetero.HeteroPipelineStrategy", name="characters")
+    assert "Where the layers are divided" in explained

@@ -158,12 +158,16 @@ class Placement:
 
     def complete(self) -> None:
         """Bring the parameters and buffers of all stages to every rank's processor; every rank has to call it."""
+        borrowed = []
         for tensor in self._tensors():
-            value = self._borrowed(tensor).cpu()
+            borrowed.append(self._borrowed(tensor))
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, value))
+                _swap(tensor, _like(tensor, borrowed[-1].cpu()))
             else:
                 tensor.data = tensor.data.cpu()
+        # a thread of gloo that is the last to let go of a tensor needs the interpreter, which may be about to end
+        dist.barrier()
+        borrowed.clear()
 
     def _borrowed(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor of the module, on every rank."""

@@ -24,7 +24,8 @@ def samples_in(batch: Any) -> int:
         samples = None
     if samples is None:
         raise UnsupportedFeatureError(
-            f"`hetero_ddp` has to know how many samples a batch has, got a {type(batch).__name__!r} without a tensor in"
-            f" it. Pass HeteroDDPStrategy(num_loss_terms=...), which counts what the loss averages over."
+            f"The strategy has to know how many samples a batch has, got a {type(batch).__name__!r} without a tensor in"
+            f" it. For `hetero_ddp` pass HeteroDDPStrategy(num_loss_terms=...), which counts what the loss averages"
+            f" over; for `hetero_pipeline` collate the samples into tensors."
         )
     return samples

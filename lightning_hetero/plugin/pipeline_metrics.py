@@ -27,13 +27,16 @@ class PipelineMetrics:
         module: the user's.
         last_rank: where steps are finished.
         is_last: whether that is this rank.
+
+    Attributes:
+        is_alone: whether this rank runs what others do not, so that nobody would answer it.
     """
 
     def __init__(self, module: LightningModule, last_rank: int, *, is_last: bool) -> None:
         self._module = module
         self._last_rank = last_rank
         self._is_last = is_last
-        self._alone = False
+        self.is_alone = False
         self._changed: list[tuple[Metric, Callable[..., Any], Any]] = []
         for metric in (m for m in module.modules() if isinstance(m, Metric)):
             self._changed.append((metric, metric.compute, metric.distributed_available_fn))
@@ -50,15 +53,15 @@ class PipelineMetrics:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """In this context one rank runs what others do not: what it computes is told to nobody."""
-        before, self._alone = self._alone, True
+        before, self.is_alone = self.is_alone, True
         try:
             yield
         finally:
-            self._alone = before
+            self.is_alone = before
 
     def _told(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def told(*args: Any, **kwargs: Any) -> Any:
-            if self._alone:
+            if self.is_alone:
                 return compute(*args, **kwargs)
             value = None
             if self._is_last:

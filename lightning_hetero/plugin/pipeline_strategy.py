@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -165,6 +166,8 @@ class HeteroPipelineStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         # as DDPStrategy, without what wraps and synchronises a whole module
         assert self.accelerator is not None
+        # all ranks log the same values, so the advice to synchronise them is wrong here
+        warnings.filterwarnings("ignore", "It is recommended to use `self.log")
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(self._module)
         self.model_to_device()
@@ -363,6 +366,30 @@ class HeteroPipelineStrategy(DDPStrategy):
         self._plan_by_measuring(self._module.predict_step, args, training=False)
         with failure_of_peers(), self.precision_plugin.predict_step_context():
             return self._the_steps.evaluate(self._module.predict_step, args, logs=False)
+
+    # What one rank runs alone, it runs as one device: its peers would not answer.
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._metrics is not None and self._metrics.is_alone
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return ``tensor``, as on one device: every sample is on every rank."""
+        return tensor
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self._is_alone else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self._is_alone else super().broadcast(obj, src)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._is_alone:
+            super().barrier(*args, **kwargs)
 
     # ---- what a recorder needs ---------------------------------------------------------------------------------------
 

@@ -59,6 +59,8 @@ class Collecting(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         scores: Tensor = self.model(x)[:, 0]
+        assert self.all_gather(scores) is scores
+        self.trainer.strategy.barrier()
         self.scores.update(scores, y)
         self.by_hand.update(scores, y)
         self.log_dict(self.scores)
