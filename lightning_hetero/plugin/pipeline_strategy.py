@@ -191,6 +191,8 @@ class HeteroPipelineStrategy(DDPStrategy):
 
     def _run_stages_of(self, placement: Placement) -> None:
         called, _ = layers_of(self._module)
+        if self._pipeline is not None:
+            self._pipeline.close()
         self._pipeline = pipeline = Pipeline(
             placement.own_layers, placement.plan, self.schedule, self.global_rank, self.root_device
         )
