@@ -79,10 +79,10 @@ def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None
     module = Deep()
     gc.disable()  # nothing may wait for it
     trainer.fit(module, loader(), loader(16), ckpt_path=resume)
-    gc.enable()
     assert strategy.plan is not None
     assert strategy.findings is not None
     stages = [thing for thing in gc.get_objects() if isinstance(thing, PipelineStage)]
+    gc.enable()
     assert not stages, "a stage that nobody needs holds the process group, which then ends with an error"
     return Found(
         strategy.plan, strategy.findings.costs, dict(module.state_dict()), strategy.findings.advice.step_s,
