@@ -24,7 +24,7 @@ from lightning_hetero.balance.stages import LayerCosts
 from lightning_hetero.testing import SlowLayers
 
 LAYERS, FEATURES, MICRO_BATCHES = 12, 16, 8
-ROUNDS, STEPS, TRAINER_STEPS = 3, 5, 120
+ROUNDS, STEPS, TRAINER_STEPS = 2, 6, 120
 
 
 class Stack(LightningModule):

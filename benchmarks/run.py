@@ -49,8 +49,8 @@ although the machine is shared. Samples/s are medians over rounds of the median 
 ## Devices of known speed
 
 Every rank is a process whose steps last as long as those of a device of known speed
-(`lightning_hetero.testing.SlowDown`); three rounds. The last two lines have 2.6 MB of gradients and two nodes, network
-namespaces with a link between them; two rounds.
+(`lightning_hetero.testing.SlowDown`); two rounds. The last two lines have 2.6 MB of gradients and two nodes, network
+namespaces with a link between them.
 
 """
 COLUMNS = "devices|ddp|cold|tuned|best fixed|bound|tuned / ddp|tuned / best|tuned / bound|cold / best"
@@ -81,7 +81,7 @@ PIPELINE_COLUMNS = " found / uniform | found / optimum | predicted ms | error | 
 PIPELINE = """
 ## Layers in proportion to speed
 
-Twelve equal layers, batches of 16 samples in 8 micro-batches, 1F1B; three rounds, medians of {steps} steps each.
+Twelve equal layers, batches of 16 samples in 8 micro-batches, 1F1B; two rounds of {steps} steps, medians.
 *Uniform* are equal numbers of layers, *found* those that `hetero_pipeline` finds by timing layers; *optimum* is the
 best plan's simulated step of devices that need no time beside their layers; *alone* is the fastest device with all
 layers.
@@ -90,7 +90,7 @@ layers.
 ![Who computes what when, with equal numbers of layers and with those found](pipeline.png)
 
 Through the Trainer a step of three ranks, whose layers take hardly any time, takes {through:.1f} ms, with torch's bare
-schedule {bare:.1f} ms; in three rounds {added} ms more.
+schedule {bare:.1f} ms; in two rounds {added} ms more.
 """
 DRIFT = """
 ## A device that slows down and recovers
