@@ -145,6 +145,21 @@ def test_three_speeds(ranks: RankPools, tmp_path: Path) -> None:
     assert layers[0] in (6, 7)
 
 
+def with_speeds(speeds: list[float]) -> tuple[StagePlan | None, bool, dict[str, Tensor]]:
+    strategy = HeteroPipelineStrategy(speeds=speeds)
+    module = Deep()
+    make_trainer(strategy, len(speeds), max_epochs=1).fit(module, loader())
+    return strategy.plan, strategy.findings is None, dict(module.state_dict())
+
+
+def test_speeds_that_are_given_are_not_measured(ranks: RankPools) -> None:
+    for plan, nothing_measured, parameters in ranks.run(2, with_speeds, [2.0, 1.0]):
+        assert plan == StagePlan((1, 0), (4, 12))
+        assert nothing_measured
+        expected = alone(1)
+        assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in parameters.items())
+
+
 def too_much_for_two(folder: str) -> str:
     with pytest.raises(InfeasiblePlanError) as caught:
         train([1.0, 1.0], folder, max_memory_bytes=1000)
