@@ -64,8 +64,9 @@ REAL = """
 
 Each rank's computing thread has one core, and of that core only a part (the kernel's cpu controller, 10 ms period); the
 thread really contends, and its speed is not proportional to its quota. *Calibrated* is what each rank alone did under
-equal shares, in the same run. The CNN trains on the digits of scikit-learn, the transformer on characters of the
-standard library's source. Five rounds; *tuned / best* is median (least to most).
+equal shares, in the same run; the batch is so large that a step takes 120 ms at those speeds, since a quota that
+refills while a rank waits makes short steps faster than its speed. The CNN trains on the digits of scikit-learn, the
+transformer on characters of the standard library's source. Five rounds; *tuned / best* is median (least to most).
 
 """
 COST = """
