@@ -167,6 +167,17 @@ if __name__ == "__main__":
 """
 
 
+def running_in_group(group: int) -> list[int]:
+    """Return the processes of a group that have not ended; those that have may still be listed."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
 def run_pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline of three stages in its own session, and find out what it leaves."""
     script = folder / "pipeline.py"
@@ -177,9 +188,8 @@ def run_pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=60)
-        running = ["pgrep", "-g", str(process.pid), "--runstates", "RSD"]  # those that have ended may still be listed
         deadline = time.monotonic() + 10
-        while left := subprocess.run(running, capture_output=True, text=True, check=False).stdout.split():
+        while left := running_in_group(process.pid):
             assert time.monotonic() < deadline, f"processes are left: {left}"
             time.sleep(0.2)
     finally:
