@@ -29,6 +29,7 @@ class PipelineMetrics:
         is_last: whether that is this rank.
 
     Attributes:
+        names: of the metrics in the module, by their identity.
         is_alone: whether this rank runs what others do not, so that nobody would answer it.
     """
 
@@ -38,7 +39,11 @@ class PipelineMetrics:
         self._is_last = is_last
         self.is_alone = False
         self._changed: list[tuple[Metric, Callable[..., Any], Any]] = []
-        for metric in (m for m in module.modules() if isinstance(m, Metric)):
+        self.names: dict[int, str] = {}
+        for name, metric in module.named_modules():
+            if not isinstance(metric, Metric):
+                continue
+            self.names[id(metric)] = name
             self._changed.append((metric, metric.compute, metric.distributed_available_fn))
             metric.compute = self._told(metric.compute)  # type: ignore[method-assign]
             metric.distributed_available_fn = _never

@@ -8,6 +8,7 @@ done for each micro-batch, in validation, test and prediction with the outputs o
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -247,8 +248,8 @@ class PipelineStep:
                 step(part, *rest)
             except _Called as call:
                 return self._checked(call.given)
-            except (RuntimeError, NotImplementedError) as error:
-                if "meta" not in str(error):  # where a tensor has no memory
+            except RuntimeError as error:
+                if re.search(r"\bmeta\b", str(error)) is None:  # the device of tensors without memory
                     raise
                 raise UnsupportedFeatureError(_USED_BEFORE) from error
         raise UnsupportedFeatureError(_no_call(step))
@@ -287,8 +288,7 @@ class PipelineStep:
 
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Have every rank know what a step has returned, and log what it has logged."""
-        names = {id(metric): name for name, metric in self._module.named_modules() if isinstance(metric, Metric)}
-        told = [{**call, "value": _portable(call["value"], names)} for call in calls]
+        told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
         lend((_on_cpu(returned), told), self._pipeline.last_rank)
         for call in calls:
             self._module.log(**call)
