@@ -16,7 +16,9 @@ from lightning_hetero.plugin.console import has_progress_bar, say
 from lightning_hetero.plugin.progress import TrainingProgress
 from lightning_hetero.plugin.run_writer import RunWriter
 
-__all__ = ["BalanceLog", "record_directory"]
+__all__ = ["BalanceLog", "reason_of", "record_directory", "run_header"]
+
+_LONGEST_REASON = 1000
 
 
 class BalanceLog:
@@ -102,6 +104,11 @@ class BalanceLog:
         if self._writer is not None:
             self._writer.add(RunEnd(max(TrainingProgress(self._trainer).step, 0), self.time_s, reason))
         self._writer = None
+
+
+def reason_of(exception: BaseException) -> str:
+    """Return what a record says of an error that ended a run."""
+    return f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON]
 
 
 def run_header(strategy: str, profiles: tuple[DeviceProfile, ...], global_batch_size: int) -> RunHeader:

@@ -23,7 +23,7 @@ from lightning_hetero.balance.window import summarise
 from lightning_hetero.distributed.agree import agree
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin import arguments
-from lightning_hetero.plugin.balance_log import BalanceLog
+from lightning_hetero.plugin.balance_log import BalanceLog, reason_of
 from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.progress import TrainingProgress
 from lightning_hetero.plugin.rank_report import RankReport, run_window
@@ -34,7 +34,6 @@ __all__ = ["LoadBalancer", "add_default_balancer"]
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 _REPORT_STEPS = 10
-_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class LoadBalancer(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.run_log is not None:
-            self.run_log.end(f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON])
+            self.run_log.end(reason_of(exception))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from lightning_hetero.distributed.placement import Placement, gather_on_zero
 from lightning_hetero.exceptions import ConfigurationError, RankFailedError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.pipeline_layers import layers_of
 from lightning_hetero.plugin.pipeline_metrics import PipelineMetrics
@@ -265,11 +266,11 @@ class HeteroPipelineStrategy(DDPStrategy):
         if not self.verbose:
             return
         plan = findings.plan
-        rank_zero_info(
-            f"hetero_pipeline: {list(plan.layers_of_ranks)} layers a rank, in the order of ranks {list(plan.ranks)}"
-        )
-        for sentence in findings.advice.sentences():
-            rank_zero_info(f"hetero_pipeline: {sentence}")
+        for sentence in (
+            f"{list(plan.layers_of_ranks)} layers a rank, in the order of ranks {list(plan.ranks)}",
+            *findings.advice.sentences(),
+        ):
+            say(self._module.trainer, f"hetero_pipeline: {sentence}")
         warning = findings.advice.warning()
         if warning is not None:
             rank_zero_warn(f"hetero_pipeline: {warning}")
