@@ -26,7 +26,7 @@ from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.balance_log import BalanceLog, reason_of
 from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.progress import TrainingProgress
-from lightning_hetero.plugin.rank_report import RankReport, run_window
+from lightning_hetero.plugin.rank_report import RankReport, check_agreement, fingerprint_of, run_window
 from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
 __all__ = ["LoadBalancer", "add_default_balancer"]
@@ -286,6 +286,7 @@ class LoadBalancer(Callback):
             self._memory_of_pass(plan.samples[strategy.global_rank]),
             strategy.passes.limit or 0,
             strategy.fetched_through,
+            self._fingerprint,
         )
         decision = agree(report.to_numbers(), self._decide, strategy.root_device)
         verdict = decision.verdict
@@ -327,6 +328,13 @@ class LoadBalancer(Callback):
         """Whether a table of what the tuning brought is still to come."""
         return bool(self._improved and self.statuses_before and not self.statuses_after)
 
+    @property
+    def _fingerprint(self) -> int:
+        strategy = self._the_strategy
+        progress = TrainingProgress(strategy.trainer)
+        assert strategy.schedule is not None
+        return fingerprint_of(strategy.schedule, progress.step, progress.epoch)
+
     def _memory_of_pass(self, samples: int) -> MemoryReading:
         strategy = self._the_strategy
         use = strategy.memory.read() if strategy.memory is not None and strategy.training.counts_samples else None
@@ -355,6 +363,7 @@ class LoadBalancer(Callback):
 
     def _decide(self, rows: list[list[float]]) -> _Decision:
         reports = [RankReport.from_numbers(row) for row in rows]
+        check_agreement(reports)
         windows = [report.window for report in reports]
         assert self._rebalancer is not None
         self._reports_of_ranks = tuple(reports)
