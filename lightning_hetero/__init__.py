@@ -4,6 +4,7 @@ Importing this package registers its strategies, so that ``Trainer(strategy="het
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 __all__ = [
@@ -17,9 +18,15 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# The command needs no Lightning, whose import takes seconds. "-m" stands there while `python -m lightning_hetero`
-# looks for its module.
-if Path(sys.argv[0] if sys.argv else "").name not in {"lightning-hetero", "-m"}:
+
+def _is_command() -> bool:
+    started = Path(sys.argv[0] if sys.argv else "").name
+    # "-m" stands there while `python -m` looks for its module, be it this one or one of the user's
+    return started == "lightning-hetero" or (started == "-m" and ("-m", __name__) in pairwise(sys.orig_argv))
+
+
+# The command needs no Lightning, whose import takes seconds.
+if not _is_command():
     from lightning_hetero.plugin.largest_batch import LargestBatchFinder
     from lightning_hetero.plugin.load_balancer import LoadBalancer
     from lightning_hetero.plugin.pipeline_recorder import PipelineRecorder
