@@ -6,14 +6,16 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 __all__ = ["HeteroCLI"]
 
@@ -44,6 +46,8 @@ class HeteroCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        from jsonargparse import ArgumentParser, Namespace  # where it is missing, LightningCLI has said what to install
+
         super().before_instantiate_classes()
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         for class_path, init_args in _own_classes(config.trainer):
@@ -58,5 +62,6 @@ class HeteroCLI(LightningCLI):
 def _own_classes(trainer: Namespace) -> Iterator[tuple[str, Namespace]]:
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
     for given in (trainer.strategy, *callbacks):
-        if isinstance(given, Namespace) and given.class_path.startswith("lightning_hetero."):
-            yield given.class_path, given.get("init_args", Namespace())
+        class_path = getattr(given, "class_path", "")
+        if class_path.startswith("lightning_hetero."):
+            yield class_path, given.init_args
