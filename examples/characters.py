@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.cli import HeteroCLI
 from lightning_hetero.testing import SlowLayers
 
 PREPARING_STEPS = 2
@@ -222,7 +222,7 @@ def main() -> None:
     """Compare, or run the LightningCLI where a subcommand is given."""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
         # without a saved copy of the configuration, so that the command can be repeated
-        LightningCLI(CharacterModel, SourceText, save_config_callback=None)
+        HeteroCLI(CharacterModel, SourceText, save_config_callback=None)
         return
     parser = argparse.ArgumentParser(description="compare equal stages with those that hetero_pipeline finds")
     parser.add_argument("--factors", type=float, nargs=2, default=[1.0, 2.0], help="how much longer each rank takes")

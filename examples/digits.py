@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_hetero.cli import HeteroCLI
 from lightning_hetero.testing import SlowDown
 
 EVALUATION_SIZE = 358
@@ -67,6 +67,10 @@ class DigitsData(LightningDataModule):
         return DataLoader(self.evaluation, batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
+        """Batches in order."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Batches in order."""
         return self.val_dataloader()
 
@@ -111,6 +115,11 @@ class DigitsClassifier(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Count correct answers."""
         self._evaluate(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the most probable digits."""
+        best: Tensor = self.network(batch[0]).argmax(-1)
+        return best
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
@@ -188,7 +197,7 @@ def main() -> None:
     """Compare the strategies, or run the LightningCLI where a subcommand is given."""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
         # without a saved copy of the configuration, so that the command can be repeated
-        LightningCLI(DigitsClassifier, DigitsData, save_config_callback=None)
+        HeteroCLI(DigitsClassifier, DigitsData, save_config_callback=None)
         return
     parser = argparse.ArgumentParser(description="compare ddp and hetero_ddp on two unequal CPU ranks")
     parser.add_argument("--factors", type=float, nargs=2, default=[1.0, 2.0], help="how much longer each rank takes")

@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_example(*arguments: str, name: str = "digits", timeout_s: float = 150.0) -> str:
+def run_example(*arguments: str, name: str = "digits", timeout_s: float = 150.0, status: int = 0) -> str:
     """Run an example and return what it printed; the environment is that of a shell."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
@@ -23,7 +23,7 @@ def run_example(*arguments: str, name: str = "digits", timeout_s: float = 150.0)
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 
 
@@ -44,31 +44,33 @@ CONFIG = ["--config", str(EXAMPLES / "digits.yaml")]
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["fit", *CONFIG, "--trainer.max_epochs=1"],
-        [
-            "fit",
-            *CONFIG,
-            "--trainer.max_epochs=1",
-            "--trainer.strategy.shares=[2,1]",
-            "--trainer.strategy.batch_multiple=8",
-        ],
-        ["fit", *CONFIG, "--trainer.max_epochs=1", "--trainer.strategy=hetero_ddp"],
-        ["validate", *CONFIG, "--trainer.callbacks=null"],
+        ["fit", "--trainer.max_epochs=1", "--trainer.strategy.shares=[2,1]", "--trainer.strategy.batch_multiple=8"],
+        ["fit", "--trainer.max_epochs=1", "--trainer.strategy=hetero_ddp", "--trainer.callbacks=null",
+         "--trainer.callbacks+=LoadBalancer", "--trainer.callbacks.tune_steps=5",
+         "--trainer.callbacks+=LargestBatchFinder", "--trainer.callbacks.verbose=false"],
+        ["validate"],
+        ["test", "--trainer.strategy=hetero_ddp_spawn"],
+        ["predict"],
     ],
-    ids=["yaml", "flags", "name", "validate"],
-)
-def test_lightning_cli_configures_everything(arguments: list[str]) -> None:
-    printed = run_example(*arguments)
+    ids=["flags", "names", "validate", "test", "predict"],
+)  # fmt: skip
+def test_the_digits_run_as_a_lightning_cli(arguments: list[str]) -> None:
+    subcommand, *rest = arguments
+    printed = run_example(subcommand, *CONFIG, *rest)
     assert "error" not in printed.lower()
+    assert ("accuracy" in printed) == (subcommand in {"fit", "validate", "test"})
 
 
-def test_lightning_cli_explains_the_arguments() -> None:
-    config = run_example("fit", *CONFIG, "--print_config")
-    assert "class_path: lightning_hetero.HeteroDDPStrategy" in config
-    assert "tune_steps: 20" in config
-    explained = run_example("fit", "--trainer.strategy.help=lightning_hetero.HeteroDDPStrategy")
-    assert "How the samples are divided" in explained
-    assert "--trainer.strategy.find_unused_parameters" in explained or "--trainer.strategy.start_method" in explained
+def test_the_configuration_that_is_printed_runs(tmp_path: Path) -> None:
+    config = run_example("fit", *CONFIG, "--trainer.max_epochs=1", "--print_config")
+    (tmp_path / "printed.yaml").write_text(config[config.index("seed_everything:") :])
+    assert "hetero_ddp: [" in run_example("fit", "--config", str(tmp_path / "printed.yaml"))
+
+
+def test_a_mistake_that_all_ranks_find_ends_them_without_traceback() -> None:
+    printed = run_example("fit", *CONFIG, "--trainer.strategy=ddp", status=2)
+    assert "digits.py: error: `LoadBalancer` needs a strategy that can divide batches unequally" in printed
+    assert "Traceback" not in printed
 
 
 def test_equal_stages_and_those_found_train_alike() -> None:
@@ -98,10 +100,3 @@ def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
     assert "layers a rank" in printed
     assert "error" not in printed.lower()
     assert "terminate called" not in printed
-
-
-def test_a_pipeline_is_explained_and_its_configuration_printed() -> None:
-    config = run_example("fit", "--config", str(EXAMPLES / "characters.yaml"), "--print_config", name="characters")
-    assert "class_path: lightning_hetero.HeteroPipelineStrategy" in config
-    explained = run_example("fit", "--trainer.strategy.help=lightning_hetero.HeteroPipelineStrategy", name="characters")
-    assert "Where the layers are divided" in explained

@@ -11,7 +11,7 @@ import lightning_hetero
 
 PACKAGE = Path(lightning_hetero.__file__).parent
 # from the bottom up: a layer may import those before it
-LAYERS = ["exceptions", "balance", "hardware", "distributed", "plugin"]
+LAYERS = ["exceptions", "balance", "hardware", "distributed", "plugin", "command"]
 # what a layer must not import from outside, beside what its docstring says
 FOREIGN = {
     "exceptions": ["torch", "numpy", "lightning"],
@@ -19,6 +19,8 @@ FOREIGN = {
     "hardware": ["torch.distributed", "lightning"],
     "distributed": ["lightning", "pynvml"],
     "plugin": ["pytorch_lightning", "pynvml"],
+    # the command stands beside the plugin and must not need Lightning
+    "command": ["lightning", "pynvml", "lightning_hetero.distributed", "lightning_hetero.plugin"],
 }
 
 
@@ -77,6 +79,8 @@ def test_every_folder_is_a_layer() -> None:
         ("hardware", "import torch.distributed as dist"),
         ("distributed", "from lightning.pytorch import Trainer"),
         ("exceptions", "from lightning_hetero.balance.types import BatchPlan"),
+        ("command", "from lightning_hetero.plugin.strategy import HeteroDDPStrategy"),
+        ("plugin", "from lightning_hetero.command.main import main"),
     ],
 )
 def test_the_check_can_fail(layer: str, source: str) -> None:

@@ -70,14 +70,26 @@ def test_a_name_means_what_it_means_for_ddp(name: str) -> None:
     assert StrategyRegistry.get(f"hetero_{name}")._start_method == theirs["init_params"]["start_method"]
 
 
-def test_the_other_lightning_package_answers_clearly() -> None:
+IMPORTS = ["import pytorch_lightning as pl", "import lightning_hetero"]
+
+
+@pytest.mark.parametrize("imports", [IMPORTS, IMPORTS[::-1]], ids=["before", "after"])
+def test_the_other_lightning_package_answers_clearly(imports: list[str]) -> None:
     code = """
-import warnings; warnings.filterwarnings("ignore")
-import pytorch_lightning as pl
-import lightning_hetero
 try:
     pl.Trainer(strategy="hetero_ddp", accelerator="cpu", devices=2)
 except lightning_hetero.exceptions.UnsupportedFeatureError as error:
     print(error)
 """
-    assert "Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`" in run_python(code)
+    printed = run_python("\n".join(["import warnings; warnings.filterwarnings('ignore')", *imports, code]))
+    assert "Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`" in printed
+
+
+def test_a_package_that_is_run_as_a_module_gets_all_names(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").write_text("from lightning_hetero import LoadBalancer")
+    (tmp_path / "training" / "__main__.py").write_text("from . import LoadBalancer\nprint(LoadBalancer.__name__)")
+    done = subprocess.run(
+        [sys.executable, "-m", "training"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "LoadBalancer", done.stderr

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
@@ -64,12 +69,20 @@ class HeteroPipelineStrategy(BaseStrategy):
         schedule: "1f1b" holds the activations of as many micro-batches as there are stages, "gpipe" of all.
         loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum.
         num_loss_terms: Counts the terms that the training loss averages over, given a micro-batch, where that is not
-            the number of samples: tokens that are not padding.
+            the number of samples: tokens that are not padding. In YAML it is an import path, for example
+            my_package.count_tokens.
         max_memory_bytes: What each rank may hold, a number for all or one a rank; None for 92 % of what a GPU has for
             this process, and for no limit on processors. Only what is measured is planned accordingly.
         verbose: Whether to print the stages that were found, and what is predicted of them.
-        **strategy_kwargs: Arguments of Lightning's DDPStrategy that launch processes: ``start_method``, ``timeout``,
-            ``process_group_backend``.
+        start_method: How ranks are started: "popen" runs the script again on each; the others are those of Python's
+            multiprocessing.
+        timeout: How long ranks wait for each other.
+        process_group_backend: What ranks talk through, "gloo" or "nccl"; by default what suits the accelerator.
+        cluster_environment: Lightning's plugin that knows the ranks; by default the one of the cluster it runs on.
+        checkpoint_io: Lightning's plugin that writes and reads checkpoints.
+        precision_plugin: Lightning's plugin for the Trainer's ``precision``, which sets it.
+        accelerator: Of the devices; the Trainer sets it.
+        parallel_devices: Of the ranks on this machine; the Trainer sets them.
 
     Raises:
         ConfigurationError: an argument breaks its rule.
@@ -89,7 +102,14 @@ class HeteroPipelineStrategy(BaseStrategy):
         num_loss_terms: Callable[[Any], int] | None = None,
         max_memory_bytes: int | list[int] | None = None,
         verbose: bool = True,
-        **strategy_kwargs: Any,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        timeout: timedelta | None = default_pg_timeout,
+        process_group_backend: str | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
     ) -> None:
         arguments.check_at_least("num_microbatches", num_microbatches, 1)
         arguments.check_choice("schedule", schedule, ("1f1b", "gpipe"))
@@ -102,7 +122,17 @@ class HeteroPipelineStrategy(BaseStrategy):
         if num_loss_terms is not None and not callable(num_loss_terms):
             raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
         arguments.check_caps("max_memory_bytes", max_memory_bytes)
-        super().__init__(**strategy_kwargs)
+        # not all of DDP's arguments: there is no DDP here that would follow them
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         self.splits = splits
         self.speeds = speeds
         self.num_microbatches = num_microbatches

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any, NoReturn
 
 from lightning.pytorch.strategies import StrategyRegistry
+from typing_extensions import override
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.pipeline_strategy import HeteroPipelineStrategy
@@ -20,10 +25,15 @@ _UNUSED_PARAMETERS: dict[str, dict[str, bool]] = {
     "_find_unused_parameters_false": {"find_unused_parameters": False},
     "_find_unused_parameters_true": {"find_unused_parameters": True},
 }
+# a second copy of Lightning with classes of its own, which this package's are no subclasses of
+_OTHER_STRATEGIES = "pytorch_lightning.strategies"
 
 
 def register_strategies() -> None:
-    """Register the ``hetero_ddp`` family and ``hetero_pipeline``; calling it again changes nothing."""
+    """Register the ``hetero_ddp`` family and ``hetero_pipeline``; calling it again changes nothing.
+
+    The registry of ``pytorch_lightning`` answers these names with a clear error, whichever package is imported first.
+    """
     for launcher, start_method in _START_METHODS.items():
         for suffix, parameters in _UNUSED_PARAMETERS.items():
             name = f"hetero_ddp{launcher}{suffix}"
@@ -35,7 +45,6 @@ def register_strategies() -> None:
                 start_method=start_method,
                 **parameters,
             )
-            _refuse_in_pytorch_lightning(name)
     for launcher in ("", "_spawn"):
         start_method = _START_METHODS[launcher]
         StrategyRegistry.register(
@@ -45,17 +54,39 @@ def register_strategies() -> None:
             override=True,
             start_method=start_method,
         )
-        _refuse_in_pytorch_lightning(f"hetero_pipeline{launcher}")
-
-
-def _refuse_in_pytorch_lightning(name: str) -> None:
-    """Answer the name with a clear error in the registry of ``pytorch_lightning``, if that package is imported.
-
-    It is a second copy of Lightning with classes of its own, which this package's are no subclasses of.
-    """
-    other = sys.modules.get("pytorch_lightning.strategies")
+    other = sys.modules.get(_OTHER_STRATEGIES)
     if other is not None:
-        other.StrategyRegistry.register(name, _refuse, description="see lightning.pytorch", override=True)
+        _refuse_in(other)
+    elif not any(isinstance(finder, _OtherFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _OtherFinder())
+
+
+class _OtherFinder(MetaPathFinder):
+    """Waits for ``pytorch_lightning`` to be imported, which takes too long to do so for the sake of a message."""
+
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _OTHER_STRATEGIES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_refuse(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                _refuse_in(module)
+
+            spec.loader.exec_module = execute_and_refuse  # type: ignore[method-assign]
+        return spec
+
+
+def _refuse_in(other: ModuleType) -> None:
+    for name in StrategyRegistry:
+        if name.startswith(("hetero_ddp", "hetero_pipeline")):
+            other.StrategyRegistry.register(name, _refuse, description="see lightning.pytorch", override=True)
 
 
 def _refuse(**_: Any) -> NoReturn:

@@ -62,7 +62,8 @@ class HeteroDDPStrategy(BaseStrategy):
             unweighted: like plain DDP, the gradient is that of the sum over the global batch divided by the number
             of ranks.
         num_loss_terms: Counts the terms that the training loss averages over, given the batch, where that is not
-            the number of samples: tokens that are not padding, boxes. Costs one small all-reduce a step.
+            the number of samples: tokens that are not padding, boxes. Costs one small all-reduce a step. In YAML it is
+            an import path, for example my_package.count_tokens.
         micro_batch_size: Most samples that a rank processes in one pass, a number for all ranks, one a rank, or one for
             each device name. A larger part of a step is processed in several passes whose gradients are added up on the
             rank, so a fast device with little memory still gets the share that its speed deserves.

@@ -1,0 +1,67 @@
+"""LightningCLI, but a wrong value for a class of this package ends in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+__all__ = ["HeteroCLI"]
+
+_USAGE_ERROR = 2
+
+
+class HeteroCLI(LightningCLI):
+    """LightningCLI that ends with one line where an argument of this package breaks its rule.
+
+    Everything else is that of LightningCLI, which all classes of this package work with as well; only there such a
+    line stands at the end of a traceback. Needs the extra ``lightning-hetero[cli]``.
+
+    Raises:
+        SystemExit: with status 2, after the line, where a
+            :class:`~lightning_hetero.exceptions.ConfigurationError` or
+            :class:`~lightning_hetero.exceptions.UnsupportedFeatureError` was raised from the configuration on to the
+            end of the subcommand.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except (ConfigurationError, UnsupportedFeatureError) as error:
+            rank = getattr(rank_zero_only, "rank", 0)
+            where = f" on rank {rank}" if rank else ""
+            print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr)  # noqa: T201  # as argparse does
+            raise SystemExit(_USAGE_ERROR) from None
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        from jsonargparse import ArgumentParser, Namespace  # where it is missing, LightningCLI has said what to install
+
+        super().before_instantiate_classes()
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        for class_path, init_args in _own_classes(config.trainer):
+            # The parser tries each type of `strategy: str | Strategy` and tells of all in one long message. A class by
+            # itself tells what is wrong.
+            module, _, name = class_path.rpartition(".")
+            parser = ArgumentParser()
+            parser.add_class_arguments(getattr(import_module(module), name), "alone")
+            parser.instantiate_classes(Namespace(alone=init_args))
+
+
+def _own_classes(trainer: Namespace) -> Iterator[tuple[str, Namespace]]:
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    for given in (trainer.strategy, *callbacks):
+        class_path = getattr(given, "class_path", "")
+        if class_path.startswith("lightning_hetero."):
+            yield class_path, given.init_args
