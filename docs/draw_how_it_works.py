@@ -44,9 +44,7 @@ def step(title: str, plan: BatchPlan, top: float) -> list[str]:
         drawn.append(text(0, y + 18, f"rank {rank}"))
         drawn.append(bar(LEFT, y, own_s * SCALE, COLOURS[rank], f"{samples} samples, {own_s * 1e3:.0f} ms"))
         if (end_s - own_s) * SCALE > 40:
-            drawn.append(
-                bar(LEFT + own_s * SCALE + 3, y, (end_s - own_s) * SCALE - 3, GREY, "waits", solid=False)
-            )
+            drawn.append(bar(LEFT + own_s * SCALE + 3, y, (end_s - own_s) * SCALE - 3, GREY, "waits", solid=False))
     bottom = top + 12 + 2 * (HEIGHT + 8)
     x = LEFT + end_s * SCALE + 6
     drawn.append(f'<line x1="{x:.0f}" y1="{top + 6:.0f}" x2="{x:.0f}" y2="{bottom:.0f}" stroke="{GREY}"/>')
@@ -58,14 +56,11 @@ def slices(top: float) -> list[str]:
     """Return a small global batch and whose its samples are."""
     size, cell = 12, 38
     drawn = [text(0, top, "the same global batch, in the order of the epoch", bold=True)]
-    for line, (name, plan) in enumerate(
-        [("ddp", BatchPlan((6, 6))), ("hetero_ddp", proportional_plan([2, 1], size))]
-    ):
+    for line, (name, plan) in enumerate([("ddp", BatchPlan((6, 6))), ("hetero_ddp", proportional_plan([2, 1], size))]):
         y = top + 12 + line * (HEIGHT + 8)
         drawn.append(text(0, y + 18, name))
         owner = {p: rank for rank in range(2) for p in positions_of_rank(plan, rank)}
-        for position in range(size):
-            drawn.append(bar(LEFT + position * cell, y, cell - 3, COLOURS[owner[position]], str(position)))
+        drawn += [bar(LEFT + p * cell, y, cell - 3, COLOURS[owner[p]], str(p)) for p in range(size)]
     y = top + 12 + 2 * (HEIGHT + 8) + 14
     drawn.append(text(LEFT, y, "sample k of the block; blue goes to rank 0, orange to rank 1"))
     return drawn
