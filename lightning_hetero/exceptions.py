@@ -2,6 +2,7 @@
 
 __all__ = [
     "ConfigurationError",
+    "DivergedRanksError",
     "HeteroError",
     "InfeasiblePlanError",
     "RankFailedError",
@@ -24,6 +25,10 @@ class InfeasiblePlanError(ConfigurationError):
 
 class UnsupportedFeatureError(HeteroError, RuntimeError):
     """The user's set-up is legitimate, but this version cannot train it exactly and refuses to do it wrongly."""
+
+
+class DivergedRanksError(HeteroError, RuntimeError):
+    """Ranks follow different plans or are at different steps; going on would train silently wrong."""
 
 
 class RankFailedError(HeteroError, RuntimeError):

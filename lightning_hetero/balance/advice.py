@@ -13,7 +13,7 @@ from lightning_hetero.balance.batch_solver import predicted_step_s, proportional
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "advise", "efficiency"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ def advise(
     batch = plan.global_batch_size
     step_s = predicted_step_s(step_times, plan) + communication_s
     equal = proportional_plan([1.0] * plan.world_size, batch, limits, min_samples=1)
-    alone = sum(n / time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True))
     dropped, without_s = _to_drop(step_times, batch, limits, step_s, communication_s)
     worth_it = step_s / without_s - 1.0 > min_gain
     rounding = _rounding(step_times, plan, limits, communication_s)
     return Advice(
         step_s=step_s,
         speed_up=(predicted_step_s(step_times, equal) + communication_s) / step_s,
-        efficiency=batch / step_s / alone,
+        efficiency=efficiency(step_times, plan, communication_s),
         ranks_to_drop=dropped if worth_it else (),
         speed_up_without=step_s / without_s if worth_it else 1.0,
         rounding=rounding,
@@ -95,6 +94,19 @@ def advise(
             _enough(step_times, plan, limits, communication_s, min_gain) if rounding > min_gain else None
         ),
     )
+
+
+def efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
+    """Return the samples a second under a plan over the sum of what each rank would process alone.
+
+    Args:
+        step_times: expected step time of each rank, shape ``(world_size,)``.
+        plan: the plan to judge.
+        communication_s: what a step takes besides the slowest rank's own time.
+    """
+    step_s = predicted_step_s(step_times, plan) + communication_s
+    alone = sum(n / time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True))
+    return plan.global_batch_size / step_s / alone
 
 
 def _to_drop(

@@ -119,6 +119,11 @@ class Rebalancer:
         self.model = model or StepTimeModel(initial.world_size)
         self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
+    @property
+    def tune_steps_left(self) -> int:
+        """In how many further steps the first search for the shares ends at the latest."""
+        return max(self._tune_steps_left, 0)
+
     def limit(self, limits: BatchLimits) -> None:
         """Respect ``limits`` from the next judgement on; a plan that does not is left at once."""
         self._limits = limits

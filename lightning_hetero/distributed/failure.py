@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,9 +13,14 @@ import torch.distributed as dist
 
 from lightning_hetero.exceptions import HeteroError, RankFailedError
 
-__all__ = ["announce", "announced", "failure_of_peers"]
+__all__ = ["announce", "announced", "failure_of_peers", "forget", "why_communication_failed"]
 
 _KEY = "lightning_hetero/failure"
+_SEEN = "lightning_hetero/seen"
+# What gloo and NCCL say; torch has no type of its own for most of it.
+_COMMUNICATION = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|timed out", re.IGNORECASE)
+# Peers that are alive see the same failure at about the same time.
+_PATIENCE_S = 5.0
 
 
 def announce(message: str) -> None:
@@ -32,9 +40,18 @@ def announced() -> str | None:
     return None
 
 
+def forget() -> None:
+    """Take back what was announced and seen in an earlier run of these processes; never raises."""
+    with suppress(Exception):
+        store = _store()
+        if store is not None:
+            store.delete_key(_KEY)
+            store.delete_key(f"{_SEEN}/{dist.get_rank()}")
+
+
 @contextmanager
 def failure_of_peers() -> Iterator[None]:
-    """Replace what torch says when a peer is gone by what that peer has left.
+    """Replace what torch says when a peer is gone by what that peer has left, or by which peers do not answer.
 
     Raises:
         RankFailedError: something in this context failed after a peer had.
@@ -42,10 +59,46 @@ def failure_of_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        message = None if isinstance(error, HeteroError) else announced()
-        if message is None:
+        reason = None if isinstance(error, HeteroError) else announced() or why_communication_failed(error)
+        if reason is None:
             raise
-        raise RankFailedError(f"Another rank has failed: {message}") from error
+        raise RankFailedError(f"Another rank has failed: {reason}") from error
+
+
+def why_communication_failed(error: BaseException) -> str | None:
+    """Return which ranks do not answer; None where ``error`` is not of communication.
+
+    Every rank that sees communication fail says so; those that do not are stopped, gone, or busy with something else.
+    This takes some seconds, and no longer where the rank that keeps the answers is the one that does not answer.
+    """
+    if isinstance(error, HeteroError) or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(str(error)):
+        return None
+    found: list[list[int]] = []
+    search = threading.Thread(target=lambda: found.append(_silent_ranks()), daemon=True)
+    search.start()
+    search.join(2 * _PATIENCE_S)
+    reason = announced() if found else None  # it may have come late
+    if reason is not None:
+        return reason
+    if not found:
+        return "the rank that keeps the ranks' common store (rank 0, or torchrun on its node) does not answer"
+    ranks = ", ".join(map(str, found[0])) or "none"
+    return (
+        f"rank {ranks} does not answer (it is stopped, gone, cut off from the network, or at another point of the"
+        f" program); this rank says: {error}"
+    )
+
+
+def _silent_ranks() -> list[int]:
+    silent = set(range(dist.get_world_size())) - {dist.get_rank()} if dist.is_initialized() else set()
+    with suppress(Exception):
+        store = _store()
+        store.set(f"{_SEEN}/{dist.get_rank()}", "1")
+        deadline = time.monotonic() + _PATIENCE_S
+        while silent and time.monotonic() < deadline and not store.check([_KEY]):
+            silent -= {rank for rank in silent if store.check([f"{_SEEN}/{rank}"])}
+            time.sleep(0.05)
+    return sorted(silent)
 
 
 def _store() -> Any:

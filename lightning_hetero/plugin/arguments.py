@@ -193,6 +193,12 @@ def check_part(name: str, value: Any) -> None:
         raise ConfigurationError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
 
 
+def check_record(record: Any) -> None:
+    """Check the ``record`` argument: yes, no, or a directory."""
+    if not isinstance(record, bool | str) or record == "":
+        raise ConfigurationError(f"`record` must be true, false, or the path of a directory, got {record!r}.")
+
+
 def check_at_least(name: str, value: Any, least: int, *, whole: bool = True) -> None:
     """Check that ``value`` is a finite number, and a ``whole`` one, that is not below ``least``."""
     kind: type[Any] = Integral if whole else Real

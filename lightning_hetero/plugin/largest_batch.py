@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from lightning_hetero.balance.passes import pass_sizes
 from lightning_hetero.balance.search import Search
 from lightning_hetero.distributed.agree import gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.gradients import kept_buffers, taken_aside
 from lightning_hetero.plugin.out_of_memory import free_memory, is_out_of_memory
 from lightning_hetero.plugin.pass_log import silent_log
@@ -71,7 +71,7 @@ class LargestBatchFinder(Callback):
         self.found = tuple(gather(own))
         strategy.passes.limit = min(own, strategy.passes.limit or own)
         if self.verbose:
-            rank_zero_info(f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
+            say(trainer, f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
 
     def _largest(self, strategy: HeteroDDPStrategy, trainer: Trainer, module: LightningModule) -> int:
         loader, part = trainer.train_dataloader, strategy.training_slice

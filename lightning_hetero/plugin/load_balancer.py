@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_hetero.balance.advice import Advice, advise
+from lightning_hetero.balance.advice import Advice, advise, efficiency
+from lightning_hetero.balance.batch_solver import predicted_step_s
 from lightning_hetero.balance.caps import limits_of_passes
 from lightning_hetero.balance.memory_model import MemoryModel
 from lightning_hetero.balance.passes import pass_sizes
@@ -23,6 +23,10 @@ from lightning_hetero.balance.window import summarise
 from lightning_hetero.distributed.agree import agree
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.balance_log import BalanceLog, reason_of
+from lightning_hetero.plugin.console import say
+from lightning_hetero.plugin.progress import TrainingProgress
+from lightning_hetero.plugin.rank_report import RankReport, check_agreement, fingerprint_of, run_window
 from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
 __all__ = ["LoadBalancer", "add_default_balancer"]
@@ -30,32 +34,6 @@ __all__ = ["LoadBalancer", "add_default_balancer"]
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 _REPORT_STEPS = 10
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What a rank tells the others at the end of a window.
-
-    Attributes:
-        window: what its steps took.
-        memory: what its passes took.
-        pass_limit: most samples that its passes may have, as the user wants it or as it was learned; 0 for no limit.
-        fetched_through: the latest step for which it has drawn its samples.
-    """
-
-    window: WindowTiming
-    memory: MemoryReading
-    pass_limit: int
-    fetched_through: int
-
-    def to_numbers(self) -> list[float]:
-        return [*self.window.to_numbers(), *self.memory.to_numbers(), self.pass_limit, self.fetched_through]
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[float]) -> _Report:
-        *rest, pass_limit, fetched_through = numbers
-        window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
-        return cls(window, memory, int(pass_limit), int(fetched_through))
 
 
 @dataclass(frozen=True)
@@ -82,11 +60,16 @@ class LoadBalancer(Callback):
         tune_steps: Most training steps in which the shares are searched for; the search ends earlier where measuring
             on would not change them.
         min_gain: Least predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
-        verbose: Whether to print one line for each change and a table of what it brought.
+        verbose: Whether to print one line for each change and a table of what it brought; beside a progress bar, also
+            how the tuning gets on.
         memory_fraction: How much of a device's memory a plan may count on, as a part of what this process has and what
             nobody has. Peaks are predicted from the steps that run anyway; on processors nothing is predicted.
         watch_steps: Training steps of each look for drift after the tuning. The ranks exchange a few numbers at the end
             of each, at most about four times a second. 0 keeps the shares that the tuning found.
+        record: Whether to keep the record that `lightning-hetero report` turns into a page: true keeps a small file
+            hetero_run.jsonl in the logger's directory, and none where there is no logger; a text names a directory.
+        progress_bar: Whether the progress bar shows the efficiency: samples a second over what the ranks would process
+            if none ever waited.
 
     Raises:
         ConfigurationError: an argument breaks its rule.
@@ -98,6 +81,7 @@ class LoadBalancer(Callback):
         statuses_after: Each rank under the plan that was found, as measured.
         changes: The changes of plan, as pairs of the first training step and the plan.
         finished: Whether the tuning is over.
+        run_log: What is told of the run; None before it begins.
     """
 
     def __init__(
@@ -108,12 +92,15 @@ class LoadBalancer(Callback):
         verbose: bool = True,
         watch_steps: int = 10,
         memory_fraction: float = 0.92,
+        record: bool | str = True,
+        progress_bar: bool = False,
     ) -> None:
         arguments.check_at_least("warmup_steps", warmup_steps, 0)
         arguments.check_at_least("tune_steps", tune_steps, 1)
         arguments.check_at_least("min_gain", min_gain, 0, whole=False)
         arguments.check_at_least("watch_steps", watch_steps, 0)
         arguments.check_part("memory_fraction", memory_fraction)
+        arguments.check_record(record)
         super().__init__()
         self.memory_fraction = memory_fraction
         self.warmup_steps = warmup_steps
@@ -121,6 +108,9 @@ class LoadBalancer(Callback):
         self.min_gain = min_gain
         self.verbose = verbose
         self.watch_steps = watch_steps
+        self.record = record
+        self.progress_bar = progress_bar
+        self.run_log: BalanceLog | None = None
         self.step_times: tuple[StepTime, ...] = ()
         self.communication_s = 0.0
         self.statuses_before: tuple[WindowTiming, ...] = ()
@@ -138,6 +128,8 @@ class LoadBalancer(Callback):
         self._kept = 0
         self._guess_is_due = False
         self._improved = False
+        self._efficiency: float | None = None
+        self._reports_of_ranks: tuple[RankReport, ...] = ()
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -156,6 +148,8 @@ class LoadBalancer(Callback):
         strategy = self._the_strategy
         if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
             return
+        batch = strategy.schedule.plans[-1].global_batch_size
+        self.run_log = BalanceLog(trainer, strategy.profiles, batch, self.record, self.verbose)
         self._begin(trainer.fit_loop.total_batch_idx + 1)
         self._guess_is_due = not self.finished
         # the forward pass proper begins behind what DDP communicates before it
@@ -169,6 +163,8 @@ class LoadBalancer(Callback):
             return
         strategy = self._the_strategy
         strategy.timer.pause()
+        if self.progress_bar and self._efficiency is not None:
+            pl_module.log("hetero_efficiency", self._efficiency, prog_bar=True, logger=False)
         part, schedule, step = strategy.training_slice, strategy.schedule, trainer.fit_loop.total_batch_idx
         if part is None or schedule is None:
             self._stop_measuring()  # the loader was replaced by one that the strategy does not divide
@@ -206,6 +202,13 @@ class LoadBalancer(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_measuring()
+        if self.run_log is not None:
+            self.run_log.end("finished")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.run_log is not None:
+            self.run_log.end(reason_of(exception))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -217,6 +220,11 @@ class LoadBalancer(Callback):
     def _the_strategy(self) -> HeteroDDPStrategy:
         assert self._strategy is not None
         return self._strategy
+
+    @property
+    def _the_log(self) -> BalanceLog:
+        assert self.run_log is not None
+        return self.run_log
 
     def _begin(self, first_step: int) -> None:
         """Start to tune, or to watch where a resumed run has tuned already, or start anew."""
@@ -238,6 +246,11 @@ class LoadBalancer(Callback):
         )
         self._memory_model = MemoryModel(strategy.world_size)
         self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
+        if not self.finished:
+            self._the_log.say_progress(
+                f"tuning the shares in at most {self.warmup_steps + self.tune_steps} steps, the first"
+                f" {self.warmup_steps} to warm up; {list(current.samples)} samples a rank so far"
+            )
         strategy.timer.disable()
         self._start_measuring()
 
@@ -250,7 +263,7 @@ class LoadBalancer(Callback):
             return
         first_step = agree([strategy.fetched_through], _step_behind_all, strategy.root_device)
         self._rebalancer.current = plan
-        self._change(first_step, plan, "a first guess, from the devices' cores and clocks")
+        self._change(first_step, plan, "a first guess, from the devices' cores and clocks", self.tune_steps)
         self._start_window(max(first_step, next_step) + self.warmup_steps, self._rebalancer.first_window())
 
     def _start_measuring(self) -> None:
@@ -268,30 +281,39 @@ class LoadBalancer(Callback):
         strategy = self._the_strategy
         assert self._rebalancer is not None
         current = self._rebalancer.current
-        report = _Report(
+        report = RankReport(
             summarise(strategy.timer.take()) or _NOTHING_MEASURED,
             self._memory_of_pass(plan.samples[strategy.global_rank]),
             strategy.passes.limit or 0,
             strategy.fetched_through,
+            self._fingerprint,
         )
         decision = agree(report.to_numbers(), self._decide, strategy.root_device)
         verdict = decision.verdict
         strategy.passes.predicted = decision.predicted_passes[strategy.global_rank]
         self.step_times, self.communication_s = verdict.step_times, verdict.communication_s
         self._rebalancer.current = verdict.plan  # on rank zero it is already
+        if self.progress_bar and self.step_times:
+            self._efficiency = efficiency(self.step_times, plan, self.communication_s)
+        self._tell_window(plan)
         if not self.statuses_before:
             self.statuses_before = decision.windows
         elif self.finished and self._reports:
             self.statuses_after = decision.windows
-            self._report()
+            self._tell_result()
         if verdict.plan != current:
             self._improved = True
-            self._change(decision.first_step, verdict.plan, f"predicted: {1 + verdict.gain:.2f}x as many samples/s")
+            self._change(
+                decision.first_step,
+                verdict.plan,
+                f"predicted: {1 + verdict.gain:.2f}x as many samples/s",
+                0 if self.finished or verdict.tuned else self._rebalancer.tune_steps_left,
+            )
         if verdict.tuned and not self.finished:
             self.finished = True
             if not self._improved:
-                self._say(
-                    f"hetero_ddp: the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
+                self._the_log.say(
+                    f"the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
                     f" than {self.min_gain:.0%} faster"
                 )
                 self._give_advice()
@@ -306,6 +328,13 @@ class LoadBalancer(Callback):
         """Whether a table of what the tuning brought is still to come."""
         return bool(self._improved and self.statuses_before and not self.statuses_after)
 
+    @property
+    def _fingerprint(self) -> int:
+        strategy = self._the_strategy
+        progress = TrainingProgress(strategy.trainer)
+        assert strategy.schedule is not None
+        return fingerprint_of(strategy.schedule, progress.step, progress.epoch)
+
     def _memory_of_pass(self, samples: int) -> MemoryReading:
         strategy = self._the_strategy
         use = strategy.memory.read() if strategy.memory is not None and strategy.training.counts_samples else None
@@ -317,7 +346,7 @@ class LoadBalancer(Callback):
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 
-    def _predict_memory(self, reports: Sequence[_Report]) -> tuple[int | None, ...]:
+    def _predict_memory(self, reports: Sequence[RankReport]) -> tuple[int | None, ...]:
         """Have the rebalancer respect what fits; return the most samples that are expected to on each rank."""
         strategy = self._the_strategy
         assert self._rebalancer is not None
@@ -333,9 +362,11 @@ class LoadBalancer(Callback):
         return predicted
 
     def _decide(self, rows: list[list[float]]) -> _Decision:
-        reports = [_Report.from_numbers(row) for row in rows]
+        reports = [RankReport.from_numbers(row) for row in rows]
+        check_agreement(reports)
         windows = [report.window for report in reports]
         assert self._rebalancer is not None
+        self._reports_of_ranks = tuple(reports)
         predicted_passes = self._predict_memory(reports)
         verdict = self._rebalancer.judge([window if window.steps else None for window in windows])
         shown = all(window.steps for window in windows) and (not self.statuses_before or self._reports)
@@ -346,23 +377,61 @@ class LoadBalancer(Callback):
             predicted_passes=predicted_passes,
         )
 
-    def _change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
+    def _change(self, first_step: int, plan: BatchPlan, reason: str, steps_left: int) -> None:
+        """Follow ``plan`` from ``first_step`` on, and say so.
+
+        Args:
+            first_step: that no rank has fetched.
+            plan: the new shares.
+            reason: why, for people.
+            steps_left: how many steps the tuning may still take; 0 where it is over.
+        """
         self._the_strategy.change_plan(first_step, plan)
         self.changes.append((first_step, plan))
-        self._say(f"hetero_ddp: {list(plan.samples)} samples a rank from training step {first_step} on ({reason})")
+        self._the_log.change(first_step, plan, reason)
+        message = f"{list(plan.samples)} samples a rank from training step {first_step} on ({reason})"
+        if steps_left > 0:
+            left_s = steps_left * (
+                predicted_step_s(self.step_times, plan) + self.communication_s if self.step_times else 0
+            )
+            about = f", about {left_s:.0f} s" if left_s >= 1 else ""
+            self._the_log.say_progress(f"{message}; tuning for at most {steps_left} more steps{about}")
+        elif self.finished:
+            self._the_log.say(message)
+        else:
+            self._the_log.say_progress(message)
 
-    def _report(self) -> None:
+    def _tell_window(self, plan: BatchPlan) -> None:
+        """Hand on what was measured of all ranks; only rank zero knows it."""
+        reports, times = self._reports_of_ranks, self.step_times
+        if not reports:
+            return
+        told = run_window(
+            reports,
+            plan,
+            times,
+            self.communication_s,
+            step=TrainingProgress(self._the_strategy.trainer).step,
+            time_s=self._the_log.time_s,
+            tuning=not self.finished,
+        )
+        self._the_log.window(told)
+
+    def _tell_result(self) -> None:
         strategy = self._the_strategy
         if self.statuses_after and self.verbose and strategy.is_global_zero:
             from lightning_hetero.plugin.table import print_balance  # rich takes a while to import
 
-            print_balance(strategy.profiles, self.statuses_before, self.statuses_after)
+            print_balance(strategy.trainer, strategy.profiles, self.statuses_before, self.statuses_after)
         self._give_advice()
 
     def _give_advice(self) -> None:
         advice = self.advice
-        for sentence in advice.sentences() if advice is not None else []:
-            self._say(f"hetero_ddp: {sentence}")
+        if advice is None:
+            return
+        self._the_log.advice(advice)
+        for sentence in advice.sentences():
+            self._the_log.say(sentence)
 
     @property
     def advice(self) -> Advice | None:
@@ -382,10 +451,6 @@ class LoadBalancer(Callback):
         if self._forward_hook is not None:
             self._forward_hook.remove()
             self._forward_hook = None
-
-    def _say(self, message: str) -> None:
-        if self.verbose:
-            rank_zero_info(message)
 
     @property
     def measured_speed_up(self) -> float | None:
@@ -415,7 +480,8 @@ class LoadBalancer(Callback):
         if strategy is None or not state_dict.get("finished"):
             return
         if state_dict["devices"] != [profile.name for profile in strategy.profiles]:
-            self._say("hetero_ddp: the checkpoint is of other devices or another number of ranks: tuning again")
+            if self.verbose:
+                say(strategy.trainer, "hetero_ddp: the checkpoint is of other devices or ranks: tuning again")
             return
         strategy.restore_schedule(PlanSchedule.from_dict(state_dict["schedule"]))
         self.step_times = tuple(StepTime(**time) for time in state_dict["step_times"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -11,9 +10,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -24,12 +22,14 @@ from lightning_hetero.balance.pipeline_simulation import Timeline
 from lightning_hetero.balance.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.agree import lend
-from lightning_hetero.distributed.failure import announce, failure_of_peers
+from lightning_hetero.distributed.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline import Pipeline
 from lightning_hetero.distributed.placement import Placement, gather_on_zero
-from lightning_hetero.exceptions import ConfigurationError, RankFailedError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.base_strategy import BaseStrategy
+from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.pipeline_layers import layers_of
 from lightning_hetero.plugin.pipeline_metrics import PipelineMetrics
@@ -44,7 +44,7 @@ _MEMORY_FRACTION = 0.92
 _END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
 
-class HeteroPipelineStrategy(DDPStrategy):
+class HeteroPipelineStrategy(BaseStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
     ``self.model`` of the LightningModule is an ``nn.Sequential``, or it or the module defines ``pipeline_layers()``,
@@ -125,14 +125,11 @@ class HeteroPipelineStrategy(DDPStrategy):
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
     @override
-    def set_world_ranks(self) -> None:
-        # The Trainer's constructor calls this as soon as the number of ranks is known: no process is launched yet.
-        world_size = self.num_nodes * self.num_processes
+    def check_world_size(self, world_size: int) -> None:
         arguments.check_splits(self.splits, world_size)
         if self.speeds is not None:
             arguments.check_numbers("speeds", self.speeds, world_size)
         arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size)
-        super().set_world_ranks()
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -265,11 +262,11 @@ class HeteroPipelineStrategy(DDPStrategy):
         if not self.verbose:
             return
         plan = findings.plan
-        rank_zero_info(
-            f"hetero_pipeline: {list(plan.layers_of_ranks)} layers a rank, in the order of ranks {list(plan.ranks)}"
-        )
-        for sentence in findings.advice.sentences():
-            rank_zero_info(f"hetero_pipeline: {sentence}")
+        for sentence in (
+            f"{list(plan.layers_of_ranks)} layers a rank, in the order of ranks {list(plan.ranks)}",
+            *findings.advice.sentences(),
+        ):
+            say(self._module.trainer, f"hetero_pipeline: {sentence}")
         warning = findings.advice.warning()
         if warning is not None:
             rank_zero_warn(f"hetero_pipeline: {warning}")
@@ -444,9 +441,6 @@ class HeteroPipelineStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
-        if not isinstance(exception, RankFailedError):
-            told = "".join(traceback.format_exception(exception))
-            announce(f"rank {self.global_rank} with\n{told}")  # its own traceback may be cut off when all are ended
         super().on_exception(exception)
 
     @override

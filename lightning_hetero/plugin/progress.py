@@ -34,6 +34,11 @@ class TrainingProgress:
         return self._loop.total_batch_idx  # type: ignore[no-any-return]
 
     @property
+    def logged_step(self) -> int:
+        """The step under which Lightning's loggers file what is logged now."""
+        return self._loop.epoch_loop._batches_that_stepped  # type: ignore[no-any-return]
+
+    @property
     def position(self) -> int:
         """How many steps of the present epoch have begun; right from the first fetch of an epoch on."""
         return self._loop.epoch_loop.batch_progress.current.ready  # type: ignore[no-any-return]

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureEr
 from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
 from lightning_hetero.plugin import arguments
+from lightning_hetero.plugin.base_strategy import BaseStrategy
 from lightning_hetero.plugin.evaluation_data import EvaluationData
 from lightning_hetero.plugin.inexact import inexact_parts, warn_of_inexact
 from lightning_hetero.plugin.logged import to_reduce
@@ -40,7 +40,7 @@ from lightning_hetero.plugin.training_data import TrainingData
 __all__ = ["HeteroDDPStrategy"]
 
 
-class HeteroDDPStrategy(DDPStrategy):
+class HeteroDDPStrategy(BaseStrategy):
     """DDP for devices of unequal speed: the same training as ``ddp``, in which faster ranks get more samples.
 
     Every step trains on the global batch that plain DDP would train on, divided unequally; each rank's loss is
@@ -174,15 +174,12 @@ class HeteroDDPStrategy(DDPStrategy):
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
     @override
-    def set_world_ranks(self) -> None:
-        # The Trainer's constructor calls this as soon as the number of ranks is known: no process is launched yet.
-        world_size = self.num_nodes * self.num_processes
+    def check_world_size(self, world_size: int) -> None:
         arguments.check_shares(self.shares, world_size)
         arguments.check_global_batch_size(self.global_batch_size, self.batch_multiple, world_size)
         arguments.check_caps("max_batch_size", self.max_batch_size, self.batch_multiple, world_size)
         arguments.check_sum_of_caps(self.max_batch_size, world_size, self.global_batch_size)
         arguments.check_caps("micro_batch_size", self.micro_batch_size, 1, world_size)
-        super().set_world_ranks()
 
     @property
     @override

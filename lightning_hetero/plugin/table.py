@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
@@ -42,11 +44,15 @@ def balance_table(
 
 
 def print_balance(
-    profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
+    trainer: Trainer, profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
 ) -> None:
     """Print the table and the speed-up; on a terminal no wider than the terminal, elsewhere in 80 columns."""
     console = Console()
     console = Console(width=None if console.is_terminal else 80, highlight=False)
-    console.print("hetero_ddp, a step of each rank: own time, and waiting for the other ranks")
-    console.print(balance_table(profiles, before, after))
-    console.print(f"speed-up {speed_up(before, after):.2f} (samples/s after the change / before)")
+    bar = trainer.progress_bar_callback
+    with console.capture() if bar is not None else nullcontext() as captured:
+        console.print("hetero_ddp, a step of each rank: own time, and waiting for the other ranks")
+        console.print(balance_table(profiles, before, after))
+        console.print(f"speed-up {speed_up(before, after):.2f} (samples/s after the change / before)")
+    if bar is not None and captured is not None:
+        bar.print(captured.get().rstrip())

@@ -21,6 +21,7 @@ from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
 from lightning_hetero.balance.pipeline_simulation import Timeline, order_of_passes
+from lightning_hetero.balance.run_record_parser import parse_record
 from lightning_hetero.balance.stages import LayerCosts, StagePlan
 from lightning_hetero.distributed.placement import Placement
 from lightning_hetero.exceptions import InfeasiblePlanError
@@ -70,7 +71,7 @@ class Found:
 def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None = None, **options: Any) -> Found:
     strategy = HeteroPipelineStrategy(num_microbatches=8, verbose=False, **options)
     slow = SlowLayers(factors, seconds_per_sample=0.003)
-    recorder = PipelineRecorder(step=3)
+    recorder = PipelineRecorder(step=3, record=folder)
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = make_trainer(
         strategy, dist.get_world_size(), [slow, saving, recorder], max_epochs=epochs, limit_val_batches=None,
@@ -104,11 +105,27 @@ def agree_with(expected: dict[str, Tensor], found: list[Found]) -> None:
             assert torch.allclose(value, expected[name], atol=1e-6), name
 
 
+def check_record(path: Path, found: Found) -> None:
+    record = parse_record(path.read_text().splitlines())
+    assert record.header.strategy == "hetero_pipeline"
+    assert record.header.world_size == 2
+    assert record.stages is not None
+    assert StagePlan(record.stages.ranks, record.stages.ends) == found.plan
+    assert record.stages.step_s == pytest.approx(found.predicted_s, rel=1e-4)
+    assert record.stages.uniform_step_s > record.stages.step_s
+    assert record.passes is not None
+    assert found.timeline is not None
+    assert len(record.passes.stages) == len(found.timeline.passes) == 2 * 2 * 8
+    assert max(record.passes.end_s) == pytest.approx(found.timeline.step_s, rel=1e-4)
+    assert record.end is not None
+
+
 def test_a_rank_half_as_fast_gets_half_the_layers_and_the_training_is_the_same(
     ranks: RankPools, tmp_path: Path
 ) -> None:
     """The plan changes behind the check of the validation loop, and again where a run resumes on other devices."""
     found = ranks.run(2, train, [1.0, 2.0], str(tmp_path / "first"))
+    check_record(tmp_path / "first" / "hetero_run.jsonl", found[0])
     for outcome in found:
         assert outcome.plan == StagePlan((1, 0), (4, 12))
         ratio = sum(outcome.costs.total_s[1]) / sum(outcome.costs.total_s[0])

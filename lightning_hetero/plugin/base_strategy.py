@@ -1,0 +1,67 @@
+"""What both strategies have in common: how ranks are counted, how they save, and how they fail."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
+from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
+from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
+
+__all__ = ["BaseStrategy"]
+
+_log = logging.getLogger(__name__)
+
+
+class BaseStrategy(DDPStrategy):
+    """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+
+    @override
+    def set_world_ranks(self) -> None:
+        # The Trainer's constructor calls this before it makes the launcher, which asks the environment.
+        if type(self.cluster_environment) is TorchElasticEnvironment:
+            self.cluster_environment = UnevenTorchrunEnvironment()
+        super().set_world_ranks()
+        known = self.cluster_environment is not None
+        self.check_world_size(self.world_size if known else self.num_nodes * self.num_processes)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Check the arguments that depend on the number of ranks; no process is launched yet."""
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeFileCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            # which takes it unless the user has given it another one
+            self._checkpoint_io.checkpoint_io = WholeFileCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def setup_environment(self) -> None:
+        forget()  # what an earlier run of this process has left
+        super().setup_environment()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if not isinstance(exception, RankFailedError):
+            reason = announced() or why_communication_failed(exception)
+            if reason is None:
+                told = "".join(traceback.format_exception(exception))
+                announce(f"rank {self.global_rank} with\n{told}")  # its own may be cut off when all are ended
+            else:
+                _log.error("Another rank has failed: %s", reason)
+        super().on_exception(exception)

@@ -1,0 +1,42 @@
+"""Checkpoints that are either whole or not there, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from typing_extensions import override
+
+__all__ = ["WholeFileCheckpointIO"]
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is on the disk.
+
+    Lightning writes it to the system's temporary folder first. Where that is another file system, the move
+    is a copy, and a process that is killed meanwhile leaves half of it. Paths of services (``s3://``) are left to
+    Lightning, and so are checkpoints that a user's own ``CheckpointIO`` writes.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # one name for each place: what a killed process has left is overwritten by the next
+        part = place.with_name(f".{place.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, place)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
