@@ -1,0 +1,46 @@
+"""How Sphinx builds these pages; `tox -e docs` runs it with warnings as errors, without the network."""
+
+from __future__ import annotations
+
+import lightning_hetero
+
+project = "lightning_hetero"
+author = "the authors of lightning_hetero"
+version = release = lightning_hetero.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.doctest",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"lightning_hetero {version}"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # what a hook of Lightning does is in Lightning's documentation
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+napoleon_use_ivar = True
+
+# an example in a docstring finds the names of its own module
+doctest_global_setup = """
+from lightning_hetero.balance.advice import *
+from lightning_hetero.balance.batch_solver import *
+from lightning_hetero.balance.pipeline_simulation import *
+from lightning_hetero.balance.prior import *
+from lightning_hetero.balance.sharding import *
+from lightning_hetero.balance.stage_solver import *
+from lightning_hetero.balance.stages import *
+from lightning_hetero.balance.types import *
+from lightning_hetero.balance.window import *
+from lightning_hetero.testing import *
+"""
+
+# the pages of other projects are on the network
+nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|lightning|torch)\..*")]
