@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import _DEFAULT_FIRST_BUCKET_BYTES, _compute_bucket_assignment_by_size
 
 from lightning_hetero.balance.communication import AllReduce, bucket_bytes, bucket_bytes_of_parameters, ring_s
 from lightning_hetero.exceptions import ConfigurationError
@@ -30,7 +30,7 @@ def simulated_step_s(
 @given(numbers_of_values)
 def test_buckets_are_those_of_torch(values: list[int]) -> None:
     tensors = [torch.empty(n, device="meta") for n in values]
-    assigned, _ = dist._compute_bucket_assignment_by_size(tensors[::-1], [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * MIB])
+    assigned, _ = _compute_bucket_assignment_by_size(tensors[::-1], [_DEFAULT_FIRST_BUCKET_BYTES, 25 * MIB])
     expected = [sum(4 * values[::-1][i] for i in bucket) for bucket in assigned]
     assert list(bucket_bytes_of_parameters([4 * n for n in values])) == expected
 
