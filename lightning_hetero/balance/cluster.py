@@ -9,10 +9,10 @@ from lightning_hetero.balance.communication import AllReduce
 from lightning_hetero.balance.types import BatchLimits, StepTime
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
-__all__ = ["Cluster", "DeviceKind", "SampleMemory"]
+__all__ = ["MEMORY_FRACTION", "Cluster", "DeviceKind", "SampleMemory"]
 
 # what LoadBalancer leaves free by default
-_MEMORY_FRACTION = 0.92
+MEMORY_FRACTION = 0.92
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SampleMemory:
 
     def most_samples(self, memory_bytes: float) -> int:
         """Return how many samples fit into 92 % of ``memory_bytes``, as much as ``LoadBalancer`` uses."""
-        return max(math.floor((_MEMORY_FRACTION * memory_bytes - self.fixed_bytes) / self.bytes_per_sample), 0)
+        return max(math.floor((MEMORY_FRACTION * memory_bytes - self.fixed_bytes) / self.bytes_per_sample), 0)
 
 
 @dataclass(frozen=True)

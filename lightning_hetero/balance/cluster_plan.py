@@ -123,7 +123,10 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
     """
     counts = tuple(kind.count for kind in cluster.kinds)
     times, limits = cluster.step_times(counts), cluster.limits(counts)
-    plan = solve_batch(times, cluster.global_batch_size, limits, min_samples=1)
+    try:
+        plan = solve_batch(times, cluster.global_batch_size, limits, min_samples=1)
+    except InfeasiblePlanError:  # its message counts every rank
+        raise InfeasiblePlanError(_why_infeasible(cluster)) from None
     own_s = predicted_step_s(times, plan)
     whole = _device_set(cluster, counts, own_s)
     exposed_s = whole.step_s - own_s
@@ -147,6 +150,22 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
         enough_global_batch_size=(
             enough_global_batch_size(times, plan, limits, exposed_s, min_gain) if rounding > min_gain else None
         ),
+    )
+
+
+def _why_infeasible(cluster: Cluster) -> str:
+    multiple, batch, size = cluster.batch_multiple, cluster.global_batch_size, cluster.world_size
+    if size * multiple > batch:
+        return (
+            f"`global_batch_size` must give each of the {size} devices at least {multiple}, got {batch}. Raise it to"
+            f" {size * multiple} or more, or use fewer devices."
+        )
+    most = zip(cluster.kinds, cluster.most_samples, strict=True)
+    held = sum(kind.count * (samples // multiple) * multiple for kind, samples in most)
+    return (
+        f"`max_batch_size` and the memory of the devices must together hold the global batch of {batch} samples, got"
+        f" {size} devices that hold {held} in multiples of {multiple}. Lower the global batch, raise the limits, or add"
+        f" devices. With `micro_batch_size` ranks work in several passes, and memory limits no share."
     )
 
 

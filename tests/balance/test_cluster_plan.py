@@ -181,8 +181,10 @@ def test_what_cannot_be_is_refused() -> None:
         Cluster((one,), 8, batch_multiple=4)
     with pytest.raises(ConfigurationError, match="`price_per_hour` must be given for all"):
         Cluster((one, DeviceKind("two", 1, StepTime(0, 1), price_per_hour=1.0)), 8)
-    with pytest.raises(InfeasiblePlanError, match="which hold 3"):
+    with pytest.raises(InfeasiblePlanError, match="global batch of 8 samples, got 1 devices that hold 3"):
         plan_cluster(Cluster((one,), 8))
+    with pytest.raises(InfeasiblePlanError, match="each of the 5 devices at least 1, got 4"):
+        plan_cluster(Cluster((DeviceKind("five", 5, StepTime(0, 1)),), 4))
 
 
 def test_ten_thousand_devices_of_six_kinds() -> None:
