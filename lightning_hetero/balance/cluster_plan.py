@@ -14,6 +14,9 @@ from lightning_hetero.exceptions import InfeasiblePlanError
 
 __all__ = ["ClusterPlan", "DeviceSet", "KindPlan", "plan_cluster"]
 
+# a kind is not divided for less of a step than this
+_TOLERANCE = 0.005
+
 
 @dataclass(frozen=True)
 class KindPlan:
@@ -134,7 +137,7 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
     alone = sum(n / time.seconds(n) for time, n in zip(times, plan.samples, strict=True))
     ddp_step_s, ddp_does_not_fit = _equal_shares(cluster)
     search = DeviceSearch(cluster)
-    fastest = _solved(cluster, search.fastest())
+    fastest = _solved(cluster, search.fastest(_TOLERANCE))
     cheapest = _solved(cluster, search.cheapest()) if cluster.is_priced else None
     rounding = rounding_loss(times, plan, limits, exposed_s)
     return ClusterPlan(

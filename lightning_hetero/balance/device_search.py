@@ -28,10 +28,10 @@ _Ints = npt.NDArray[np.int64]
 Counts = tuple[int, ...]
 
 _HALVINGS = 60
-_GRID = 200
-_MOST_MOVES = 100
+_GRID, _COARSE_GRID = 200, 40
+_MOST_MOVES, _FEW_MOVES = 100, 3
 _STARTS = 3
-_FEW_KINDS = 12
+_FEW_KINDS, _MANY_KINDS = 12, 50
 
 
 class DeviceSearch:
@@ -52,6 +52,8 @@ class DeviceSearch:
         # the remainder counts as a whole multiple here; only a device that can take more of it is
         self._units = -(-cluster.global_batch_size // self._multiple)
         self._most_devices = cluster.global_batch_size // self._multiple
+        many = len(cluster.kinds) > _MANY_KINDS
+        self._grid, self._rounds = (_COARSE_GRID, _FEW_MOVES) if many else (_GRID, _MOST_MOVES)
 
     def own_s(self, counts: _Ints) -> _Floats:
         """Return the least time of the slowest device of each set; infinite where the set cannot hold the batch.
@@ -83,29 +85,40 @@ class DeviceSearch:
             ]
         )
 
-    def fastest(self) -> Counts:
-        """Return the set with the shortest step, of equals the largest."""
+    def fastest(self, tolerance: float = 0.0) -> Counts:
+        """Return the set with the shortest step, of equals the largest.
+
+        Args:
+            tolerance: kinds stay whole where that makes a step longer by no more than this part.
+        """
         low, high = 1, min(int(self._counts.sum()), self._most_devices)
         while True:
-            sizes = np.unique(np.linspace(low, high, min(_GRID, high - low + 1)).round().astype(np.int64))[::-1]
+            sizes = np.unique(np.linspace(low, high, min(self._grid, high - low + 1)).round().astype(np.int64))[::-1]
             counts = self._best_of_sizes(sizes)
             step_s = self.step_s(counts)
             best = int(np.argmin(step_s))
             low, high = int(sizes[min(best + 1, len(sizes) - 1)]), int(sizes[max(best - 1, 0)])
-            if high - low <= 2 or len(sizes) < _GRID:
-                return tuple(counts[best].tolist())
+            if high - low <= 2 or len(sizes) < self._grid:
+                break
+        found = counts[best]
+        for kind in np.flatnonzero(found < self._counts) if tolerance else ():
+            whole = found.copy()
+            whole[kind] = self._counts[kind]
+            if self.step_s(whole[None])[0] <= step_s[best] * (1 + tolerance):
+                found = whole
+        return tuple(found.tolist())
 
     def cheapest(self) -> Counts:
         """Return the set whose samples cost least, as far as found; of equals the one with the shorter step."""
         low_s, high_s = float(self._finish(np.ones_like(self._most)).min()), float(self._finish(self._most).max())
-        times = np.geomspace(max(low_s, high_s * 1e-9), high_s, _GRID)
+        times = np.geomspace(max(low_s, high_s * 1e-9), high_s, self._grid)
         found = np.vstack([self._cheap_within(times), np.diag(self._counts), np.eye(len(self._counts)), self._counts])
         ranked = sorted(self._judged(found.astype(np.int64)))[:_STARTS]
         improved = (self._improve(one) for one in ranked)
         return min(improved)[-1]
 
     def _improve(self, best: tuple[float, float, Counts]) -> tuple[float, float, Counts]:
-        for _ in range(_MOST_MOVES):
+        for _ in range(self._rounds):
             candidate = min(self._judged(self._moves(best[-1])))
             if candidate[0] >= best[0] * (1 - 1e-12):
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_hetero.balance.cluster import Cluster, DeviceKind, SampleMemory
@@ -39,7 +39,8 @@ class ClusterFile:
 
     Attributes:
         cluster: the devices and what they are to do.
-        is_relative: whether only relative speeds are known, so that times have no unit.
+        is_relative: whether only relative speeds are known, so that times count in what the slowest device
+            needs for a sample.
         notes: what a reader should know of the input.
     """
 
@@ -93,8 +94,12 @@ def _read_data_parallel(top: Fields, folder: Path) -> ClusterFile:
             "`devices` must all have times or all have relative speeds (`speed`, or a probe without measurements), got"
             " both."
         )
+    kinds = [device.kind for device in devices]
+    if is_relative:  # nominal speeds are numbers of any size
+        slowest = max(kind.step_time.seconds_per_sample for kind in kinds)
+        kinds = [replace(kind, step_time=StepTime(0.0, kind.step_time.seconds_per_sample / slowest)) for kind in kinds]
     cluster = Cluster(
-        tuple(device.kind for device in devices),
+        tuple(kinds),
         batch,
         _read_all_reduce(top, is_relative),
         top.whole("batch_multiple", 1, most=_MOST_SAMPLES),

@@ -17,10 +17,10 @@ VERSION = 1
 def cluster_document(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> dict[str, Any]:
     """Return the document of ``strategy: hetero_ddp``.
 
-    Times are in the unit that ``time_unit`` names: ``"s"``, or ``"relative"``, what a device of speed 1 needs for a
-    sample; ``samples_per_time`` counts in it. ``devices`` has an entry for each kind, in the order of the file, and the
-    lists ``counts`` follow it. ``ddp.step_time``, ``speed_up``, the costs, ``fastest`` and ``cheapest`` are null where
-    there is nothing to tell.
+    Times are in the unit that ``time_unit`` names: ``"s"``, or ``"relative"``, what the slowest device needs for a
+    sample; ``samples_per_time`` counts in it. ``devices`` has an entry for each kind, in the order of the file, and
+    the lists ``counts`` follow it. ``ddp.step_time``, ``speed_up``, the costs, ``fastest`` and ``cheapest`` are null
+    where there is nothing to tell.
     """
     return {
         "lightning_hetero_plan": VERSION,

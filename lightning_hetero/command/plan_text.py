@@ -63,10 +63,11 @@ def _span(one: str, other: str) -> str:
 
 
 def _short(value: float) -> str:
-    """Return a number with four digits, none of them behind the point in a large one."""
-    if value != 0 and (abs(value) >= 1e7 or abs(value) < 1e-3):
-        return f"{max(value, 0.0):.3g}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{abs(value):.1f}" if abs(value) >= 10 else f"{abs(value):.2f}"
+    """Return a number in at most four digits and a point, or whole where it is larger; what is rounding error is 0."""
+    value = value if value > 1e-9 else 0.0
+    if value >= 1e7 or 0 < value < 1e-2:
+        return f"{value:.3g}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _data_parallel_sentences(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> list[str]:
@@ -104,7 +105,7 @@ def _data_parallel_sentences(file: ClusterFile, cluster: Cluster, plan: ClusterP
             f" {plan.rounding:.0%} of a step; from about {plan.enough_global_batch_size} samples on it would not"
         )
     if file.is_relative:
-        found.append("only relative speeds are known: a unit is what a device of speed 1 needs for a sample")
+        found.append("only relative speeds are known: a unit is what the slowest device needs for a sample")
     return found + list(file.notes)
 
 

@@ -14,6 +14,7 @@ from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.cluster import Cluster, DeviceKind, SampleMemory
 from lightning_hetero.balance.cluster_plan import plan_cluster
 from lightning_hetero.balance.communication import AllReduce
+from lightning_hetero.balance.device_search import DeviceSearch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
@@ -100,8 +101,9 @@ def test_the_sets_are_the_best_of_all(cluster: Cluster) -> None:
     if whole not in found:
         return
     plan = plan_cluster(cluster, min_gain=0.0)
+    assert found[DeviceSearch(cluster).fastest()] == pytest.approx(min(found.values()))
     fastest = plan.fastest or plan.whole
-    assert fastest.step_s == pytest.approx(min(found.values()))
+    assert fastest.step_s <= min(found.values()) * (1 + 0.005 + 1e-9)
     assert found[fastest.counts] == pytest.approx(fastest.step_s)
     costs = {counts: step_s * cluster.price_per_hour(counts) for counts, step_s in found.items()}
     cheapest = plan.cheapest or plan.whole
@@ -136,10 +138,8 @@ def test_a_long_ring_is_worth_less_than_a_short_one() -> None:
     plan = plan_cluster(cluster)
     assert plan.fastest is not None
     # seconds are 10 / W + 2 (W - 1) / 1000, and a little for the bytes
-    assert plan.fastest.counts[0] == pytest.approx(71, abs=2)
-    assert all(
-        plan.fastest.step_s <= cluster.all_reduce.step_s(0.001 * -(-10_000 // n), n) + 1e-12 for n in range(1, 1001)
-    )
+    step_s = {n: cluster.all_reduce.step_s(0.001 * -(-10_000 // n), n) for n in range(1, 1001)}
+    assert plan.fastest.counts[0] == min(step_s, key=lambda n: step_s[n]) == pytest.approx(71, abs=2)
 
 
 def test_a_dear_kind_is_left_out_for_cost() -> None:
