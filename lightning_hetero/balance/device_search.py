@@ -29,7 +29,7 @@ Counts = tuple[int, ...]
 
 _HALVINGS = 60
 _GRID, _COARSE_GRID = 200, 40
-_MOST_MOVES, _FEW_MOVES = 100, 3
+_MOST_MOVES = 100
 _STARTS = 3
 _FEW_KINDS, _MANY_KINDS = 12, 50
 
@@ -53,7 +53,7 @@ class DeviceSearch:
         self._units = -(-cluster.global_batch_size // self._multiple)
         self._most_devices = cluster.global_batch_size // self._multiple
         many = len(cluster.kinds) > _MANY_KINDS
-        self._grid, self._rounds = (_COARSE_GRID, _FEW_MOVES) if many else (_GRID, _MOST_MOVES)
+        self._grid, self._rounds = (_COARSE_GRID, 0) if many else (_GRID, _MOST_MOVES)
 
     def own_s(self, counts: _Ints) -> _Floats:
         """Return the least time of the slowest device of each set; infinite where the set cannot hold the batch.

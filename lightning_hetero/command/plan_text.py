@@ -125,7 +125,7 @@ def _cheapest_sentence(file: ClusterFile, cluster: Cluster, plan: ClusterPlan, c
     price = "" if file.is_relative else f"{_short(cost)} a million samples, "
     return (
         f"samples cost least on {names}: {price}{1 - cost / whole:.0%} less than on all, and a step takes"
-        f" {cheapest.step_s / plan.whole.step_s:.2f} times as long"
+        f" {_short(cheapest.step_s / plan.whole.step_s)} times as long"
     )
 
 
