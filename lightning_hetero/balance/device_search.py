@@ -120,7 +120,7 @@ class DeviceSearch:
     def _improve(self, best: tuple[float, float, Counts]) -> tuple[float, float, Counts]:
         for _ in range(self._rounds):
             candidate = min(self._judged(self._moves(best[-1])))
-            if candidate[0] >= best[0] * (1 - 1e-12):
+            if candidate[:2] >= best[:2]:
                 break
             best = candidate
         return best
@@ -131,7 +131,8 @@ class DeviceSearch:
         cost = np.where(
             np.isfinite(step_s), np.where(np.isfinite(step_s), step_s, 0.0) * (counts @ self._price), np.inf
         )
-        return zip(cost.tolist(), step_s.tolist(), map(tuple, counts.tolist()), strict=True)
+        # in single precision what differs by rounding alone is equal, and the shorter step decides
+        return zip(cost.astype(np.float32).tolist(), step_s.tolist(), map(tuple, counts.tolist()), strict=True)
 
     def _moves(self, counts: Counts) -> _Ints:
         """Return the sets with another number of one kind, or one device exchanged, ``counts`` itself the first."""

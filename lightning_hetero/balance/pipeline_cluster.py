@@ -16,8 +16,8 @@ from lightning_hetero.exceptions import ConfigurationError
 __all__ = ["Layer", "PipelineCluster", "PipelineDevice", "PipelinePrediction", "StagePrediction", "predict_pipeline"]
 
 _MOST_RANKS = 64
-# single moves are tried where that takes about a second: ranks^2 * micro-batches, of which 16^2 * 32 take three
-_MOST_REFINED = 2500
+# single moves are tried where that takes about a second: ranks^2 * micro-batches * layers
+_MOST_REFINED = 150_000
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
     """
     costs, memory = cluster.costs, cluster.memory
     size = costs.world_size
-    is_refined = size * size * cluster.micro_batches <= _MOST_REFINED
+    is_refined = size**2 * cluster.micro_batches * costs.num_layers <= _MOST_REFINED
     uniform = uniform_stages(costs.num_layers, size)
     uniform_fits = None if memory is None else memory.allows(uniform)
     if is_refined:

@@ -184,7 +184,7 @@ def _pipeline_sentences(cluster: PipelineCluster, prediction: PipelinePrediction
         )
     if not prediction.is_refined:
         found.append(
-            "so many devices and micro-batches are planned by the slowest stage alone; hetero_pipeline also tries moves"
-            " of single layers, which may find a little more"
+            "so many devices, layers and micro-batches are planned by the slowest stage alone; hetero_pipeline also"
+            " tries moves of single layers, which may find a little more"
         )
     return found

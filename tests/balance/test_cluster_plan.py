@@ -143,7 +143,7 @@ def test_a_long_ring_is_worth_less_than_a_short_one() -> None:
 
 
 def test_a_dear_kind_is_left_out_for_cost() -> None:
-    cheap = DeviceKind("cheap", 4, StepTime(0.0, 0.002), price_per_hour=1.0)
+    cheap = DeviceKind("cheap", 4, StepTime(0.0, 0.002), price_per_hour=1.0)  # any number of them costs the same
     dear = DeviceKind("dear", 4, StepTime(0.0, 0.001), price_per_hour=9.0)
     plan = plan_cluster(Cluster((cheap, dear), 240))
     assert plan.cheapest is not None
