@@ -13,7 +13,7 @@ from lightning_hetero.balance.batch_solver import predicted_step_s, proportional
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["Advice", "advise", "efficiency"]
+__all__ = ["Advice", "advise", "efficiency", "enough_global_batch_size", "rounding_loss"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def advise(
     equal = proportional_plan([1.0] * plan.world_size, batch, limits, min_samples=1)
     dropped, without_s = _to_drop(step_times, batch, limits, step_s, communication_s)
     worth_it = step_s / without_s - 1.0 > min_gain
-    rounding = _rounding(step_times, plan, limits, communication_s)
+    rounding = rounding_loss(step_times, plan, limits, communication_s)
     return Advice(
         step_s=step_s,
         speed_up=(predicted_step_s(step_times, equal) + communication_s) / step_s,
@@ -91,7 +91,9 @@ def advise(
         speed_up_without=step_s / without_s if worth_it else 1.0,
         rounding=rounding,
         enough_global_batch_size=(
-            _enough(step_times, plan, limits, communication_s, min_gain) if rounding > min_gain else None
+            enough_global_batch_size(step_times, plan, limits, communication_s, min_gain)
+            if rounding > min_gain
+            else None
         ),
     )
 
@@ -132,8 +134,17 @@ def _to_drop(
     return tuple(sorted(order[best:])), best_s
 
 
-def _rounding(step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimits, communication_s: float) -> float:
-    """Return the part of a step that is lost to whole samples: against the same batch in a thousandth of the unit."""
+def rounding_loss(
+    step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimits, communication_s: float
+) -> float:
+    """Return the part of a step that is lost to whole samples: against the same batch in a thousandth of the unit.
+
+    Args:
+        step_times: expected step time of each rank, shape ``(world_size,)``.
+        plan: its global batch is divided anew, in samples and in thousandths.
+        limits: what the division into samples has to respect.
+        communication_s: what a step takes besides the slowest rank's own time.
+    """
     fine = 1000
     times = [StepTime(time.overhead_s, time.seconds_per_sample / fine) for time in step_times]
     caps = None if limits.max_samples is None else tuple(n * fine for n in limits.max_samples)
@@ -144,13 +155,24 @@ def _rounding(step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimi
     return 1.0 - fine_s / (predicted_step_s(step_times, whole) + communication_s)
 
 
-def _enough(
+def enough_global_batch_size(
     step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimits, communication_s: float, part: float
 ) -> int | None:
-    """Return the first doubling of the global batch at which rounding costs no more than ``part``."""
+    """Return the first doubling of the global batch at which rounding costs no more than ``part``.
+
+    Args:
+        step_times: expected step time of each rank, shape ``(world_size,)``.
+        plan: where the doubling starts.
+        limits: what a plan has to respect; ``max_samples`` does not count, for it is of the present batch.
+        communication_s: what a step takes besides the slowest rank's own time.
+        part: of a step.
+
+    Returns:
+        The global batch; None where ten doublings are not enough.
+    """
     free = replace(limits, max_samples=None)
     for doublings in range(1, 11):
         larger = BatchPlan(tuple(n << doublings for n in plan.samples))
-        if _rounding(step_times, larger, free, communication_s) <= part:
+        if rounding_loss(step_times, larger, free, communication_s) <= part:
             return larger.global_batch_size
     return None
