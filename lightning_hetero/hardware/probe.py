@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import socket
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.hardware.nvml import Nvml
+from lightning_hetero.hardware.processor import processor_name
 
 __all__ = ["DeviceProbe", "TorchDeviceProbe"]
 
@@ -36,7 +35,7 @@ class TorchDeviceProbe:
     def profile(self, device: torch.device) -> DeviceProfile:
         """Return what ``device`` is; on CUDA this initialises the device."""
         if device.type != "cuda":
-            return DeviceProfile(socket.gethostname(), str(device), _processor_name())
+            return DeviceProfile(socket.gethostname(), str(device), processor_name())
         # not every build of torch for other vendors' devices tells it
         uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
         return DeviceProfile(
@@ -45,13 +44,3 @@ class TorchDeviceProbe:
             name=torch.cuda.get_device_name(device),
             nominal_speed=self._nvml.nominal_speed(f"GPU-{uuid}"),
         )
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine() or "cpu"

@@ -25,3 +25,5 @@ def timed_call(call: Callable[[], Result], device: torch.device) -> tuple[Result
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize()

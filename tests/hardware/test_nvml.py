@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,11 @@ class Driver:
     """A driver that this machine lacks: one device of 5,120 cores at 1,530 MHz, and what may go wrong."""
 
     NVMLError = pynvml.NVMLError
+    NVMLLibraryMismatchError = pynvml.NVMLLibraryMismatchError
     NVML_CLOCK_SM = pynvml.NVML_CLOCK_SM
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    throttle_reasons = 0x1 | 0x4 | 0x40
+    count = 1
 
     def __init__(self, fails_in: str = "", code: int = pynvml.NVML_ERROR_UNKNOWN) -> None:
         self.fails_in, self.code = fails_in, code
@@ -50,6 +55,36 @@ class Driver:
         assert (handle, clock) == (KNOWN, pynvml.NVML_CLOCK_SM)
         return int(self._answer("nvmlDeviceGetMaxClockInfo", 1530))
 
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return int(self._answer("nvmlDeviceGetCount", self.count))
+
+    def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:  # noqa: N802
+        assert (handle, clock) == (KNOWN, pynvml.NVML_CLOCK_SM)
+        return int(self._answer("nvmlDeviceGetClockInfo", 1005))
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:  # noqa: N802
+        return int(self._answer("nvmlDeviceGetCurrentClocksThrottleReasons", self.throttle_reasons))
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
+        return self._answer("nvmlDeviceGetUtilizationRates", SimpleNamespace(gpu=37, memory=99))
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:  # noqa: N802
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return int(self._answer("nvmlDeviceGetTemperature", 71))
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        ours, theirs = _process(os.getpid(), 1_000), _process(-1, 2_000)
+        return list(self._answer("nvmlDeviceGetComputeRunningProcesses", [ours, theirs]))
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        if self.fails_in == "mismatch":
+            raise pynvml.NVMLLibraryMismatchError
+        return list(self._answer("nvmlDeviceGetGraphicsRunningProcesses", [_process(-1, 2_000), _process(-2, 500)]))
+
+
+def _process(pid: int, used: int | None) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=used)
+
 
 def test_a_speed_is_cores_times_clock() -> None:
     assert Nvml(Driver()).nominal_speed(KNOWN) == pytest.approx(5120 * 1.530)
@@ -61,6 +96,48 @@ def test_free_memory_is_what_nobody_has(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.DEBUG):
         assert [nvml.free_bytes(KNOWN) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1, "one line, however often it is asked"
+
+
+# what is asked, who answers it, and the answer
+READINGS = [
+    ("total_bytes", "nvmlDeviceGetMemoryInfo", 16_000),
+    ("clock_mhz", "nvmlDeviceGetClockInfo", 1005),
+    ("max_clock_mhz", "nvmlDeviceGetMaxClockInfo", 1530),
+    ("throttled", "nvmlDeviceGetCurrentClocksThrottleReasons", ("power limit", "heat, noticed by the hardware")),
+    ("utilisation", "nvmlDeviceGetUtilizationRates", 0.37),
+    ("temperature_c", "nvmlDeviceGetTemperature", 71),
+    ("others", "nvmlDeviceGetComputeRunningProcesses", (2, 2_500)),
+]
+
+
+@pytest.mark.parametrize("refused", [reading[1] for reading in READINGS])
+def test_each_reading_fails_alone(refused: str) -> None:
+    nvml = Nvml(Driver(refused, pynvml.NVML_ERROR_NOT_SUPPORTED))
+    for question, function, answer in READINGS:
+        assert getattr(nvml, question)(KNOWN) == (None if function == refused else answer)
+
+
+def test_an_idle_device_is_not_throttled() -> None:
+    driver = Driver()
+    driver.throttle_reasons = 0x1
+    assert Nvml(driver).throttled(KNOWN) == ()
+
+
+def test_memory_of_others_is_unknown_where_that_of_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = [_process(-1, 2_000), _process(-2, None)]
+    monkeypatch.setattr(Driver, "nvmlDeviceGetComputeRunningProcesses", lambda *_: hidden)
+    monkeypatch.setattr(Driver, "nvmlDeviceGetGraphicsRunningProcesses", lambda *_: [])
+    assert Nvml(Driver()).others(KNOWN) == (2, None)
+
+
+def test_an_old_driver_that_lists_no_processes_is_no_error() -> None:
+    assert Nvml(Driver("mismatch")).others(KNOWN) is None
+
+
+def test_devices_are_counted() -> None:
+    assert Nvml(Driver()).device_count() == 1
+    assert Nvml(Driver("nvmlDeviceGetCount")).device_count() == 0
+    assert Nvml(Driver("nvmlInit")).device_count() == 0
 
 
 @pytest.mark.parametrize(
