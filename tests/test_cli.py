@@ -126,7 +126,7 @@ def test_the_help_explains_every_argument(
     documented = {p.arg_name: p.description for p in docstring_parser.parse(CLASSES[name].__doc__ or "").params}
     arguments = [p for p in inspect.signature(CLASSES[name]).parameters.values() if p.kind != p.VAR_KEYWORD]
     for argument in arguments:
-        (explained,) = re.findall(rf"^  --trainer\.{key}\.{argument.name} .*\n\s+(.*)", text, re.MULTILINE)
+        (explained,) = re.findall(rf"^  --trainer\.{key}\.{argument.name}[ ,].*\n\s+(.*)", text, re.MULTILINE)
         what, _, kind = explained.partition(" (")
         assert what
         assert explained.startswith(" ".join((documented[argument.name] or "").split()))
