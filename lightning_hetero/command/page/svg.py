@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
 
-__all__ = ["GRID", "INK", "MUTED", "SERIES", "Tips", "clean", "draw"]
+__all__ = ["CARD", "GRID", "INK", "MUTED", "SERIES", "Tips", "clean", "draw"]
 
 # stand-ins: each becomes a variable of the page's style, which has a light and a dark value
-INK, GRID, MUTED = "#010101", "#010102", "#010103"
+INK, GRID, MUTED, CARD = "#010101", "#010102", "#010103", "#010104"
 SERIES = tuple(f"#0101{16 + i:02x}" for i in range(8))
-_VARIABLES = {INK: "ink", GRID: "grid", MUTED: "muted", **{colour: f"c{i}" for i, colour in enumerate(SERIES)}}
+_VARIABLES = {INK: "ink", GRID: "grid", MUTED: "muted", CARD: "card", **{colour: f"c{i}" for i, colour in enumerate(SERIES)}}
 
 _MOST_CHARACTERS = 200
 _STYLE = {
@@ -87,7 +87,7 @@ def draw(name: str, label: str, size: tuple[float, float], paint: Callable[[Figu
             axes.patch.set_alpha(0)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(out, metadata=metadata)
-    return Markup(_for_page(out.getvalue(), name, label, tips.texts))  # noqa: S704  # matplotlib escapes its texts
+    return Markup(_for_page(out.getvalue(), name, label, tips.texts))  # matplotlib has escaped its texts
 
 
 def _for_page(svg: str, name: str, label: str, tips: Sequence[str]) -> str:
