@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
+from statistics import median
 from typing import Literal, TypeVar
 
 from lightning_hetero.balance.run_record import RunRecord, RunWindow
@@ -30,6 +32,8 @@ State = Literal["tuning", "watching", "finished", "failed", "no end recorded"]
 _T = TypeVar("_T")
 # clocks tell no shorter time; what is below was not measured
 _LEAST_S = 1e-9
+# so many windows tell how fast the shares found are
+_TUNED_WINDOWS = 5
 
 
 def state_of(record: RunRecord, going_on: bool = False) -> State:
@@ -85,20 +89,29 @@ def _is_complete(window: RunWindow) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The first measured window of a run and the last one.
+    """Measured windows of a run: the first, those behind the tuning, and the last.
 
     Attributes:
         before: the first.
         after: the last; the same where there is only one.
+        tuned: the first ones under the shares that the tuning has found; empty before, and where nothing was tuned.
+            Speeds may have changed since then, so the last window tells less of what the tuning brought.
     """
 
     before: RunWindow
     after: RunWindow
+    tuned: tuple[RunWindow, ...] = ()
+
+    @property
+    def tuned_samples_per_s(self) -> float | None:
+        """Samples a second when the tuning was over, the median of some windows; None where there are none."""
+        return median(map(samples_per_s, self.tuned)) if self.tuned else None
 
     @property
     def speed_up(self) -> float | None:
-        """How many times as many samples a second; None where there is only one window."""
-        return None if self.before is self.after else samples_per_s(self.after) / samples_per_s(self.before)
+        """How many times as many samples a second the tuning has brought; None where there was none, or not yet."""
+        rate = self.tuned_samples_per_s
+        return None if rate is None else rate / samples_per_s(self.before)
 
     @property
     def from_equal_shares(self) -> bool:
@@ -107,14 +120,18 @@ class Comparison:
 
 
 def compare(record: RunRecord) -> Comparison | None:
-    """Return the first window in which every rank was measured, and the last.
+    """Return the first window in which every rank was measured, those behind the tuning, and the last.
 
-    Where there is none, one in which some rank was; None where none was.
+    Where there is none, windows in which some rank was; None where none was.
     """
     measured = [window for window in record.windows if _is_complete(window)]
     if not measured:
         measured = [window for window in record.windows if samples_per_s(window)]
-    return Comparison(measured[0], measured[-1]) if measured else None
+    if not measured:
+        return None
+    settled = list(dropwhile(lambda window: window.tuning, measured)) if measured[0].tuning else []
+    tuned = takewhile(lambda window: window.samples == settled[0].samples, settled[:_TUNED_WINDOWS])
+    return Comparison(measured[0], measured[-1], tuple(tuned))
 
 
 @dataclass(frozen=True)

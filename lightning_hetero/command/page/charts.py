@@ -53,7 +53,7 @@ def time_line_chart(comparison: Comparison, shown: ShownRanks) -> Markup:
         names = [("own work", OWN), ("communication", COMMUNICATION), ("waiting for slower ranks", WAITING)]
         _legend(figure, names, columns=3)
 
-    label = "Horizontal bars, one a rank: own work, communication and waiting in a step, before and after the balancing."
+    label = "Horizontal bars, one a rank: own work, communication and waiting in a step, at first and lately."
     return draw("time-line", label, (_WIDTH, height), paint)
 
 
@@ -192,7 +192,7 @@ def step_time_chart(windows: Sequence[RunWindow], shown: ShownRanks) -> Markup |
         axes.set_ylabel("own time of a step, ms")
         _legend(figure, shown.legend)
 
-    label = "Points: measured own time of a step over the size of the mini-batch. Lines: the fitted step time of each rank."
+    label = "Points: measured own time of a step over the size of the mini-batch. Lines: the fitted step times."
     return draw("step-times", label, (_WIDTH, 3.4), paint)
 
 

@@ -71,6 +71,7 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
         refresh_s=None if refresh_s is None else max(1, round(refresh_s)),
         comparison=comparison,
         rates=None if comparison is None else (samples_per_s(comparison.before), samples_per_s(comparison.after)),
+        tuned_rate=None if comparison is None else comparison.tuned_samples_per_s,
         efficiency=None if comparison is None else efficiency(comparison.after),
         charts=_batch_charts(record, comparison, shown) | _stage_charts(record),
         shown=shown,
@@ -166,7 +167,9 @@ def _stage_rows(record: RunRecord, stages: RunStages) -> list[_StageRow]:
                 rank=rank,
                 host=device.host,
                 device=device.name if device.device in ("cpu", "") else f"{device.device} {device.name}",
-                layers=f"{end - first} (layer {first})" if end - first == 1 else f"{end - first} ({first} to {end - 1})",
+                layers=f"{end - first} (layer {first})"
+                if end - first == 1
+                else f"{end - first} ({first} to {end - 1})",
                 forward_s=stages.forward_s[stage] if stages.forward_s else None,
                 backward_s=stages.backward_s[stage] if stages.backward_s else None,
             )

@@ -7,11 +7,10 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -22,10 +21,11 @@ __all__ = ["CARD", "GRID", "INK", "MUTED", "SERIES", "Tips", "clean", "draw"]
 # stand-ins: each becomes a variable of the page's style, which has a light and a dark value
 INK, GRID, MUTED, CARD = "#010101", "#010102", "#010103", "#010104"
 SERIES = tuple(f"#0101{16 + i:02x}" for i in range(8))
-_VARIABLES = {INK: "ink", GRID: "grid", MUTED: "muted", CARD: "card", **{colour: f"c{i}" for i, colour in enumerate(SERIES)}}
+_VARIABLES = {INK: "ink", GRID: "grid", MUTED: "muted", CARD: "card"}
+_VARIABLES |= {colour: f"c{i}" for i, colour in enumerate(SERIES)}
 
 _MOST_CHARACTERS = 200
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lightning_hetero",
     "text.parse_math": False,  # a $ in the name of a device is a $
@@ -86,7 +86,7 @@ def draw(name: str, label: str, size: tuple[float, float], paint: Callable[[Figu
         for axes in figure.axes:
             axes.patch.set_alpha(0)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(out, metadata=metadata)
+        figure.savefig(out, format="svg", metadata=metadata)
     return Markup(_for_page(out.getvalue(), name, label, tips.texts))  # matplotlib has escaped its texts
 
 
