@@ -82,11 +82,12 @@ def find_record(run: Path | None) -> Path:
         if found is None:
             raise ConfigurationError(f"found no {_PATTERN} below {Path.cwd()}. {_HOW} Name it: RUN.")
         return found
-    if run.is_file():
+    # unlike those of `Path`, these functions raise for no name
+    if os.path.isfile(run):
         return run
-    if not run.exists():
+    if not os.path.exists(run):
         raise ConfigurationError(f"`RUN` must be a file or a directory, got {run}, which does not exist.")
-    if not run.is_dir():
+    if not os.path.isdir(run):
         raise ConfigurationError(f"`RUN` must be a file or a directory, got {run}, which is neither.")
     found = _newest(file for file in _files(run) if file.parent == run) or _newest(_below(run))
     if found is None:
@@ -138,8 +139,8 @@ def _write(record: RunRecord, path: Path, output: Path, refresh_s: float | None)
             f"`report` needs jinja2 and matplotlib ({error}): pip install 'lightning-hetero[report]'"
         ) from error
     page = build(record, refresh_s, name=str(path))
-    if output.is_dir():
-        raise ConfigurationError(f"`--output` must be a file, got the directory {output}.")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise ConfigurationError(f"`--output` must be a file, got {output}, which is none.")
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         try:
@@ -154,14 +155,18 @@ def _write(record: RunRecord, path: Path, output: Path, refresh_s: float | None)
 
 
 def _follow(path: Path, output: Path, interval_s: float) -> None:
-    record, size = _read(path), -1
+    size = None
     try:
-        while record.end is None:
+        while True:
             time.sleep(interval_s)
-            if path.exists() and path.stat().st_size != size:
+            with suppress(OSError):
+                if path.stat().st_size == size:
+                    continue
                 size = path.stat().st_size
-                record = _read(path)
-                _write(record, path, output, interval_s if record.end is None else None)
+            record = _read(path)
+            _write(record, path, output, interval_s if record.end is None else None)
+            if record.end is not None:
+                return
     except KeyboardInterrupt:
         # the page stops to load itself anew
         _write(_read(path), path, output, None)

@@ -20,7 +20,7 @@ from lightning_hetero.balance.run_summary import (
     thinned,
 )
 from lightning_hetero.command.page.ranks import ShownRanks
-from lightning_hetero.command.page.svg import INK, MUTED, SERIES, Tips, draw
+from lightning_hetero.command.page.svg import INK, MUTED, SERIES, Tips, draw, number
 
 __all__ = ["efficiency_chart", "memory_chart", "share_chart", "step_time_chart", "time_line_chart"]
 
@@ -43,13 +43,12 @@ def time_line_chart(comparison: Comparison, shown: ShownRanks) -> Markup:
     height = 0.75 + rows * (0.5 + (0.32 if few else 0.2) * len(shown.ranks))
 
     def paint(figure: Figure, tips: Tips) -> None:
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=not few, squeeze=False)
         for axes, (title, window) in zip(grid.flat, windows, strict=True):
-            axes.set_title(f"{title} (up to step {window.step}): {samples_per_s(window):.4g} samples/s")
+            axes.set_title(f"{title} (up to step {window.step}): {number(samples_per_s(window))} samples/s")
             _bars(axes, window, shown, tips, labelled=few)
         for axes in grid[-1]:
             axes.set_xlabel("milliseconds since the step began")
-        grid[0][0].invert_yaxis()
         names = [("own work", OWN), ("communication", COMMUNICATION), ("waiting for slower ranks", WAITING)]
         _legend(figure, names, columns=3)
 
@@ -71,6 +70,7 @@ def _bars(axes: Axes, window: RunWindow, shown: ShownRanks, tips: Tips, labelled
             left += 1e3 * seconds
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(shown.ranks)), [_row(rank, window, labelled) for rank in shown.ranks])
+    axes.set_ylim(len(shown.ranks) - 0.5, -0.5)  # the first rank on top
 
 
 def _row(rank: int, window: RunWindow, labelled: bool) -> str:
@@ -106,7 +106,7 @@ def share_chart(
                 bbox={"boxstyle": "circle,pad=0.2", "facecolor": "none", "edgecolor": MUTED, "linewidth": 0.6},
             )
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(lambda part, _: f"{100 * part:.3g}%")
         axes.set_ylabel("part of the global batch")
         _steps(axes)
         _legend(figure, shown.legend)

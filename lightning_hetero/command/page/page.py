@@ -36,7 +36,7 @@ from lightning_hetero.command.page.pipeline_charts import (
     recorded_passes,
 )
 from lightning_hetero.command.page.ranks import ShownRanks, shown_ranks
-from lightning_hetero.command.page.svg import clean
+from lightning_hetero.command.page.svg import clean, number
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["build"]
@@ -57,12 +57,12 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
     Raises:
         ConfigurationError: the record has numbers that no run has.
     """
-    if any(number > _MOST_NUMBER for number in _numbers(record)):
+    if any(value > _MOST_NUMBER for value in _numbers(record)):
         raise ConfigurationError(f"{name} must have numbers below {_MOST_NUMBER:g}, got larger ones: it is damaged.")
     comparison = compare(record)
     shown = shown_ranks(record.header.devices, None if comparison is None else comparison.after)
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True)
-    environment.filters.update(ms=_milliseconds, percent=_percent, number=_number, duration=_duration)
+    environment.filters.update(ms=_milliseconds, percent=_percent, number=number, duration=_duration)
     template = environment.from_string(files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8"))
     return template.render(
         record=record,
@@ -215,10 +215,6 @@ def _milliseconds(seconds: float | None) -> str | None:
 
 def _percent(part: float | None) -> str | None:
     return None if part is None else f"{part:.0%}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
 
-__all__ = ["CARD", "GRID", "INK", "MUTED", "SERIES", "Tips", "clean", "draw"]
+__all__ = ["CARD", "GRID", "INK", "MUTED", "SERIES", "Tips", "clean", "draw", "number"]
 
 # stand-ins: each becomes a variable of the page's style, which has a light and a dark value
 INK, GRID, MUTED, CARD = "#010101", "#010102", "#010103", "#010104"
@@ -54,6 +54,11 @@ def clean(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Return a text of a record without what no page can show (control characters, halves of surrogate pairs)."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: most + 1])
     return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def number(value: float) -> str:
+    """Return a number of samples a second for people."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class Tips:
