@@ -93,12 +93,12 @@ def share_chart(
             )
             tips.add(line, f"rank {rank}: {kept[-1][1][rank]} samples")
         numbered = thinned(list(enumerate(changes, start=1)), _MOST_MARKERS)
-        for level, (number, change) in enumerate(numbered):
+        for level, (position, change) in enumerate(numbered):
             mark = axes.axvline(change.step, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-            tips.add(mark, f"change {number}, step {change.step}")
+            tips.add(mark, f"change {position}, step {change.step}")
             # neighbours stand on two levels, so that they can be told apart
             axes.annotate(
-                str(number),
+                str(position),
                 (change.step, 1.02 + 0.07 * (level % 2)),
                 xycoords=("data", "axes fraction"),
                 ha="center",

@@ -121,8 +121,8 @@ class _RankRow:
     host: str
     device: str
     samples: tuple[int, ...]
-    own_s: tuple[float, ...]
-    waiting_s: tuple[float, ...]
+    own_s: tuple[float | None, ...]
+    waiting_s: tuple[float | None, ...]
     waits: tuple[float | None, ...]
 
 
@@ -138,8 +138,8 @@ def _rank_rows(record: RunRecord, comparison: Comparison | None) -> list[_RankRo
             host=device.host,
             device=device.name if device.device in ("cpu", "") else f"{device.device} {device.name}",
             samples=tuple(window.samples[rank] for window in windows),
-            own_s=tuple(window.own_s[rank] for window in windows),
-            waiting_s=tuple(window.waiting_s[rank] for window in windows),
+            own_s=tuple(window.own_s[rank] or None for window in windows),  # 0 where it measured nothing
+            waiting_s=tuple(window.waiting_s[rank] if window.own_s[rank] else None for window in windows),
             waits=tuple(fractions[rank] for fractions in waits),
         )
         for rank, device in enumerate(record.header.devices)
@@ -208,9 +208,9 @@ def _shown(value: Any) -> Any:
 
 
 def _milliseconds(seconds: float | None) -> str | None:
-    if not seconds:
-        return None  # nothing was measured
-    return f"{1e3 * seconds:.4g}" if seconds < 0.01 else f"{1e3 * seconds:.1f}"
+    if seconds is None:
+        return None
+    return f"{1e3 * seconds:.2f}" if seconds < 0.01 else f"{1e3 * seconds:.1f}"
 
 
 def _percent(part: float | None) -> str | None:

@@ -6,7 +6,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -102,19 +102,19 @@ def _for_page(svg: str, name: str, label: str, tips: Sequence[str]) -> str:
     body = re.sub(r'<g id="tip-(\d+)">', lambda m: f"<g><title>{html.escape(tips[int(m[1])])}</title>", body)
     # what nothing refers to needs no id, the others one that is theirs alone
     used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', body))
-    body = re.sub(r' id="([\w-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r' id="([^"<>]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", body)
-    body = _with_variables(body, _VARIABLES)
-    body = re.sub(r"font: ([^;\"]*?)([\d.]+px) '[^;\"]*", r"font: \1\2 var(--font)", body)
+    body = re.sub(r'style="[^"<>]*"', lambda m: _style_of_page(m[0]), body)
     return (
         f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label)}" xmlns="http://www.w3.org/2000/svg"'
         f' xmlns:xlink="http://www.w3.org/1999/xlink">{body.rstrip()}'
     )
 
 
-def _with_variables(body: str, variables: Mapping[str, str]) -> str:
+def _style_of_page(style: str) -> str:
+    style = re.sub(r"font: ([^;\"]*?)([\d.]+px) '[^;\"]*", r"font: \1\2 var(--font)", style)
     return re.sub(
         r"(fill|stroke): (#0101[0-9a-f]{2})\b",
-        lambda m: f"{m[1]}: var(--{variables[m[2]]})" if m[2] in variables else m[0],
-        body,
+        lambda m: f"{m[1]}: var(--{_VARIABLES[m[2]]})" if m[2] in _VARIABLES else m[0],
+        style,
     )
