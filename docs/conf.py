@@ -43,4 +43,5 @@ from lightning_hetero.testing import *
 """
 
 # the pages of other projects are on the network
-nitpick_ignore_regex = [(r"py:.*", r"(collections\.abc|lightning|torch)\..*")]
+nitpick_ignore_regex = [
+    ("py:class", r"datetime\..*"),(r"py:.*", r"(collections\.abc|lightning|torch)\..*")]

@@ -20,7 +20,8 @@ _PATTERN = "hetero_run*.jsonl"
 _LOGS = "lightning_logs"
 _HOW = (
     f"`LoadBalancer`, which `hetero_ddp` has, writes {_PATTERN} into the directory of the Trainer's first logger, for"
-    " example lightning_logs/version_0 with `Trainer(logger=True)`; without a logger it writes none."
+    " example lightning_logs/version_0 with `Trainer(logger=True)`; without a logger it writes none. With"
+    " `hetero_pipeline` the callback `PipelineRecorder` does."
 )
 
 

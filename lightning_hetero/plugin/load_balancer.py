@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_hetero.balance.advice import Advice, advise, efficiency
 from lightning_hetero.balance.batch_solver import predicted_step_s
 from lightning_hetero.balance.caps import limits_of_passes
+from lightning_hetero.balance.change_reason import change_reason
 from lightning_hetero.balance.memory_model import MemoryModel
 from lightning_hetero.balance.passes import pass_sizes
 from lightning_hetero.balance.rebalance import Rebalancer, Verdict, Window
@@ -129,6 +130,7 @@ class LoadBalancer(Callback):
         self._guess_is_due = False
         self._improved = False
         self._efficiency: float | None = None
+        self._times_before: tuple[StepTime, ...] = ()
         self._reports_of_ranks: tuple[RankReport, ...] = ()
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
@@ -306,9 +308,14 @@ class LoadBalancer(Callback):
             self._change(
                 decision.first_step,
                 verdict.plan,
-                f"predicted: {1 + verdict.gain:.2f}x as many samples/s",
+                change_reason(verdict.gain, current, self._times_before, verdict.step_times),
                 0 if self.finished or verdict.tuned else self._rebalancer.tune_steps_left,
             )
+        if verdict.plan != current:
+            self._times_before = ()
+        if verdict.tuned and not self._times_before:
+            # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
+            self._times_before = verdict.step_times
         if verdict.tuned and not self.finished:
             self.finished = True
             if not self._improved:
