@@ -44,4 +44,5 @@ from lightning_hetero.testing import *
 
 # the pages of other projects are on the network
 nitpick_ignore_regex = [
-    ("py:class", r"datetime\..*"),(r"py:.*", r"(collections\.abc|lightning|torch)\..*")]
+    (r"py:.*", r"(collections\.abc|datetime|lightning|torch)\..*"),
+]

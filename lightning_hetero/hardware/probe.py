@@ -9,7 +9,7 @@ import torch
 
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.hardware.nvml import Nvml
-from lightning_hetero.hardware.processor import processor_name
+from lightning_hetero.hardware.processor_name import processor_name
 
 __all__ = ["DeviceProbe", "TorchDeviceProbe"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +11,9 @@ import psutil
 
 from lightning_hetero.balance.device_report import PROCESSOR, DeviceReport
 from lightning_hetero.hardware.cgroup import cpu_quota, memory_limit
+from lightning_hetero.hardware.processor_name import processor_name
 
-__all__ = ["LoadMeter", "processor_name", "processor_report"]
+__all__ = ["LoadMeter", "processor_report"]
 
 
 class LoadMeter:
@@ -54,17 +54,6 @@ def processor_report(load: LoadMeter, root: Path = Path("/")) -> DeviceReport:
         logical_cores=logical,
         usable_cores=min(float(_allowed_cores(logical)), quota or float(logical)),
     )
-
-
-def processor_name(root: Path = Path("/")) -> str:
-    """Return the model of the processor."""
-    cpuinfo = root / "proc/cpuinfo"
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine() or "cpu"
 
 
 def _allowed_cores(logical: int) -> int:

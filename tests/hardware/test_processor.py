@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from lightning_hetero.hardware.cgroup import cpu_quota, memory_limit
-from lightning_hetero.hardware.processor import LoadMeter, processor_name, processor_report
+from lightning_hetero.hardware.processor import LoadMeter, processor_report
+from lightning_hetero.hardware.processor_name import processor_name
 
 V2 = {"proc/self/cgroup": "0::/pod/task\n"}
 V1 = {"proc/self/cgroup": "5:memory:/job\n4:cpu,cpuacct:/job\n0::/\n"}
