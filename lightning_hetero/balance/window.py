@@ -25,8 +25,8 @@ def summarise(timings: Sequence[StepTiming]) -> WindowTiming | None:
     """Describe the latest steps of one size and one speed.
 
     Args:
-        timings: measured steps in their order. Steps without samples or without a finite positive time are left out, and
-            so are those whose waiting was not finite: no clock that works has measured them.
+        timings: measured steps in their order. Steps without samples or without a finite positive time are left out,
+            and so are those whose waiting was not finite: no clock that works has measured them.
 
     Returns:
         The summary, or None where no usable step is left.

@@ -1,8 +1,8 @@
 """A store that holds nothing of ranks that have died, for ranks that torchrun has started again.
 
 torchrun keeps one store over all restarts.  A rank that is back before a peer would read there where that peer was
-listening before it died, and fail to connect (https://github.com/pytorch/pytorch/issues/135712); it would also read what
-failed then.  torchrun's count of restarts does not tell attempts apart: each node counts for itself.
+listening before it died, and fail to connect (https://github.com/pytorch/pytorch/issues/135712); it would also read
+what failed then.  torchrun's count of restarts does not tell attempts apart: each node counts for itself.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import os
 import time
 import uuid
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not exported
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["attempt_store", "may_be_stale"]
 
@@ -25,7 +29,7 @@ def may_be_stale() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> Store:
     """Connect to torchrun's store and return a part of it that belongs to these ranks alone.
 
     Args:
@@ -38,11 +42,11 @@ def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: 
     Raises:
         TimeoutError: not all ranks have come in time; the message names those that have not, on rank 0.
     """
-    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(_attempt(store, rank, world_size, timeout.total_seconds()), store)
+    store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    return PrefixStore(_attempt(store, rank, world_size, timeout.total_seconds()), store)
 
 
-def _attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+def _attempt(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """Return a name of this attempt, the same on all ranks and never used before.
 
     Every other rank shows a number that it has just drawn, and believes rank 0 only if that answers this very number;
@@ -72,7 +76,7 @@ def _attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) ->
     return f"{_KEY}/{mine}"
 
 
-def _read(store: dist.Store, key: str) -> str:
+def _read(store: Store, key: str) -> str:
     return str(store.get(key).decode()) if store.check([key]) else ""
 
 

@@ -11,6 +11,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_hetero.distributed.attempt_store import attempt_store, may_be_stale
@@ -65,12 +66,13 @@ class BaseStrategy(DDPStrategy):
             self.set_world_ranks()
             self._process_group_backend = self._get_process_group_backend()
             where = environment.main_address, environment.main_port
+            timeout = self._timeout or default_pg_timeout
             _init_dist_connection(
                 environment,
                 self._process_group_backend,
-                timeout=self._timeout,
+                timeout=timeout,
                 device_id=None if self.root_device.type == "cpu" else self.root_device,
-                store=attempt_store(*where, self.global_rank, self.world_size, self._timeout),
+                store=attempt_store(*where, self.global_rank, self.world_size, timeout),
             )
         super().setup_distributed()  # which leaves a process group that there is
 

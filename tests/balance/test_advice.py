@@ -23,6 +23,11 @@ def test_proportional_devices_are_fully_used() -> None:
     assert advice.sentences() == []
 
 
+def test_a_rank_without_samples_adds_nothing_to_what_ranks_do_alone() -> None:
+    times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.0)]
+    assert efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
+
+
 def test_communication_counts_against_efficiency() -> None:
     advice = advise([StepTime(0, 0.001), StepTime(0, 0.002)], BatchPlan((64, 32)), NO_LIMITS, communication_s=0.016)
     assert advice.step_s == pytest.approx(0.080)

@@ -1,7 +1,7 @@
 """A training that something happens to; run by torchrun, or by hand in an environment like SLURM's.
 
-Its one argument is a JSON object: see :class:`Job`.  Every rank appends the samples of each training step to a ledger, and
-writes what it has found when the training is over.
+Its one argument is a JSON object: see :class:`Job`.  Every rank appends the samples of each training step to a ledger,
+and writes what it has found when the training is over.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Job:
 def happen(job: Job, fault: Fault) -> None:
     """Let it happen to this process."""
     next(mark for n in range(len(job.faults)) if not (mark := job.mark_of(n)).exists()).touch()
-    print(f"rank {fault.rank}: {fault.what} in {fault.when} {fault.step}", flush=True)
+    sys.stderr.write(f"rank {fault.rank}: {fault.what} in {fault.when} {fault.step}\n")
     if fault.what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.what == "stop":
@@ -108,13 +108,11 @@ class Happening(Callback):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.fault = job.next_fault
 
     def maybe(self, trainer: Trainer, when: str, step: int) -> None:
-        fault = self.fault
+        fault = self.job.next_fault  # the one before it may have been another rank's
         if fault is not None and (fault.rank, fault.when) == (trainer.global_rank, when) and step >= fault.step:
             happen(self.job, fault)
-            self.fault = self.job.next_fault
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
@@ -126,7 +124,7 @@ class Happening(Callback):
             self.maybe(trainer, "replan", first_step)
 
         strategy.change_plan = change_plan  # type: ignore[method-assign]
-        if trainer.is_global_zero and self.fault is not None and self.fault.when == "checkpoint":
+        if trainer.is_global_zero:
             torch.save = self.half_of(torch.save, trainer)
 
     def half_of(self, save: Callable[..., None], trainer: Trainer) -> Callable[..., None]:

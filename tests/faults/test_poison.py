@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
 
