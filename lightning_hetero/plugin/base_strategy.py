@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_hetero.distributed.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
+from lightning_hetero.distributed.leave_group import leave_group_at_exit
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
@@ -75,6 +76,7 @@ class BaseStrategy(DDPStrategy):
                 store=attempt_store(*where, self.global_rank, self.world_size, timeout),
             )
         super().setup_distributed()  # which leaves a process group that there is
+        leave_group_at_exit()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -9,7 +9,7 @@ from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hetero.balance.advice import advise
+from lightning_hetero.balance.advice import advise, efficiency
 from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 
