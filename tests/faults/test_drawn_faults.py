@@ -172,10 +172,9 @@ class Module(SmallModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         batch = self.schedule.batches[min(self.trainer.current_epoch, EPOCHS - 1)]
-        workers = self.schedule.workers
-        return DataLoader(
-            Numbered(SIZE), batch_size=batch // self.trainer.world_size, shuffle=True, num_workers=workers
-        )
+        # a pool's ranks would start their workers anew by default, which takes as long as a rank
+        workers = {"num_workers": 1, "multiprocessing_context": "fork"} if self.schedule.workers else {}
+        return DataLoader(Numbered(SIZE), batch_size=batch // self.trainer.world_size, shuffle=True, **workers)  # type: ignore[arg-type]
 
     def evaluate(self) -> None:
         """Read the parameters on all ranks, as a callback of a user might."""
