@@ -24,7 +24,7 @@ def test_proportional_devices_are_fully_used() -> None:
 
 
 def test_a_rank_without_samples_adds_nothing_to_what_ranks_do_alone() -> None:
-    times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.0)]
+    times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.003)]
     assert efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
 
 
