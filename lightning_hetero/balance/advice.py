@@ -107,7 +107,7 @@ def efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s:
         communication_s: what a step takes besides the slowest rank's own time.
     """
     step_s = predicted_step_s(step_times, plan) + communication_s
-    alone = sum(n / time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True))
+    alone = sum(n / time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True) if n)
     return plan.global_batch_size / step_s / alone
 
 

@@ -164,7 +164,7 @@ class Rebalancer:
         if keeps_limits(self.current, self._limits):
             return self._verdict(self.current, (), 0.0)
         batch = self.current.global_batch_size
-        return self._change(proportional_plan(self.current.samples, batch, self._limits, min_samples=1), (), 0.0)
+        return self._change(proportional_plan(self.current.shares, batch, self._limits, min_samples=1), (), 0.0)
 
     # ---- judgement -------------------------------------------------------------------------------------------------
 

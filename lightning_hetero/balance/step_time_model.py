@@ -67,9 +67,14 @@ class StepTimeModel:
         self._surprise: _Floats = np.full(world_size, _FIRST_SURPRISE)
 
     @property
+    def unmeasured(self) -> tuple[int, ...]:
+        """The ranks of which nothing is known yet."""
+        return tuple(int(rank) for rank in np.flatnonzero(self._scale_n == 0))
+
+    @property
     def ready(self) -> bool:
         """Whether every rank was measured."""
-        return bool(np.all(self._scale_n > 0))
+        return not self.unmeasured
 
     def observe(self, windows: Sequence[WindowTiming | None]) -> None:
         """Learn from one window of each rank, shape ``(world_size,)``; None where a rank measured nothing."""

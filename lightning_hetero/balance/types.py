@@ -177,6 +177,11 @@ class BatchPlan:
         return sum(self.samples)
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Positive numbers in these proportions; half a sample stands for none."""
+        return tuple(max(n, 0.5) for n in self.samples)
+
+    @property
     def is_equal(self) -> bool:
         """Whether every rank has the same number of samples."""
         return len(set(self.samples)) == 1

@@ -25,7 +25,8 @@ def summarise(timings: Sequence[StepTiming]) -> WindowTiming | None:
     """Describe the latest steps of one size and one speed.
 
     Args:
-        timings: measured steps in their order. Steps without samples or without a finite positive time are left out.
+        timings: measured steps in their order. Steps without samples or without a finite positive time are left out,
+            and so are those whose waiting was not finite: no clock that works has measured them.
 
     Returns:
         The summary, or None where no usable step is left.
@@ -35,7 +36,7 @@ def summarise(timings: Sequence[StepTiming]) -> WindowTiming | None:
         >>> window.steps, round(window.own_s, 3)
         (3, 0.1)
     """
-    usable = [t for t in timings if t.samples > 0 and math.isfinite(t.own_s) and t.own_s > 0]
+    usable = [t for t in timings if t.samples > 0 and math.isfinite(t.own_s + t.waiting_s) and t.own_s > 0]
     if not usable:
         return None
     samples = usable[-1].samples

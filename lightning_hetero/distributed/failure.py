@@ -73,31 +73,39 @@ def why_communication_failed(error: BaseException) -> str | None:
     """
     if isinstance(error, HeteroError) or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(str(error)):
         return None
+    if not dist.is_initialized():
+        return None  # there are no peers yet
     found: list[list[int]] = []
-    search = threading.Thread(target=lambda: found.append(_silent_ranks()), daemon=True)
+    enough = threading.Event()
+    search = threading.Thread(target=lambda: found.append(_silent_ranks(enough)), daemon=True)
     search.start()
-    search.join(2 * _PATIENCE_S)
+    try:
+        search.join(2 * _PATIENCE_S)
+    finally:  # a signal may cut this short, and a thread that is inside the store then would abort the process
+        enough.set()
+        search.join(1.0)
     reason = announced() if found else None  # it may have come late
     if reason is not None:
         return reason
     if not found:
         return "the rank that keeps the ranks' common store (rank 0, or torchrun on its node) does not answer"
-    ranks = ", ".join(map(str, found[0])) or "none"
+    if not found[0]:
+        return f"communication has broken off, although every rank answers; this rank says: {error}"
+    ranks = ", ".join(map(str, found[0]))
     return (
         f"rank {ranks} does not answer (it is stopped, gone, cut off from the network, or at another point of the"
         f" program); this rank says: {error}"
     )
 
 
-def _silent_ranks() -> list[int]:
-    silent = set(range(dist.get_world_size())) - {dist.get_rank()} if dist.is_initialized() else set()
+def _silent_ranks(enough: threading.Event) -> list[int]:
+    silent = set(range(dist.get_world_size())) - {dist.get_rank()}
     with suppress(Exception):
         store = _store()
         store.set(f"{_SEEN}/{dist.get_rank()}", "1")
         deadline = time.monotonic() + _PATIENCE_S
-        while silent and time.monotonic() < deadline and not store.check([_KEY]):
+        while silent and time.monotonic() < deadline and not store.check([_KEY]) and not enough.wait(0.05):
             silent -= {rank for rank in silent if store.check([f"{_SEEN}/{rank}"])}
-            time.sleep(0.05)
     return sorted(silent)
 
 

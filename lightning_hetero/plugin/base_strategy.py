@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import traceback
 
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_hetero.distributed.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
+from lightning_hetero.distributed.leave_group import leave_group_at_exit
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
@@ -54,6 +59,24 @@ class BaseStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         forget()  # what an earlier run of this process has left
         super().setup_environment()
+
+    @override
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        if isinstance(environment, TorchElasticEnvironment) and may_be_stale() and not dist.is_initialized():
+            self.set_world_ranks()
+            self._process_group_backend = self._get_process_group_backend()
+            where = environment.main_address, environment.main_port
+            timeout = self._timeout or default_pg_timeout
+            _init_dist_connection(
+                environment,
+                self._process_group_backend,
+                timeout=timeout,
+                device_id=None if self.root_device.type == "cpu" else self.root_device,
+                store=attempt_store(*where, self.global_rank, self.world_size, timeout),
+            )
+        super().setup_distributed()  # which leaves a process group that there is
+        leave_group_at_exit()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -319,16 +319,20 @@ class LoadBalancer(Callback):
         if verdict.tuned and not self.finished:
             self.finished = True
             if not self._improved:
-                self._the_log.say(
-                    f"the shares stay {list(verdict.plan.samples)}; no others are predicted to be more"
-                    f" than {self.min_gain:.0%} faster"
-                )
+                self._the_log.say(f"the shares stay {list(verdict.plan.samples)}; {self._why_they_stay(verdict)}")
                 self._give_advice()
         self._start_window(decision.first_step, verdict.window)
         if self.finished and not (self.watch_steps or self._reports):
             self._stop_measuring()
         elif verdict.window.skipped_steps > 2:
             strategy.timer.disable()
+
+    def _why_they_stay(self, verdict: Verdict) -> str:
+        if verdict.step_times:
+            return f"no others are predicted to be more than {self.min_gain:.0%} faster"
+        assert self._rebalancer is not None
+        ranks = ", ".join(map(str, self._rebalancer.model.unmeasured))  # rank zero knows, and prints
+        return f"no step of rank {ranks} could be timed, so nothing is known of others"
 
     @property
     def _reports(self) -> bool:

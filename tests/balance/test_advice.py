@@ -9,7 +9,7 @@ from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_hetero.balance.advice import advise
+from lightning_hetero.balance.advice import advise, efficiency
 from lightning_hetero.balance.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 
@@ -21,6 +21,11 @@ def test_proportional_devices_are_fully_used() -> None:
     assert advice.speed_up == pytest.approx(1.5)
     assert advice.efficiency == pytest.approx(1.0)
     assert advice.sentences() == []
+
+
+def test_a_rank_without_samples_adds_nothing_to_what_ranks_do_alone() -> None:
+    times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.003)]
+    assert efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
 
 
 def test_communication_counts_against_efficiency() -> None:

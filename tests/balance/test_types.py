@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lightning_hetero.balance.batch_solver import proportional_plan
 from lightning_hetero.balance.types import BatchPlan, BatchSlice, PlanSchedule, StepTime, weight_in_mean
 from lightning_hetero.exceptions import ConfigurationError
 
@@ -26,6 +27,10 @@ def test_a_change_replaces_those_that_were_due_later() -> None:
 def test_schedule_survives_json() -> None:
     schedule = PlanSchedule.constant(BatchPlan((4, 4))).with_change(5, BatchPlan((2, 6)))
     assert PlanSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+def test_a_plan_can_be_divided_anew_where_a_rank_has_no_sample() -> None:
+    assert proportional_plan(BatchPlan((0, 6, 12)).shares, 36, min_samples=1).samples == (1, 12, 23)
 
 
 @pytest.mark.parametrize(

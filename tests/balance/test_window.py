@@ -64,7 +64,9 @@ def test_only_the_latest_size_counts() -> None:
 def test_unusable_steps_are_left_out() -> None:
     assert summarise([]) is None
     assert summarise([StepTiming(0, 0.1), StepTiming(8, 0.0), StepTiming(8, math.nan), StepTiming(8, math.inf)]) is None
-    window = summarise([StepTiming(8, math.nan), *steps(0.1)])
+    window = summarise(
+        [StepTiming(8, math.nan), StepTiming(8, 0.1, math.nan), StepTiming(8, 0.1, math.inf), *steps(0.1)]
+    )
     assert window is not None
     assert window.own_s == 0.1
 

@@ -1,0 +1,33 @@
+"""End the process group before the interpreter does.
+
+gloo's threads may still hold tensors of the last collective when the interpreter is taken down, and abort the process
+then: a training that has finished would look like one that has failed, and torchrun would start it again
+(https://github.com/pytorch/pytorch/pull/179291).
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+
+import torch.distributed as dist
+
+__all__ = ["leave_group_at_exit"]
+
+# A group whose peers are gone may wait for them until its time-out; that must not keep this process.
+_PATIENCE_S = 5.0
+
+
+def leave_group_at_exit() -> None:
+    """Have this process leave gloo's group when it ends without an error; may be called more than once."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    failed = hasattr(sys, "last_type")
+    if dist.is_initialized() and dist.get_backend() == "gloo" and not failed:
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_PATIENCE_S)

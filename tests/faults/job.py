@@ -1,0 +1,241 @@
+"""A training that something happens to; run by torchrun, or by hand in an environment like SLURM's.
+
+Its one argument is a JSON object: see :class:`Job`.  Every rank appends the samples of each training step to a ledger,
+and writes what it has found when the training is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from training import SEED, Numbered, SmallModule, flat
+
+from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.testing import SlowDown
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one rank, once.
+
+    Attributes:
+        rank: whom it happens to.
+        what: "kill", "stop" or "raise"; "none" for nothing.
+        when: "step", "replan", "checkpoint", "validation", or "sample": inside the data set.
+        step: it happens at this training step, or at the first such moment from it on.
+        seconds: how long a rank is stopped; 0 for ever.
+    """
+
+    rank: int
+    what: str
+    when: str
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line says.
+
+    Attributes:
+        folder: where everything is written.
+        devices: ranks of this node.
+        nodes: how many nodes there are.
+        batch: the global batch.
+        size: samples of an epoch.
+        epochs: how often they are seen.
+        factors: how slow each rank is.
+        timeout_s: of the process group.
+        workers: of each loader.
+        faults: one an attempt, in this order.
+    """
+
+    folder: str
+    devices: int
+    nodes: int = 1
+    batch: int = 24
+    size: int = 250
+    epochs: int = 3
+    factors: list[float] = field(default_factory=list)
+    timeout_s: float = 600.0
+    workers: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def next_fault(self) -> Fault | None:
+        """The first that has not happened."""
+        left = [fault for number, fault in enumerate(self.faults) if not self.mark_of(number).exists()]
+        return Fault(**left[0]) if left else None
+
+    def mark_of(self, number: int) -> Path:
+        """Where it is noted that a fault has happened."""
+        return Path(self.folder, f"fault-{number}.happened")
+
+
+def happen(job: Job, fault: Fault) -> None:
+    """Let it happen to this process."""
+    next(mark for n in range(len(job.faults)) if not (mark := job.mark_of(n)).exists()).touch()
+    sys.stderr.write(f"rank {fault.rank}: {fault.what} in {fault.when} {fault.step}\n")
+    if fault.what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.what == "stop":
+        if fault.seconds:
+            subprocess.Popen(["sh", "-c", f"sleep {fault.seconds}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault.what == "raise":
+        raise OSError("as a test wants it")
+
+
+class Happening(Callback):
+    """Lets the next fault happen at its moment."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def maybe(self, trainer: Trainer, when: str, step: int) -> None:
+        fault = self.job.next_fault  # the one before it may have been another rank's
+        if fault is not None and (fault.rank, fault.when) == (trainer.global_rank, when) and step >= fault.step:
+            happen(self.job, fault)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, HeteroDDPStrategy)
+        change = strategy.change_plan
+
+        def change_plan(first_step: int, plan: Any) -> None:
+            change(first_step, plan)
+            self.maybe(trainer, "replan", first_step)
+
+        strategy.change_plan = change_plan  # type: ignore[method-assign]
+        if trainer.is_global_zero:
+            torch.save = self.half_of(torch.save, trainer)
+
+    def half_of(self, save: Callable[..., None], trainer: Trainer) -> Callable[..., None]:
+        """Return what writes half of a checkpoint before the fault happens."""
+
+        def half(what: Any, file: Any) -> None:
+            save(what, file)
+            file.flush()
+            length = file.tell()
+            file.truncate(length // 2)
+            self.maybe(trainer, "checkpoint", trainer.global_step)
+            file.seek(0)
+            save(what, file)
+
+        return half
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not trainer.is_global_zero:
+            self.maybe(trainer, "checkpoint", trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.maybe(trainer, "step", trainer.fit_loop.total_batch_idx)
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.maybe(trainer, "validation", trainer.global_step)
+
+
+class FaultyData(Numbered):
+    """Fails on one rank at its n-th sample."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.size)
+        fault = job.next_fault
+        self.job = job
+        self.fault = fault if fault is not None and fault.when == "sample" else None
+        self.drawn = 0
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        self.drawn += 1
+        if self.fault is not None and self.fault.rank == int(os.environ["RANK"]) and self.drawn > self.fault.step:
+            happen(self.job, self.fault)
+        return super().__getitem__(index)
+
+
+class Ledger(SmallModule):
+    """Writes down each training step before it is taken."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.attempt = 0.0
+
+    def on_train_start(self) -> None:
+        # ordered, and the same on all ranks: torchrun counts the restarts of each node for itself
+        self.attempt = self.trainer.strategy.broadcast(time.time())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, HeteroDDPStrategy)
+        assert strategy.training_slice is not None
+        line = {
+            "attempt": self.attempt,
+            "step": self.trainer.fit_loop.total_batch_idx,
+            "samples": self.ledger[-1] if strategy.training_slice.samples else [],
+        }
+        with (self.folder / f"ledger-{self.global_rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return loss
+
+
+def main() -> None:
+    """Train, from the last checkpoint on where there is one."""
+    warnings.filterwarnings("ignore")
+    job = Job(**json.loads(sys.argv[1]))
+    folder = Path(job.folder)
+    seed_everything(SEED, verbose=False)
+    torch.set_num_threads(1)
+    balancer = LoadBalancer(watch_steps=5)
+    callbacks = [balancer, Happening(job)]
+    if job.factors:
+        callbacks.append(SlowDown(job.factors, seconds_per_sample=0.003))
+    callbacks.append(ModelCheckpoint(folder, save_last=True, every_n_train_steps=4))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=job.devices,
+        num_nodes=job.nodes,
+        strategy=HeteroDDPStrategy(global_batch_size=job.batch, timeout=timedelta(seconds=job.timeout_s)),
+        max_epochs=job.epochs,
+        callbacks=callbacks,
+        logger=CSVLogger(folder, name="logs", version=""),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    model = Ledger(folder)
+    size = job.batch // trainer.world_size
+    workers = {"num_workers": job.workers, "persistent_workers": bool(job.workers)}
+    train = DataLoader(FaultyData(job), batch_size=size, shuffle=True, **workers)  # type: ignore[arg-type]
+    trainer.fit(model, train, DataLoader(Numbered(40), batch_size=4), ckpt_path="last")
+    found = {
+        "parameters": flat(model.network),
+        "steps": trainer.global_step,
+        "world_size": trainer.world_size,
+        "local_rank": trainer.local_rank,
+        "node": trainer.node_rank,
+        "changes": [(step, plan.samples) for step, plan in balancer.changes],
+    }
+    (folder / f"found-{trainer.global_rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Start a job under torchrun or by hand, end it in time, and say what it has left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from faults.job import Fault, Job
+from training import reference_batches, reference_parameters
+
+JOB = Path(__file__).with_name("job.py")
+_MARK = "LIGHTNING_HETERO_TEST_RUN"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        status: its exit status.
+        text: what it and its children printed.
+        seconds: how long it took.
+    """
+
+    status: int
+    text: str
+    seconds: float
+
+
+def job(folder: Path, devices: int, *faults: Fault, **settings: Any) -> str:
+    """Return the argument of a job."""
+    return json.dumps(asdict(Job(str(folder), devices, faults=[asdict(fault) for fault in faults], **settings)))
+
+
+def torchrun(argument: str, *options: str) -> list[str]:
+    """Return the command that runs a job under torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(JOB), argument]
+
+
+def one_node(ranks: int, argument: str, restarts: int = 0) -> list[str]:
+    """Return the command for a single node."""
+    return torchrun(argument, "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}")
+
+
+def run(
+    folder: Path, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = (), timeout_s: float = 250
+) -> list[Ended]:
+    """Run commands side by side until all have ended; fail where they do not, or where they leave processes behind."""
+    token = uuid.uuid4().hex
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
+    ours |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", _MARK: token}
+    started = time.monotonic()
+    with all_ended(token):
+        processes = []
+        for number, command in enumerate(commands):
+            with (folder / f"output-{number}").open("w", encoding="utf-8") as output:
+                environment = ours | (environments[number] if environments else {})
+                processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder))
+        ended = []
+        for number, process in enumerate(processes):
+            try:
+                status = process.wait(timeout_s - (time.monotonic() - started))
+            except subprocess.TimeoutExpired:
+                texts = "\n".join((folder / f"output-{n}").read_text(encoding="utf-8") for n in range(len(commands)))
+                raise AssertionError(f"command {number} hangs:\n{texts}") from None
+            text = (folder / f"output-{number}").read_text(encoding="utf-8")
+            ended.append(Ended(status, text, time.monotonic() - started))
+    return ended
+
+
+@contextmanager
+def all_ended(token: str) -> Iterator[None]:
+    """Fail where a process that began in this context outlives it, and end that process in any case."""
+    try:
+        yield
+        deadline = time.monotonic() + 15
+        while left := _processes_of(token):
+            assert time.monotonic() < deadline, f"processes are left: {left}"
+            time.sleep(0.1)
+    finally:
+        for process in _processes_of(token):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def _processes_of(token: str) -> list[int]:
+    # torchrun gives each rank a session of its own, so groups do not tell
+    found = []
+    mark = f"{_MARK}={token}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
+
+
+# ---- what a job has left ---------------------------------------------------------------------------------------------
+
+
+def found(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Return what each rank has found at the end."""
+    return [json.loads((folder / f"found-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+
+def ledger(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Return the entries of all ranks for each step, those of the last attempt only."""
+    entries = []
+    for path in folder.glob("ledger-*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # a rank was killed while it wrote; the step is repeated
+                entries.append(json.loads(line))
+    entries.sort(key=lambda entry: (entry["step"], entry["attempt"]))
+    last: dict[int, list[dict[str, Any]]] = {}
+    for step, of_step in groupby(entries, key=lambda entry: int(entry["step"])):
+        group = list(of_step)
+        last[step] = [entry for entry in group if entry["attempt"] == group[-1]["attempt"]]
+    return last
+
+
+def assert_whole(folder: Path, ranks: int, *, batch: int = 24, size: int = 250, epochs: int = 3) -> None:
+    """Check that each sample of each epoch was trained on once, and that the training is an undisturbed one's."""
+    expected = reference_batches(size, batch, epochs)
+    last = ledger(folder)
+    assert sorted(last) == list(range(len(expected)))
+    for step, members in enumerate(expected):
+        assert sorted(index for entry in last[step] for index in entry["samples"]) == sorted(members), f"step {step}"
+    results = found(folder, ranks)
+    reference = reference_parameters(size, batch, len(expected))
+    for result in results:
+        assert (result["steps"], result["world_size"]) == (len(expected), ranks)
+        assert max(abs(a - b) for a, b in zip(result["parameters"], reference, strict=True)) < 1e-10
+
+
+def attempts(folder: Path) -> list[int]:
+    """Return the first step of each attempt, in their order."""
+    first: dict[float, int] = {}
+    for path in folder.glob("ledger-*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                first[entry["attempt"]] = min(first.get(entry["attempt"], entry["step"]), entry["step"])
+    return [first[attempt] for attempt in sorted(first)]
