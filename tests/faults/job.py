@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -65,6 +66,8 @@ class Job:
         timeout_s: of the process group.
         workers: of each loader.
         faults: one an attempt, in this order.
+        seconds_per_sample: of a device of factor 1.
+        weather: seed of slow-downs and recoveries that are drawn; negative for none.
     """
 
     folder: str
@@ -77,6 +80,8 @@ class Job:
     timeout_s: float = 600.0
     workers: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
+    seconds_per_sample: float = 0.003
+    weather: int = -1
 
     @property
     def next_fault(self) -> Fault | None:
@@ -152,6 +157,32 @@ class Happening(Callback):
         self.maybe(trainer, "validation", trainer.global_step)
 
 
+class Weather(Callback):
+    """Makes ranks slower and faster at drawn steps, the same on all ranks; notes what each process holds."""
+
+    def __init__(self, job: Job, slow_down: SlowDown) -> None:
+        self.job = job
+        self.slow_down = slow_down
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = trainer.fit_loop.total_batch_idx
+        if step % 50 == 0:
+            rng = random.Random(f"{self.job.weather} {step}")
+            rank = rng.randrange(trainer.world_size)
+            self.slow_down.factors[rank] = rng.choice([1.0, 1.0, 1.5, 2.0, 3.0, 4.0])
+            self.note(trainer.global_rank, step)
+
+    def note(self, rank: int, step: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        line = {
+            "step": step,
+            "rss_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
+            "descriptors": len(os.listdir("/proc/self/fd")),
+        }
+        with Path(self.job.folder, f"resources-{rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 class FaultyData(Numbered):
     """Fails on one rank at its n-th sample."""
 
@@ -206,7 +237,10 @@ def main() -> None:
     balancer = LoadBalancer(watch_steps=5)
     callbacks = [balancer, Happening(job)]
     if job.factors:
-        callbacks.append(SlowDown(job.factors, seconds_per_sample=0.003))
+        slow_down = SlowDown(job.factors, seconds_per_sample=job.seconds_per_sample)
+        callbacks.append(slow_down)
+        if job.weather >= 0:
+            callbacks.insert(0, Weather(job, slow_down))
     callbacks.append(ModelCheckpoint(folder, save_last=True, every_n_train_steps=4))
     trainer = Trainer(
         accelerator="cpu",
