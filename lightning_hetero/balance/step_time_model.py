@@ -10,6 +10,8 @@ Prediction Problems*, J. Basic Eng. 82, 1960) keeps the mean and covariance of e
   of overhead to cost, and with it what was learned from other sizes;
 - a window that the filter cannot explain is a change of speed (throttling, another tenant, recovery): the level is
   learned anew from that window, the ratio is kept;
+- a window that is off by a whole order of magnitude rescales the rank: a clock that jumped or a process that was stopped
+  must not spoil the units of everything that is measured later;
 - the noise of a rank is estimated from the spread inside its windows and, since disturbances last longer than a step,
   from how far windows are from their predictions.
 
@@ -42,6 +44,8 @@ _NOISE_MEMORY = 0.98
 # A window this many standard deviations and at least this part off its prediction is a change of speed.
 _CHANGE_DEVIATIONS = 5.0
 _CHANGE_PART = 0.1
+# A window this many times outside of what any overhead explains was measured wrongly, or those before it were.
+_ABSURD = 8.0
 _SURPRISE_MEMORY = 0.95
 _FIRST_SURPRISE = 2.0
 _MOST_SURPRISE = 9.0
@@ -89,6 +93,7 @@ class StepTimeModel:
         self._covariance[rank] = np.outer(level, level) + _SLOPE_DEVIATION**2 * np.outer(slope, slope)
 
     def _update(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
+        self._rescale(ranks, windows)
         scale_s = self._scale_s[ranks]
         steps = np.array([w.steps for w in windows], dtype=np.float64)
         self._size[ranks] = np.array([w.samples for w in windows]) / self._scale_n[ranks]
@@ -118,6 +123,19 @@ class StepTimeModel:
         ph = np.einsum("rij,rj->ri", p, h)
         self._mean[ranks] = x + ph * (error / variance)[:, None]
         self._covariance[ranks] = p - _outer(ph, ph) / variance[:, None, None]
+
+    def _rescale(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
+        """Bring the unit of time of each rank back to where its steps are."""
+        measured = np.array([w.own_s for w in windows]) / self._scale_s[ranks]
+        ratio = np.array([w.samples for w in windows]) / (self._size[ranks] * self._scale_n[ranks])
+        level = self._level()[ranks]
+        # from all overhead to none, either way
+        low, high = level * np.minimum(ratio, 1.0), level * np.maximum(ratio, 1.0)
+        factor = np.where(measured > _ABSURD * high, measured / high, 1.0)
+        factor = np.where(measured < low / _ABSURD, measured / low, factor)
+        self._scale_s[ranks] *= factor
+        x = self._mean[ranks]
+        self._covariance[ranks] += np.where(factor != 1.0, 1.0, 0.0)[:, None, None] * _outer(x, x)
 
     def _noise(self) -> _Floats:
         """Return the standard deviation of a step of each rank, as a part of its time."""
