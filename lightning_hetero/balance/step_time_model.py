@@ -9,7 +9,8 @@ Prediction Problems*, J. Basic Eng. 82, 1960) keeps the mean and covariance of e
 - between windows the speed of a rank wanders: its state is multiplied by a random factor near 1, which keeps the ratio
   of overhead to cost, and with it what was learned from other sizes;
 - a window that the filter cannot explain is a change of speed (throttling, another tenant, recovery): the level is
-  learned anew from that window, the ratio is kept;
+  learned anew from that window, the ratio is kept, unless the size is another one too: then the next windows tell a
+  change of speed from a wrong ratio;
 - a window that is off by a whole order of magnitude rescales the rank: a clock that jumped or a process that was stopped
   must not spoil the units of everything that is measured later;
 - the noise of a rank is estimated from the spread inside its windows and, since disturbances last longer than a step,
@@ -44,6 +45,8 @@ _NOISE_MEMORY = 0.98
 # A window this many standard deviations and at least this part off its prediction is a change of speed.
 _CHANGE_DEVIATIONS = 5.0
 _CHANGE_PART = 0.1
+# A window that is this close to what some slope predicts may be explained by that slope.
+_EXPLAINED = 1.05
 # A window this many times outside of what any overhead explains was measured wrongly, or those before it were.
 _ABSURD = 8.0
 _SURPRISE_MEMORY = 0.95
@@ -93,9 +96,10 @@ class StepTimeModel:
         self._covariance[rank] = np.outer(level, level) + _SLOPE_DEVIATION**2 * np.outer(slope, slope)
 
     def _update(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
-        self._rescale(ranks, windows)
+        low, high = self._rescale(ranks, windows)
         scale_s = self._scale_s[ranks]
         steps = np.array([w.steps for w in windows], dtype=np.float64)
+        size_before = self._size[ranks]
         self._size[ranks] = np.array([w.samples for w in windows]) / self._scale_n[ranks]
         measured = np.array([w.own_s for w in windows]) / scale_s
         deviation = np.array([w.deviation_s for w in windows]) / scale_s
@@ -115,6 +119,12 @@ class StepTimeModel:
         surprise = error**2 / variance
         changed = (surprise > _CHANGE_DEVIATIONS**2) & (np.abs(error) > _CHANGE_PART * level)
         p = p + np.where(changed, (error / level) ** 2, 0.0)[:, None, None] * _outer(x, x)
+        # where the size has changed too, and some slope explains the window, it may as well be the slope that was wrong
+        step = self._size[ranks] - size_before
+        turned = changed & (step != 0) & (measured > low / _EXPLAINED) & (measured < high * _EXPLAINED)
+        turn = np.where(turned, error / np.where(turned, step, 1.0), 0.0)[:, None]
+        around = np.stack([-size_before, np.ones(len(ranks))], axis=1) * turn
+        p = p + _outer(around, around)
         variance = _quadratic(p, h) + noise
         surprise = np.where(changed, 1.0, np.minimum(surprise, _MOST_SURPRISE))
         self._surprise[ranks] = np.maximum(
@@ -124,8 +134,13 @@ class StepTimeModel:
         self._mean[ranks] = x + ph * (error / variance)[:, None]
         self._covariance[ranks] = p - _outer(ph, ph) / variance[:, None, None]
 
-    def _rescale(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
-        """Bring the unit of time of each rank back to where its steps are."""
+    def _rescale(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> tuple[_Floats, _Floats]:
+        """Bring the unit of time of each rank back to where its steps are.
+
+        Returns:
+            The least and the greatest time that the windows could measure without a change of speed, whatever part
+            of a step is overhead; in the units of the ranks.
+        """
         measured = np.array([w.own_s for w in windows]) / self._scale_s[ranks]
         ratio = np.array([w.samples for w in windows]) / (self._size[ranks] * self._scale_n[ranks])
         level = self._level()[ranks]
@@ -136,6 +151,7 @@ class StepTimeModel:
         self._scale_s[ranks] *= factor
         x = self._mean[ranks]
         self._covariance[ranks] += np.where(factor != 1.0, 1.0, 0.0)[:, None, None] * _outer(x, x)
+        return low, high
 
     def _noise(self) -> _Floats:
         """Return the standard deviation of a step of each rank, as a part of its time."""
