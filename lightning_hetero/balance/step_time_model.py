@@ -42,6 +42,9 @@ _LEAST_DEVIATION = 0.002
 _NOISE_GUESS = 0.05
 _NOISE_GUESS_STEPS = 4.0
 _NOISE_MEMORY = 0.98
+# A window spreads at most so many times as far as those before it: one in which the speed changes is not noise, and a
+# rank that was taken for noisy would not be answered for long.
+_MOST_SPREAD = 3.0
 # A window this many standard deviations and at least this part off its prediction is a change of speed.
 _CHANGE_DEVIATIONS = 5.0
 _CHANGE_PART = 0.1
@@ -108,7 +111,8 @@ class StepTimeModel:
         predicted = np.sum(h * x, axis=1)
         level = np.maximum(predicted, _LEAST_SLOPE)
 
-        self._squares[ranks] = _NOISE_MEMORY * self._squares[ranks] + (steps - 1) * (deviation / measured) ** 2
+        spread = np.minimum(deviation / measured, _MOST_SPREAD * self._noise()[ranks])
+        self._squares[ranks] = _NOISE_MEMORY * self._squares[ranks] + (steps - 1) * spread**2
         self._freedom[ranks] = _NOISE_MEMORY * self._freedom[ranks] + (steps - 1)
         part = self._noise()[ranks] ** 2 / steps * self._surprise[ranks] + _LEAST_DEVIATION**2
         noise = part * level**2
