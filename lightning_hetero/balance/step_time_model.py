@@ -11,8 +11,8 @@ Prediction Problems*, J. Basic Eng. 82, 1960) keeps the mean and covariance of e
 - a window that the filter cannot explain is a change of speed (throttling, another tenant, recovery): the level is
   learned anew from that window, the ratio is kept, unless the size is another one too: then the next windows tell a
   change of speed from a wrong ratio;
-- a window that is off by a whole order of magnitude rescales the rank: a clock that jumped or a process that was stopped
-  must not spoil the units of everything that is measured later;
+- a window that is off by an order of magnitude rescales the rank: a clock that jumped must not spoil the units of
+  everything that is measured later;
 - the noise of a rank is estimated from the spread inside its windows and, since disturbances last longer than a step,
   from how far windows are from their predictions.
 
