@@ -119,6 +119,7 @@ class _Training:
         self._drawn: list[DrawnStep] = []
         self._judgements: list[Judgement] = []
         self._resumes = 0
+        self._tuned = False
         self._solved: tuple[object, float] = (None, 0.0)
         self._schedule = PlanSchedule.constant(self._plan([1.0] * len(self._truth)))
         self._start_reading()
@@ -261,7 +262,7 @@ class _Training:
 
     def _start_tuning(self, initial: BatchPlan | None = None, model: StepTimeModel | None = None) -> None:
         current, limits = self._schedule.at(self._step), BatchLimits(None, self._faults.batch_multiple)
-        self._tuned: bool = model is not None
+        self._tuned = model is not None
         self._rebalancer: Rebalancer = Rebalancer(
             initial or current, current, limits, _MIN_GAIN, _TUNE_STEPS, model=model
         )

@@ -21,13 +21,15 @@ Times and sizes are divided by those of the rank's first window, so one setting 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_hetero.balance.checked import array_of, entry_of, items_of, mapping_of
 from lightning_hetero.balance.types import StepTime, WindowTiming
+from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["StepTimeModel"]
 
@@ -57,6 +59,9 @@ _FIRST_SURPRISE = 2.0
 _MOST_SURPRISE = 9.0
 # Below this part of the proportional slope a fit is not believed: it would hand a rank samples without end.
 _LEAST_SLOPE = 0.05
+# Of a saved state: no step is shorter, and what rounding leaves of nothing.
+_LEAST_SCALE_S = 1e-12
+_ROUNDING = 1e-6
 
 
 class StepTimeModel:
@@ -75,6 +80,11 @@ class StepTimeModel:
         self._squares: _Floats = np.zeros(world_size)
         self._freedom: _Floats = np.zeros(world_size)
         self._surprise: _Floats = np.full(world_size, _FIRST_SURPRISE)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self._scale_n)
 
     @property
     def ready(self) -> bool:
@@ -207,12 +217,37 @@ class StepTimeModel:
         return {name: value.tolist() for name, value in vars(self).items()}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> StepTimeModel:
-        """Return what :meth:`to_dict` described."""
-        model = cls(len(state["_scale_n"]))
-        for name in vars(model):
-            setattr(model, name, np.array(state[name], dtype=np.float64))
+    def from_dict(cls, state: Any) -> StepTimeModel:
+        """Return what :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else, or no model can have come to it.
+        """
+        values = mapping_of(state, "model")
+        model = cls(len(items_of(entry_of(values, "_scale_n"), "_scale_n")))
+        for name, blank in vars(model).items():
+            setattr(model, name, array_of(entry_of(values, name), name, blank.shape))
+        model._check()
         return model
+
+    def _check(self) -> None:
+        """Check that what is computed from the state stays finite."""
+        p = self._covariance
+        roots = np.sqrt(np.abs(p[:, 0, 0] * p[:, 1, 1])) * (1 + _ROUNDING) + _ROUNDING
+        rules = {
+            "_scale_n": (self._scale_n == 0) | (self._scale_n >= 1),
+            "_scale_s": self._scale_s >= _LEAST_SCALE_S,
+            "_size": self._size * np.maximum(self._scale_n, 1) >= _ROUNDING,
+            "_squares": self._squares >= 0,
+            "_freedom": self._freedom >= 0,
+            "_surprise": self._surprise >= 1,
+            "_covariance": (np.diagonal(p, axis1=1, axis2=2) >= -_ROUNDING).all(axis=1)
+            & (np.abs(p[:, 0, 1]) <= roots)
+            & (np.abs(p[:, 1, 0]) <= roots),
+        }
+        for name, kept in rules.items():
+            if not np.all(kept):
+                raise ConfigurationError(f"`{name}` of rank {int(np.argmin(kept))} cannot be that of a model.")
 
 
 def _outer(a: _Floats, b: _Floats) -> _Floats:

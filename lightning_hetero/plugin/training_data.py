@@ -244,7 +244,8 @@ class TrainingData:
             schedule.at(step), self.limits
         ):
             # the loader has another batch size, or the run is resumed under other limits
-            self._schedule = schedule.with_change(step, self._plan(schedule.at(step).samples, global_batch_size))
+            shares = [max(n, 1) for n in schedule.at(step).samples]  # a plan may leave a rank without samples
+            self._schedule = schedule.with_change(step, self._plan(shares, global_batch_size))
 
     def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
         return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
