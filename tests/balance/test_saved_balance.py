@@ -111,7 +111,11 @@ HUGE = 10**400
         (["step_times", 0], 3, "`step_time` must be a mapping"),
         (["step_times", 0, "overhead_s"], -1, "`overhead_s` must be finite and not negative"),
         (["step_times", 0, "overhead_s"], "0", "`overhead_s` must be a finite number, got '0'"),
-        (["step_times", 0, "seconds_per_sample"], float("nan"), "`seconds_per_sample` must be a finite number, got nan"),
+        (
+            ["step_times", 0, "seconds_per_sample"],
+            float("nan"),
+            "`seconds_per_sample` must be a finite number, got nan",
+        ),
         (["step_times"], STATE["step_times"][:2], r"one number of ranks, got \[2, 3\]"),
         (["balance"], 4, "`balance` must be a mapping"),
         (["balance", "initial"], [48, 48], r"one number of ranks, got \[2, 3\]"),
