@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
 
@@ -21,8 +26,22 @@ __all__ = ["BaseStrategy"]
 _log = logging.getLogger(__name__)
 
 
+# what Lightning itself passes
+_PASSED_BY_LIGHTNING = "Lightning passes it itself"
+
+
 class BaseStrategy(DDPStrategy):
     """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+
+    def _check_keywords(self, keywords: Mapping[str, Any], excluded: Mapping[str, str], *, wraps: bool) -> None:
+        """Check what is passed on to Lightning's DDPStrategy and, where the module is wrapped, to torch's DDP."""
+        passed_on = [DDPStrategy, DistributedDataParallel] if wraps else [DDPStrategy]
+        accepted = [name for target in passed_on for name in _arguments_of(target)]
+        by_lightning = dict.fromkeys(("module", "device_ids"), _PASSED_BY_LIGHTNING)
+        arguments.check_keywords(
+            type(self).__name__, keywords, _arguments_of(type(self)), accepted, {**by_lightning, **excluded}
+        )
+        arguments.check_launching(keywords)
 
     @override
     def set_world_ranks(self) -> None:
@@ -65,3 +84,9 @@ class BaseStrategy(DDPStrategy):
             else:
                 _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
+
+
+def _arguments_of(target: type[Any]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(target.__init__).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]

@@ -103,6 +103,8 @@ class LoadBalancer(Callback):
         arguments.check_at_least("watch_steps", watch_steps, 0)
         arguments.check_part("memory_fraction", memory_fraction)
         arguments.check_record(record)
+        arguments.check_truth("verbose", verbose)
+        arguments.check_truth("progress_bar", progress_bar)
         super().__init__()
         self.memory_fraction = memory_fraction
         self.warmup_steps = warmup_steps

@@ -41,6 +41,11 @@ from lightning_hetero.plugin.seeded import seeded
 __all__ = ["HeteroPipelineStrategy"]
 
 _MEMORY_FRACTION = 0.92
+_OF_WRAPPED_MODULES = dict.fromkeys(
+    ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "find_unused_parameters",
+     "static_graph", "gradient_as_bucket_view", "bucket_cap_mb", "broadcast_buffers"),
+    "ranks have different layers, so no gradients are averaged",
+)  # fmt: skip
 _END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
 
@@ -99,9 +104,10 @@ class HeteroPipelineStrategy(BaseStrategy):
             arguments.check_numbers("speeds", speeds)
         if splits != "auto" and speeds is not None:
             raise ConfigurationError("`speeds` must be None where `splits` says how the layers are divided. Give one.")
-        if num_loss_terms is not None and not callable(num_loss_terms):
-            raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
-        arguments.check_caps("max_memory_bytes", max_memory_bytes)
+        arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
+        arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
+        arguments.check_truth("verbose", verbose)
+        self._check_keywords(strategy_kwargs, _OF_WRAPPED_MODULES, wraps=False)
         super().__init__(**strategy_kwargs)
         self.splits = splits
         self.speeds = speeds
@@ -129,7 +135,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_splits(self.splits, world_size)
         if self.speeds is not None:
             arguments.check_numbers("speeds", self.speeds, world_size)
-        arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size)
+        arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size, by_name=False)
 
     @override
     def connect(self, model: LightningModule) -> None:

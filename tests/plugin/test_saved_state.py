@@ -79,12 +79,11 @@ class Layers(LightningModule):
 
 
 def train_pipeline(steps: int, path: Path, resume: Path | None = None) -> int:
-    model = Layers()
+    model = Layers().double()
     trainer = make_trainer(
         HeteroPipelineStrategy(num_microbatches=2, verbose=False), 2, _saving(path, resume), max_steps=steps
     )
-    features = [(i, *rest) for i, *rest in (Numbered(20)[k] for k in range(20))]
-    trainer.fit(model.to(features[0][1].dtype), DataLoader(features, batch_size=4), ckpt_path=resume, **_loading())
+    trainer.fit(model, DataLoader(Numbered(20), batch_size=4), ckpt_path=resume, **_loading())
     return trainer.global_step
 
 
