@@ -37,6 +37,7 @@ __all__ = [
     "check_splits",
     "check_sum_of_caps",
     "check_truth",
+    "is_integer",
     "shares_of_ranks",
 ]
 
@@ -117,7 +118,7 @@ def check_caps(
         _check_names(name, caps)
     values = list(caps.values()) if isinstance(caps, Mapping) else list(caps) if _is_list(caps) else [caps]
     for cap in values:
-        if not _is_integer(cap) or cap < 1:
+        if not is_integer(cap) or cap < 1:
             raise ConfigurationError(f"`{name}` must be {forms}, got {caps!r}.")
         if cap < batch_multiple:
             raise ConfigurationError(
@@ -177,7 +178,7 @@ def check_splits(splits: Any, world_size: int | None = None) -> None:
     """Check the ``splits`` argument; its length too where ``world_size`` is known."""
     if isinstance(splits, str) and splits == "auto":
         return
-    if not _is_list(splits) or not all(_is_integer(split) for split in splits):
+    if not _is_list(splits) or not all(is_integer(split) for split in splits):
         raise ConfigurationError(
             f'`splits` must be "auto", or the first layer of every stage but the first, got {splits!r}.'
             f" For example [4] for two stages, the first of four layers."
@@ -269,7 +270,7 @@ def check_launching(keywords: Mapping[str, Any]) -> None:
 
 def check_at_least(name: str, value: Any, least: int, *, whole: bool = True) -> None:
     """Check that ``value`` is a finite number, and a ``whole`` one, that is not below ``least``."""
-    if not (_is_integer(value) if whole else _is_number(value)) or value < least:
+    if not (is_integer(value) if whole else _is_number(value)) or value < least:
         what = "an integer" if whole else "a finite number"
         raise ConfigurationError(f"`{name}` must be {what} of at least {least}, got {value!r}.")
 
@@ -310,7 +311,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, of Python or numpy, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -26,21 +26,27 @@ __all__ = ["BaseStrategy"]
 _log = logging.getLogger(__name__)
 
 
-# what Lightning itself passes
-_PASSED_BY_LIGHTNING = "Lightning passes it itself"
+# what DDPStrategy takes that says how gradients are averaged
+_OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
 
 
 class BaseStrategy(DDPStrategy):
     """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
 
-    def _check_keywords(self, keywords: Mapping[str, Any], excluded: Mapping[str, str], *, wraps: bool) -> None:
-        """Check what is passed on to Lightning's DDPStrategy and, where the module is wrapped, to torch's DDP."""
-        passed_on = [DDPStrategy, DistributedDataParallel] if wraps else [DDPStrategy]
-        accepted = [name for target in passed_on for name in _arguments_of(target)]
-        by_lightning = dict.fromkeys(("module", "device_ids"), _PASSED_BY_LIGHTNING)
-        arguments.check_keywords(
-            type(self).__name__, keywords, _arguments_of(type(self)), accepted, {**by_lightning, **excluded}
-        )
+    def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
+        """Check what is passed on to Lightning's DDPStrategy, and by it to torch's DistributedDataParallel.
+
+        Args:
+            keywords: what is passed on. LightningCLI passes every default.
+            not_wrapped: why the strategy wraps no module, and has no use for what says how; empty where it does.
+        """
+        of_ddp = _defaults_of(DistributedDataParallel)
+        accepted = {**of_ddp, **_defaults_of(DDPStrategy)}
+        excluded = dict.fromkeys(("module", "device_ids"), "Lightning passes it itself")
+        if not_wrapped:
+            excluded = {**dict.fromkeys((*of_ddp, *_OF_AVERAGING), not_wrapped), **excluded}
+        given = [name for name, value in keywords.items() if name not in accepted or value is not accepted[name]]
+        arguments.check_keywords(type(self).__name__, given, [*_defaults_of(type(self))], accepted, excluded)
         arguments.check_launching(keywords)
 
     @override
@@ -86,7 +92,8 @@ class BaseStrategy(DDPStrategy):
         super().on_exception(exception)
 
 
-def _arguments_of(target: type[Any]) -> list[str]:
+def _defaults_of(target: type[Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor and their defaults."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = inspect.signature(target.__init__).parameters.values()
-    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
+    return {p.name: p.default for p in parameters if p.name != "self" and p.kind not in variadic}

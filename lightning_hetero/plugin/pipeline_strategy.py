@@ -41,11 +41,6 @@ from lightning_hetero.plugin.seeded import seeded
 __all__ = ["HeteroPipelineStrategy"]
 
 _MEMORY_FRACTION = 0.92
-_OF_WRAPPED_MODULES = dict.fromkeys(
-    ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period", "find_unused_parameters",
-     "static_graph", "gradient_as_bucket_view", "bucket_cap_mb", "broadcast_buffers"),
-    "ranks have different layers, so no gradients are averaged",
-)  # fmt: skip
 _END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
 
@@ -107,7 +102,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
         arguments.check_truth("verbose", verbose)
-        self._check_keywords(strategy_kwargs, _OF_WRAPPED_MODULES, wraps=False)
+        self._check_keywords(strategy_kwargs, not_wrapped="ranks have different layers, so no gradients are averaged")
         super().__init__(**strategy_kwargs)
         self.splits = splits
         self.speeds = speeds

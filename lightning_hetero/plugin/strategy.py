@@ -91,7 +91,7 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.check_caps("micro_batch_size", micro_batch_size)
         arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
-        self._check_keywords(ddp_kwargs, {}, wraps=True)
+        self._check_keywords(ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.shares: str | Sequence[float] | Mapping[str, float] = shares
         self.global_batch_size = global_batch_size
@@ -149,7 +149,7 @@ class HeteroDDPStrategy(BaseStrategy):
                 another number of ranks or samples, or there is no training to change it in.
         """
         arguments.check_at_least("first_step", first_step, 0)
-        if not isinstance(plan, BatchPlan):
+        if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
             raise ConfigurationError(f"`plan` must be a BatchPlan, got {plan!r}. For example BatchPlan((32, 96)).")
         schedule = self.schedule if self.lightning_module is not None else None
         if schedule is None:
