@@ -55,6 +55,9 @@ class SlowDown(Callback):
     ) -> None:
         if isinstance(factors, str) or not isinstance(factors, Sequence) or not factors:
             raise ConfigurationError(f"`factors` must be one number a rank, got {factors!r}. For example [1, 2].")
+        if seconds_per_sample is not None:
+            arguments.check_positive("seconds_per_sample", seconds_per_sample)
+        arguments.check_at_least("overhead_s", overhead_s, 0, whole=False)
         for rank, factor in enumerate(factors):
             arguments.check_at_least(f"factors[{rank}]", factor, 0 if seconds_per_sample else 1, whole=False)
         super().__init__()
@@ -150,8 +153,12 @@ class SlowLayers(Callback):
 
     def __init__(self, factors: Sequence[float], seconds_per_sample: float | Sequence[float] | None = None) -> None:
         arguments.check_numbers("factors", factors)
+        if isinstance(seconds_per_sample, Sequence) and not isinstance(seconds_per_sample, str):
+            arguments.check_numbers("seconds_per_sample", seconds_per_sample, of="layer")
+        elif seconds_per_sample is not None:
+            arguments.check_positive("seconds_per_sample", seconds_per_sample)
         for rank, factor in enumerate(factors):
-            if not seconds_per_sample:
+            if seconds_per_sample is None:
                 arguments.check_at_least(f"factors[{rank}]", factor, 1, whole=False)
         super().__init__()
         self.factors = list(factors)

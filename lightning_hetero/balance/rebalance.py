@@ -15,12 +15,13 @@ Whether that is worth a change is judged as follows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 from lightning_hetero.balance.batch_solver import keeps_limits, predicted_step_s, proportional_plan, solve_batch
+from lightning_hetero.balance.checked import entry_of, mapping_of, wholes_of
 from lightning_hetero.balance.pooling import pool
 from lightning_hetero.balance.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
@@ -245,6 +246,19 @@ class Rebalancer:
         return {"initial": list(self.initial.samples), "model": self.model.to_dict()}
 
     @staticmethod
-    def model_of(state: Mapping[str, Any]) -> StepTimeModel:
-        """Return the model that :meth:`to_dict` described."""
-        return StepTimeModel.from_dict(state["model"])
+    def model_of(state: Any) -> StepTimeModel:
+        """Return the model that :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else.
+        """
+        return StepTimeModel.from_dict(entry_of(mapping_of(state, "balance"), "model"))
+
+    @staticmethod
+    def initial_of(state: Any) -> BatchPlan:
+        """Return the plan with which the run began that :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else.
+        """
+        return BatchPlan(wholes_of(entry_of(mapping_of(state, "balance"), "initial"), "initial"))

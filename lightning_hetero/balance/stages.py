@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from lightning_hetero.balance.checked import entry_of, mapping_of, wholes_of
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes"]
@@ -28,7 +29,8 @@ class StagePlan:
     ends: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if sorted(self.ranks) != list(range(len(self.ends))) or any(a >= b for a, b in pairwise((0, *self.ends))):
+        one_a_rank = bool(self.ends) and sorted(self.ranks) == list(range(len(self.ends)))
+        if not one_a_rank or any(a >= b for a, b in pairwise((0, *self.ends))):
             raise ConfigurationError(
                 f"A pipeline must have one stage of at least one layer on each rank, got ranks {self.ranks} and stages"
                 f" that end before layers {self.ends}."
@@ -62,9 +64,15 @@ class StagePlan:
         return {"ranks": list(self.ranks), "ends": list(self.ends)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StagePlan:
-        """Return what :meth:`to_dict` described."""
-        return cls(tuple(values["ranks"]), tuple(values["ends"]))
+    def from_dict(cls, values: Any) -> StagePlan:
+        """Return what :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else.
+        """
+        state = mapping_of(values, "stages")
+        ends = wholes_of(entry_of(state, "ends"), "ends")
+        return cls(wholes_of(entry_of(state, "ranks"), "ranks", len(ends)), ends)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ Prediction Problems*, J. Basic Eng. 82, 1960) keeps the mean and covariance of e
 - between windows the speed of a rank wanders: its state is multiplied by a random factor near 1, which keeps the ratio
   of overhead to cost, and with it what was learned from other sizes;
 - a window that the filter cannot explain is a change of speed (throttling, another tenant, recovery): the level is
-  learned anew from that window, the ratio is kept;
+  learned anew from that window, the ratio is kept, unless the size is another one too: then the next windows tell a
+  change of speed from a wrong ratio;
+- a window that is off by an order of magnitude rescales the rank: a clock that jumped must not spoil the units of
+  everything that is measured later;
 - the noise of a rank is estimated from the spread inside its windows and, since disturbances last longer than a step,
   from how far windows are from their predictions.
 
@@ -18,13 +21,15 @@ Times and sizes are divided by those of the rank's first window, so one setting 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_hetero.balance.checked import array_of, entry_of, items_of, mapping_of
 from lightning_hetero.balance.types import StepTime, WindowTiming
+from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["StepTimeModel"]
 
@@ -39,14 +44,24 @@ _LEAST_DEVIATION = 0.002
 _NOISE_GUESS = 0.05
 _NOISE_GUESS_STEPS = 4.0
 _NOISE_MEMORY = 0.98
+# A window spreads at most so many times as far as those before it: one in which the speed changes is not noise, and a
+# rank that was taken for noisy would not be answered for long.
+_MOST_SPREAD = 3.0
 # A window this many standard deviations and at least this part off its prediction is a change of speed.
 _CHANGE_DEVIATIONS = 5.0
 _CHANGE_PART = 0.1
+# A window that is this close to what some slope predicts may be explained by that slope.
+_EXPLAINED = 1.05
+# A window this many times outside of what any overhead explains was measured wrongly, or those before it were.
+_ABSURD = 8.0
 _SURPRISE_MEMORY = 0.95
 _FIRST_SURPRISE = 2.0
 _MOST_SURPRISE = 9.0
 # Below this part of the proportional slope a fit is not believed: it would hand a rank samples without end.
 _LEAST_SLOPE = 0.05
+# Of a saved state: no step is shorter, and what rounding leaves of nothing.
+_LEAST_SCALE_S = 1e-12
+_ROUNDING = 1e-6
 
 
 class StepTimeModel:
@@ -72,6 +87,11 @@ class StepTimeModel:
         return tuple(int(rank) for rank in np.flatnonzero(self._scale_n == 0))
 
     @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self._scale_n)
+
+    @property
     def ready(self) -> bool:
         """Whether every rank was measured."""
         return not self.unmeasured
@@ -94,8 +114,10 @@ class StepTimeModel:
         self._covariance[rank] = np.outer(level, level) + _SLOPE_DEVIATION**2 * np.outer(slope, slope)
 
     def _update(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> None:
+        low, high = self._rescale(ranks, windows)
         scale_s = self._scale_s[ranks]
         steps = np.array([w.steps for w in windows], dtype=np.float64)
+        size_before = self._size[ranks]
         self._size[ranks] = np.array([w.samples for w in windows]) / self._scale_n[ranks]
         measured = np.array([w.own_s for w in windows]) / scale_s
         deviation = np.array([w.deviation_s for w in windows]) / scale_s
@@ -104,7 +126,8 @@ class StepTimeModel:
         predicted = np.sum(h * x, axis=1)
         level = np.maximum(predicted, _LEAST_SLOPE)
 
-        self._squares[ranks] = _NOISE_MEMORY * self._squares[ranks] + (steps - 1) * (deviation / measured) ** 2
+        spread = np.minimum(deviation / measured, _MOST_SPREAD * self._noise()[ranks])
+        self._squares[ranks] = _NOISE_MEMORY * self._squares[ranks] + (steps - 1) * spread**2
         self._freedom[ranks] = _NOISE_MEMORY * self._freedom[ranks] + (steps - 1)
         part = self._noise()[ranks] ** 2 / steps * self._surprise[ranks] + _LEAST_DEVIATION**2
         noise = part * level**2
@@ -115,6 +138,12 @@ class StepTimeModel:
         surprise = error**2 / variance
         changed = (surprise > _CHANGE_DEVIATIONS**2) & (np.abs(error) > _CHANGE_PART * level)
         p = p + np.where(changed, (error / level) ** 2, 0.0)[:, None, None] * _outer(x, x)
+        # where the size has changed too, and some slope explains the window, it may as well be the slope that was wrong
+        step = self._size[ranks] - size_before
+        turned = changed & (step != 0) & (measured > low / _EXPLAINED) & (measured < high * _EXPLAINED)
+        turn = np.where(turned, error / np.where(turned, step, 1.0), 0.0)[:, None]
+        around = np.stack([-size_before, np.ones(len(ranks))], axis=1) * turn
+        p = p + _outer(around, around)
         variance = _quadratic(p, h) + noise
         surprise = np.where(changed, 1.0, np.minimum(surprise, _MOST_SURPRISE))
         self._surprise[ranks] = np.maximum(
@@ -123,6 +152,25 @@ class StepTimeModel:
         ph = np.einsum("rij,rj->ri", p, h)
         self._mean[ranks] = x + ph * (error / variance)[:, None]
         self._covariance[ranks] = p - _outer(ph, ph) / variance[:, None, None]
+
+    def _rescale(self, ranks: npt.NDArray[np.int64], windows: Sequence[WindowTiming]) -> tuple[_Floats, _Floats]:
+        """Bring the unit of time of each rank back to where its steps are.
+
+        Returns:
+            The least and the greatest time that the windows could measure without a change of speed, whatever part
+            of a step is overhead; in the units of the ranks.
+        """
+        measured = np.array([w.own_s for w in windows]) / self._scale_s[ranks]
+        ratio = np.array([w.samples for w in windows]) / (self._size[ranks] * self._scale_n[ranks])
+        level = self._level()[ranks]
+        # from all overhead to none, either way
+        low, high = level * np.minimum(ratio, 1.0), level * np.maximum(ratio, 1.0)
+        factor = np.where(measured > _ABSURD * high, measured / high, 1.0)
+        factor = np.where(measured < low / _ABSURD, measured / low, factor)
+        self._scale_s[ranks] *= factor
+        x = self._mean[ranks]
+        self._covariance[ranks] += np.where(factor != 1.0, 1.0, 0.0)[:, None, None] * _outer(x, x)
+        return low, high
 
     def _noise(self) -> _Floats:
         """Return the standard deviation of a step of each rank, as a part of its time."""
@@ -174,12 +222,37 @@ class StepTimeModel:
         return {name: value.tolist() for name, value in vars(self).items()}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> StepTimeModel:
-        """Return what :meth:`to_dict` described."""
-        model = cls(len(state["_scale_n"]))
-        for name in vars(model):
-            setattr(model, name, np.array(state[name], dtype=np.float64))
+    def from_dict(cls, state: Any) -> StepTimeModel:
+        """Return what :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else, or no model can have come to it.
+        """
+        values = mapping_of(state, "model")
+        model = cls(len(items_of(entry_of(values, "_scale_n"), "_scale_n")))
+        for name, blank in vars(model).items():
+            setattr(model, name, array_of(entry_of(values, name), name, blank.shape))
+        model._check()
         return model
+
+    def _check(self) -> None:
+        """Check that what is computed from the state stays finite."""
+        p = self._covariance
+        roots = np.sqrt(np.abs(p[:, 0, 0] * p[:, 1, 1])) * (1 + _ROUNDING) + _ROUNDING
+        rules = {
+            "_scale_n": (self._scale_n == 0) | (self._scale_n >= 1),
+            "_scale_s": self._scale_s >= _LEAST_SCALE_S,
+            "_size": self._size * np.maximum(self._scale_n, 1) >= _ROUNDING,
+            "_squares": self._squares >= 0,
+            "_freedom": self._freedom >= 0,
+            "_surprise": self._surprise >= 1,
+            "_covariance": (np.diagonal(p, axis1=1, axis2=2) >= -_ROUNDING).all(axis=1)
+            & (np.abs(p[:, 0, 1]) <= roots)
+            & (np.abs(p[:, 1, 0]) <= roots),
+        }
+        for name, kept in rules.items():
+            if not np.all(kept):
+                raise ConfigurationError(f"`{name}` of rank {int(np.argmin(kept))} cannot be that of a model.")
 
 
 def _outer(a: _Floats, b: _Floats) -> _Floats:

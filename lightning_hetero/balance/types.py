@@ -7,11 +7,12 @@ translated on the way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
+from lightning_hetero.balance.checked import entry_of, items_of, mapping_of, number_of, wholes_of
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = [
@@ -148,6 +149,16 @@ class StepTime:
     def to_dict(self) -> dict[str, float]:
         """Return the fields by name."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Any) -> StepTime:
+        """Return what :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else.
+        """
+        values = mapping_of(state, "step_time")
+        return cls(*(number_of(entry_of(values, name), name) for name in ("overhead_s", "seconds_per_sample")))
 
 
 @dataclass(frozen=True)
@@ -287,6 +298,14 @@ class PlanSchedule:
         return {"first_steps": list(self.first_steps), "plans": [list(plan.samples) for plan in self.plans]}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Sequence[Any]]) -> PlanSchedule:
-        """Return what :meth:`to_dict` described."""
-        return cls(tuple(state["first_steps"]), tuple(BatchPlan(tuple(samples)) for samples in state["plans"]))
+    def from_dict(cls, state: Any) -> PlanSchedule:
+        """Return what :meth:`to_dict` described.
+
+        Raises:
+            ConfigurationError: it is something else.
+        """
+        values = mapping_of(state, "schedule")
+        first_steps = wholes_of(entry_of(values, "first_steps"), "first_steps")
+        plans = items_of(entry_of(values, "plans"), "plans", len(first_steps))
+        world_size = len(items_of(plans[0], "plans")) if plans else 0
+        return cls(first_steps, tuple(BatchPlan(wholes_of(samples, "plans", world_size)) for samples in plans))

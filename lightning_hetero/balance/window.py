@@ -12,8 +12,12 @@ __all__ = ["summarise"]
 
 # A step that takes this many times as long as is common was disturbed: a checkpoint, a log, autotuning, another job.
 _DISTURBED = 4 / 3
-# From so many steps on, the slowest and the fastest tenth are left out instead.
+# From so many steps on, the slowest and the fastest tenth are left out, and of the others what is more than so many
+# standard deviations above the median: one long step that is left in would make the rank seem unsteady for long.
 _STEPS_TO_TRIM = 8
+_DISTURBED_DEVIATIONS = 5.0
+# the standard deviation of normally distributed values over their median absolute deviation
+_DEVIATION_OF_MEDIAN = 1.4826
 # A window is cut where speed changed by at least this factor and stayed there for so many steps.
 _CHANGE = 1.25
 _STEPS_OF_CHANGE = 3
@@ -46,7 +50,7 @@ def summarise(timings: Sequence[StepTiming]) -> WindowTiming | None:
     mean_s = fmean(kept)
     deviation_s = math.sqrt(sum((s - mean_s) ** 2 for s in kept) / (len(kept) - 1)) if len(kept) > 1 else 0.0
     # validation and checkpoints lie in the rest of a step, so some of these are long
-    waiting_s = median(t.waiting_s for t in same)
+    waiting_s = median(t.waiting_s if t.waiting_s > 0 else 0.0 for t in same)  # a clock may have been set
     return WindowTiming(samples, len(kept), mean_s, deviation_s, waiting_s)
 
 
@@ -55,7 +59,10 @@ def _undisturbed(ascending: list[float]) -> list[float]:
         limit = median_low(ascending) * _DISTURBED
         return [s for s in ascending if s <= limit]
     cut = -(-len(ascending) // 10)
-    return ascending[cut:-cut]
+    middle = median(ascending)
+    spread = _DEVIATION_OF_MEDIAN * median(abs(s - middle) for s in ascending)
+    limit = max(middle * _DISTURBED, middle + _DISTURBED_DEVIATIONS * spread)
+    return [s for s in ascending[cut:-cut] if s <= limit]
 
 
 def _latest_change(values: Sequence[float]) -> int:

@@ -7,13 +7,16 @@ is launched.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
-from lightning_hetero.balance.types import DeviceProfile
+from lightning_hetero.balance.batch_solver import proportional_plan
+from lightning_hetero.balance.types import BatchLimits, DeviceProfile
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = [
@@ -22,12 +25,19 @@ __all__ = [
     "check_caps",
     "check_choice",
     "check_global_batch_size",
+    "check_keywords",
+    "check_launching",
+    "check_num_loss_terms",
     "check_numbers",
     "check_optional_positive_integer",
     "check_part",
+    "check_positive",
+    "check_record",
     "check_shares",
     "check_splits",
     "check_sum_of_caps",
+    "check_truth",
+    "is_integer",
     "shares_of_ranks",
 ]
 
@@ -69,11 +79,7 @@ def _check_names(name: str, numbers: Mapping[Any, Any]) -> None:
 
 
 def _check_share(name: str, share: Any) -> None:
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) < math.inf:
-        raise ConfigurationError(
-            f"`{name}` must be a finite positive number, got {share!r}."
-            f" A rank that shall not work is left out of `devices`."
-        )
+    check_positive(name, share, " A rank that shall not work is left out of `devices`.")
 
 
 def check_global_batch_size(global_batch_size: Any, batch_multiple: int, world_size: int | None = None) -> None:
@@ -97,18 +103,23 @@ def check_global_batch_size(global_batch_size: Any, batch_multiple: int, world_s
 Caps = int | Sequence[int] | Mapping[str, int] | None
 
 
-def check_caps(name: str, caps: Any, batch_multiple: int = 1, world_size: int | None = None) -> None:
-    """Check an argument that limits the samples of ranks: a number, one a rank, or one for each device name."""
+def check_caps(
+    name: str, caps: Any, batch_multiple: int = 1, world_size: int | None = None, *, by_name: bool = True
+) -> None:
+    """Check an argument that limits ranks: a number, one a rank, or (``by_name``) one for each device name."""
     if caps is None:
         return
+    forms = (
+        "a positive integer, one a rank, or one for each device name" if by_name else "a positive integer or one a rank"
+    )
+    if isinstance(caps, Mapping) and not by_name:
+        raise ConfigurationError(f"`{name}` must be {forms}, got {caps!r}.")
     if isinstance(caps, Mapping):
         _check_names(name, caps)
     values = list(caps.values()) if isinstance(caps, Mapping) else list(caps) if _is_list(caps) else [caps]
     for cap in values:
-        if not _is_integer(cap) or cap < 1:
-            raise ConfigurationError(
-                f"`{name}` must be a positive integer, one a rank, or one for each device name, got {caps!r}."
-            )
+        if not is_integer(cap) or cap < 1:
+            raise ConfigurationError(f"`{name}` must be {forms}, got {caps!r}.")
         if cap < batch_multiple:
             raise ConfigurationError(
                 f"`{name}` must be at least `batch_multiple` ({batch_multiple}), got {cap}."
@@ -121,17 +132,20 @@ def check_caps(name: str, caps: Any, batch_multiple: int = 1, world_size: int | 
         )
 
 
-def check_sum_of_caps(caps: Caps, world_size: int, global_batch_size: int | None) -> None:
+def check_sum_of_caps(caps: Caps, world_size: int, global_batch_size: int | None, batch_multiple: int = 1) -> None:
     """Check that ``max_batch_size`` holds the global batch, where both are known."""
     if caps is None or isinstance(caps, Mapping) or global_batch_size is None:
         return
-    of_ranks = [caps] * world_size if isinstance(caps, int) else list(caps)
+    of_ranks = list(caps) if isinstance(caps, Sequence) else [caps] * world_size
     if sum(of_ranks) < global_batch_size:
         raise InfeasiblePlanError(
             f"`max_batch_size` must together hold the global batch of {global_batch_size} samples, got {of_ranks},"
             f" which hold {sum(of_ranks)}: {global_batch_size - sum(of_ranks)} too few."
             f" Raise the limits or lower `global_batch_size` to {sum(of_ranks)}."
         )
+    # in multiples they may hold less
+    limits = BatchLimits(tuple(int(cap) for cap in of_ranks), batch_multiple)
+    proportional_plan([1.0] * world_size, global_batch_size, limits, min_samples=1)
 
 
 def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> list[int] | None:
@@ -140,17 +154,19 @@ def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> l
     Raises:
         ConfigurationError: a rank's device is not in the mapping.
     """
-    if caps is None or isinstance(caps, int):
-        return None if caps is None else [caps] * len(profiles)
-    return [int(cap) for cap in (_by_device(name, caps, profiles) if isinstance(caps, Mapping) else caps)]
+    if caps is None:
+        return None
+    if isinstance(caps, Mapping):
+        caps = _by_device(name, caps, profiles)
+    return [int(cap) for cap in caps] if isinstance(caps, Sequence) else [int(caps)] * len(profiles)
 
 
-def check_numbers(name: str, numbers: Any, world_size: int | None = None) -> None:
-    """Check that ``numbers`` are one positive number a rank."""
+def check_numbers(name: str, numbers: Any, world_size: int | None = None, of: str = "rank") -> None:
+    """Check that ``numbers`` are one positive number a rank, or a layer."""
     if not _is_list(numbers) or not numbers:
-        raise ConfigurationError(f"`{name}` must be one positive number a rank, got {numbers!r}. For example [1, 2].")
-    for rank, number in enumerate(numbers):
-        _check_share(f"{name}[{rank}]", number)
+        raise ConfigurationError(f"`{name}` must be one positive number a {of}, got {numbers!r}. For example [1, 2].")
+    for i, number in enumerate(numbers):
+        check_positive(f"{name}[{i}]", number)
     if world_size is not None and len(numbers) != world_size:
         raise ConfigurationError(
             f"`{name}` must have one number a rank ({world_size}), got {len(numbers)}: {list(numbers)}."
@@ -160,9 +176,9 @@ def check_numbers(name: str, numbers: Any, world_size: int | None = None) -> Non
 
 def check_splits(splits: Any, world_size: int | None = None) -> None:
     """Check the ``splits`` argument; its length too where ``world_size`` is known."""
-    if splits == "auto":
+    if isinstance(splits, str) and splits == "auto":
         return
-    if not _is_list(splits) or not all(_is_integer(split) for split in splits):
+    if not _is_list(splits) or not all(is_integer(split) for split in splits):
         raise ConfigurationError(
             f'`splits` must be "auto", or the first layer of every stage but the first, got {splits!r}.'
             f" For example [4] for two stages, the first of four layers."
@@ -177,7 +193,7 @@ def check_splits(splits: Any, world_size: int | None = None) -> None:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
@@ -189,22 +205,80 @@ def check_optional_positive_integer(name: str, value: Any) -> None:
 
 def check_part(name: str, value: Any) -> None:
     """Check that ``value`` is a part of something: above 0 and at most 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+    if not _is_number(value) or not 0 < value <= 1:
         raise ConfigurationError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
 
 
 def check_record(record: Any) -> None:
     """Check the ``record`` argument: yes, no, or a directory."""
-    if not isinstance(record, bool | str) or record == "":
+    if not isinstance(record, bool | str) or record == "" or (isinstance(record, str) and "\0" in record):
         raise ConfigurationError(f"`record` must be true, false, or the path of a directory, got {record!r}.")
+
+
+def check_truth(name: str, value: Any) -> None:
+    """Check that ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"`{name}` must be true or false, got {value!r}.")
+
+
+def check_num_loss_terms(num_loss_terms: Any, loss_reduction: str) -> None:
+    """Check the ``num_loss_terms`` argument, and that there is a mean over what it counts."""
+    if num_loss_terms is not None and not callable(num_loss_terms):
+        raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
+    if num_loss_terms is not None and loss_reduction == "sum":
+        raise ConfigurationError(
+            '`num_loss_terms` must be None with `loss_reduction="sum"`: a sum is not averaged over terms.'
+        )
+
+
+def check_keywords(
+    strategy: str, given: Collection[str], own: Collection[str], accepted: Collection[str], excluded: Mapping[str, str]
+) -> None:
+    """Check that keywords which are passed on are known where they arrive.
+
+    Args:
+        strategy: who passes them on.
+        given: the keywords.
+        own: the strategy's own arguments, of which a keyword may be a misspelling.
+        accepted: what is passed on.
+        excluded: what is not, and why.
+    """
+    for name in given:
+        if name in excluded:
+            raise ConfigurationError(f"`{name}` must not be given to {strategy}: {excluded[name]}.")
+        if name not in accepted:
+            known = [*own, *(n for n in accepted if n not in excluded)]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else f"It takes {', '.join(own)}, and what DDPStrategy takes."
+            raise ConfigurationError(f"`{name}` must be an argument of {strategy}, which has none of that name. {hint}")
+
+
+def check_launching(keywords: Mapping[str, Any]) -> None:
+    """Check the arguments of Lightning's DDPStrategy that say how processes are launched and connected."""
+    if "start_method" in keywords:
+        check_choice("start_method", keywords["start_method"], ("popen", "spawn", "fork", "forkserver"))
+    backend = keywords.get("process_group_backend")
+    if backend is not None and (not isinstance(backend, str) or not backend):
+        raise ConfigurationError(f'`process_group_backend` must be a name such as "gloo" or None, got {backend!r}.')
+    timeout = keywords.get("timeout")
+    if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
+        raise ConfigurationError(
+            f"`timeout` must be a positive datetime.timedelta or None, got {timeout!r}. For example"
+            f" timedelta(minutes=5)."
+        )
 
 
 def check_at_least(name: str, value: Any, least: int, *, whole: bool = True) -> None:
     """Check that ``value`` is a finite number, and a ``whole`` one, that is not below ``least``."""
-    kind: type[Any] = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+    if not (is_integer(value) if whole else _is_number(value)) or value < least:
         what = "an integer" if whole else "a finite number"
         raise ConfigurationError(f"`{name}` must be {what} of at least {least}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any, way_out: str = "") -> None:
+    """Check that ``value`` is a finite number above 0."""
+    if not _is_number(value) or value <= 0:
+        raise ConfigurationError(f"`{name}` must be a finite positive number, got {value!r}.{way_out}")
 
 
 def shares_of_ranks(
@@ -237,5 +311,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, of Python or numpy, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that floating-point arithmetic can count on."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

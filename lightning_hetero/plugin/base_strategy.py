@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
@@ -12,12 +15,14 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_hetero.distributed.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.leave_group import leave_group_at_exit
 from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
 
@@ -26,8 +31,28 @@ __all__ = ["BaseStrategy"]
 _log = logging.getLogger(__name__)
 
 
+# what DDPStrategy takes that says how gradients are averaged
+_OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+
+
 class BaseStrategy(DDPStrategy):
     """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+
+    def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
+        """Check what is passed on to Lightning's DDPStrategy, and by it to torch's DistributedDataParallel.
+
+        Args:
+            keywords: what is passed on. LightningCLI passes every default.
+            not_wrapped: why the strategy wraps no module, and has no use for what says how; empty where it does.
+        """
+        of_ddp = _defaults_of(DistributedDataParallel)
+        accepted = {**of_ddp, **_defaults_of(DDPStrategy)}
+        excluded = dict.fromkeys(("module", "device_ids"), "Lightning passes it itself")
+        if not_wrapped:
+            excluded = {**dict.fromkeys((*of_ddp, *_OF_AVERAGING), not_wrapped), **excluded}
+        given = [name for name, value in keywords.items() if name not in accepted or value is not accepted[name]]
+        arguments.check_keywords(type(self).__name__, given, [*_defaults_of(type(self))], accepted, excluded)
+        arguments.check_launching(keywords)
 
     @override
     def set_world_ranks(self) -> None:
@@ -88,3 +113,10 @@ class BaseStrategy(DDPStrategy):
             else:
                 _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
+
+
+def _defaults_of(target: type[Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor and their defaults."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(target.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "self" and p.kind not in variadic}

@@ -16,6 +16,7 @@ from lightning_hetero.balance.passes import pass_sizes
 from lightning_hetero.balance.search import Search
 from lightning_hetero.distributed.agree import gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.gradients import kept_buffers, taken_aside
 from lightning_hetero.plugin.out_of_memory import free_memory, is_out_of_memory
@@ -39,6 +40,7 @@ class LargestBatchFinder(Callback):
         verbose: Whether to print what was found.
 
     Raises:
+        ConfigurationError: an argument breaks its rule.
         UnsupportedFeatureError: the strategy is another one, or the training data are no DataLoader of samples.
 
     Attributes:
@@ -46,6 +48,7 @@ class LargestBatchFinder(Callback):
     """
 
     def __init__(self, verbose: bool = True) -> None:
+        arguments.check_truth("verbose", verbose)
         super().__init__()
         self.verbose = verbose
         self.found: tuple[int, ...] = ()

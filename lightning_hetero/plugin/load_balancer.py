@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -18,11 +19,12 @@ from lightning_hetero.balance.change_reason import change_reason
 from lightning_hetero.balance.memory_model import MemoryModel
 from lightning_hetero.balance.passes import pass_sizes
 from lightning_hetero.balance.rebalance import Rebalancer, Verdict, Window
+from lightning_hetero.balance.saved_balance import SavedBalance
 from lightning_hetero.balance.summary import speed_up
-from lightning_hetero.balance.types import BatchPlan, MemoryReading, PlanSchedule, StepTime, WindowTiming
+from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
 from lightning_hetero.balance.window import summarise
 from lightning_hetero.distributed.agree import agree
-from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.balance_log import BalanceLog, reason_of
 from lightning_hetero.plugin.console import say
@@ -102,6 +104,8 @@ class LoadBalancer(Callback):
         arguments.check_at_least("watch_steps", watch_steps, 0)
         arguments.check_part("memory_fraction", memory_fraction)
         arguments.check_record(record)
+        arguments.check_truth("verbose", verbose)
+        arguments.check_truth("progress_bar", progress_bar)
         super().__init__()
         self.memory_fraction = memory_fraction
         self.warmup_steps = warmup_steps
@@ -487,16 +491,29 @@ class LoadBalancer(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the shares of an earlier run.
+
+        What the shares are has no influence on what is learned, so a state that cannot be used costs a line and the
+        tuning, not the training: one that is damaged or of another version (a warning), or of other devices or another
+        number of ranks.
+        """
         strategy = self._strategy
-        if strategy is None or not state_dict.get("finished"):
+        if strategy is None:
             return
-        if state_dict["devices"] != [profile.name for profile in strategy.profiles]:
+        try:
+            saved = SavedBalance.from_dict(state_dict)
+        except ConfigurationError as error:
+            rank_zero_warn(f"hetero_ddp: the shares in the checkpoint cannot be used, tuning again: {error}")
+            return
+        if saved is None:
+            return
+        if saved.devices != tuple(profile.name for profile in strategy.profiles):
             if self.verbose:
                 say(strategy.trainer, "hetero_ddp: the checkpoint is of other devices or ranks: tuning again")
             return
-        strategy.restore_schedule(PlanSchedule.from_dict(state_dict["schedule"]))
-        self.step_times = tuple(StepTime(**time) for time in state_dict["step_times"])
-        self._restored = state_dict.get("balance")
+        strategy.restore_schedule(saved.schedule)
+        self.step_times = saved.step_times
+        self._restored = None if saved.balance is None else dict(saved.balance)
         self.finished = True
 
 

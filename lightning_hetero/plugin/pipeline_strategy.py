@@ -83,6 +83,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         precision_plugin: Lightning's plugin for the Trainer's ``precision``, which sets it.
         accelerator: Of the devices; the Trainer sets it.
         parallel_devices: Of the ranks on this machine; the Trainer sets them.
+        **unknown: Refused, with the name that was probably meant.
 
     Raises:
         ConfigurationError: an argument breaks its rule.
@@ -110,6 +111,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         precision_plugin: Precision | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
+        **unknown: Any,
     ) -> None:
         arguments.check_at_least("num_microbatches", num_microbatches, 1)
         arguments.check_choice("schedule", schedule, ("1f1b", "gpipe"))
@@ -119,20 +121,24 @@ class HeteroPipelineStrategy(BaseStrategy):
             arguments.check_numbers("speeds", speeds)
         if splits != "auto" and speeds is not None:
             raise ConfigurationError("`speeds` must be None where `splits` says how the layers are divided. Give one.")
-        if num_loss_terms is not None and not callable(num_loss_terms):
-            raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
-        arguments.check_caps("max_memory_bytes", max_memory_bytes)
+        arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
+        arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
+        arguments.check_truth("verbose", verbose)
         # not all of DDP's arguments: there is no DDP here that would follow them
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
+        launching = {
+            "accelerator": accelerator,
+            "parallel_devices": parallel_devices,
+            "cluster_environment": cluster_environment,
+            "checkpoint_io": checkpoint_io,
+            "precision_plugin": precision_plugin,
+            "process_group_backend": process_group_backend,
+            "timeout": timeout,
+            "start_method": start_method,
+        }
+        self._check_keywords(
+            {**launching, **unknown}, not_wrapped="ranks have different layers, so no gradients are averaged"
         )
+        super().__init__(**launching)
         self.splits = splits
         self.speeds = speeds
         self.num_microbatches = num_microbatches
@@ -159,7 +165,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_splits(self.splits, world_size)
         if self.speeds is not None:
             arguments.check_numbers("speeds", self.speeds, world_size)
-        arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size)
+        arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size, by_name=False)
 
     @override
     def connect(self, model: LightningModule) -> None:

@@ -91,12 +91,8 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.check_caps("max_batch_size", max_batch_size, batch_multiple)
         arguments.check_caps("micro_batch_size", micro_batch_size)
         arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        if num_loss_terms is not None and not callable(num_loss_terms):
-            raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
-        if num_loss_terms is not None and loss_reduction == "sum":
-            raise ConfigurationError(
-                '`num_loss_terms` must be None with `loss_reduction="sum"`: a sum is not averaged over terms.'
-            )
+        arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
+        self._check_keywords(ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.shares: str | Sequence[float] | Mapping[str, float] = shares
         self.global_batch_size = global_batch_size
@@ -150,10 +146,13 @@ class HeteroDDPStrategy(BaseStrategy):
             plan: a plan of the present global batch.
 
         Raises:
-            ConfigurationError: this rank has already drawn samples of that step under another plan, or the plan is
-                of another number of ranks or samples.
+            ConfigurationError: this rank has already drawn samples of that step under another plan, the plan is of
+                another number of ranks or samples, or there is no training to change it in.
         """
-        schedule = self.schedule
+        arguments.check_at_least("first_step", first_step, 0)
+        if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
+            raise ConfigurationError(f"`plan` must be a BatchPlan, got {plan!r}. For example BatchPlan((32, 96)).")
+        schedule = self.schedule if self.lightning_module is not None else None
         if schedule is None:
             raise ConfigurationError("`change_plan` needs a training loader that this strategy divides; there is none.")
         if first_step <= self.fetched_through:
@@ -179,7 +178,7 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.check_shares(self.shares, world_size)
         arguments.check_global_batch_size(self.global_batch_size, self.batch_multiple, world_size)
         arguments.check_caps("max_batch_size", self.max_batch_size, self.batch_multiple, world_size)
-        arguments.check_sum_of_caps(self.max_batch_size, world_size, self.global_batch_size)
+        arguments.check_sum_of_caps(self.max_batch_size, world_size, self.global_batch_size, self.batch_multiple)
         arguments.check_caps("micro_batch_size", self.micro_batch_size, 1, world_size)
 
     @property

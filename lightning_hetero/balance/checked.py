@@ -1,0 +1,84 @@
+"""Read plain values of a saved state, believing nothing: it may be damaged, of a later version, or of something else.
+
+Every function raises a :class:`~lightning_hetero.exceptions.ConfigurationError` that names what is wrong, and looks at
+a value before it makes anything of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_hetero.exceptions import ConfigurationError
+
+__all__ = ["array_of", "entry_of", "items_of", "mapping_of", "number_of", "whole_of", "wholes_of"]
+
+# Whole numbers above are not exact as floating-point numbers, and none that is counted here comes near.
+_MOST_WHOLE = 2**53
+# No time in seconds, size or part comes near; what is computed from such numbers stays finite.
+_MOST_NUMBER = 1e12
+_SHOWN = 80
+
+
+def mapping_of(value: Any, name: str) -> Mapping[str, Any]:
+    """Return ``value``, which has to be a mapping."""
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"`{name}` must be a mapping, got {_shown(value)}.")
+    return value
+
+
+def entry_of(values: Mapping[str, Any], name: str) -> Any:
+    """Return the entry of that name, which has to be there."""
+    if name not in values:
+        raise ConfigurationError(f"`{name}` must be there, got {_shown(sorted(map(str, values)))}.")
+    return values[name]
+
+
+def items_of(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
+    """Return ``value``, which has to be a list, of ``length`` entries where that is given."""
+    if not isinstance(value, list | tuple):
+        raise ConfigurationError(f"`{name}` must be a list, got {_shown(value)}.")
+    if length is not None and len(value) != length:
+        raise ConfigurationError(f"`{name}` must have {length} entries, got {len(value)}.")
+    return value
+
+
+def whole_of(value: Any, name: str, least: int = 0) -> int:
+    """Return ``value``, which has to be an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_WHOLE:
+        raise ConfigurationError(f"`{name}` must be an integer of at least {least}, got {_shown(value)}.")
+    return value
+
+
+def wholes_of(value: Any, name: str, length: int | None = None) -> tuple[int, ...]:
+    """Return ``value``, which has to be a list of integers that are not negative."""
+    return tuple(whole_of(item, name) for item in items_of(value, name, length))
+
+
+def number_of(value: Any, name: str) -> float:
+    """Return ``value``, which has to be a finite number of a sensible size."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -_MOST_NUMBER <= value <= _MOST_NUMBER:
+        raise ConfigurationError(f"`{name}` must be a finite number, got {_shown(value)}.")
+    return float(value)
+
+
+def array_of(value: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Return nested lists of finite numbers of exactly that shape as an array."""
+    return cast("npt.NDArray[np.float64]", np.array(_nested(value, name, shape), dtype=np.float64).reshape(shape))
+
+
+def _nested(value: Any, name: str, shape: tuple[int, ...]) -> Any:
+    if not shape:
+        return number_of(value, name)
+    return [_nested(item, name, shape[1:]) for item in items_of(value, name, shape[0])]
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except Exception:  # an object of somebody else, or an integer too long to print
+        return f"an object of type {type(value).__name__}"
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
