@@ -125,7 +125,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
         arguments.check_truth("verbose", verbose)
         # not all of DDP's arguments: there is no DDP here that would follow them
-        launching = {
+        launching: dict[str, Any] = {
             "accelerator": accelerator,
             "parallel_devices": parallel_devices,
             "cluster_environment": cluster_environment,
