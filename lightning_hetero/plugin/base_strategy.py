@@ -25,6 +25,7 @@ from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.environment import UnevenTorchrunEnvironment
+from lightning_hetero.plugin.progress import TrainingProgress
 
 __all__ = ["BaseStrategy"]
 
@@ -103,6 +104,13 @@ class BaseStrategy(DDPStrategy):
             )
         super().setup_distributed()  # which leaves a process group that there is
         leave_group_at_exit()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            assert self.lightning_module is not None
+            TrainingProgress(self.lightning_module.trainer).begin_epoch()
+        super().on_train_batch_start(batch, batch_idx)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

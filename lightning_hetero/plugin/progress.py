@@ -52,6 +52,16 @@ class TrainingProgress:
         batches = self._loop.epoch_loop.batch_progress
         return batches.current.ready if self._loop.restarting and not batches.is_last_batch else 0
 
+    def begin_epoch(self) -> None:
+        """Count the epoch at hand as begun, where Lightning has not.
+
+        It does not in the epoch behind a checkpoint that was saved in an epoch's last step (Lightning 2.6.6), and then
+        a checkpoint of that epoch is taken for one of its end: a run that resumes from it repeats samples.
+        """
+        for counts in (self._loop.epoch_progress.total, self._loop.epoch_progress.current):
+            counts.ready = max(counts.ready, counts.processed + 1)
+            counts.started = max(counts.started, counts.processed + 1)
+
 
 def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
     """Return the training loaders, and how they are combined: the ``mode`` of ``CombinedLoader``."""

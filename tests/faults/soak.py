@@ -72,7 +72,8 @@ def one_job(folder: Path, rng: random.Random, ranks: int, epochs: int, done: Hap
     deaths = sum(fault.what == "kill" for fault in faults)
     (ended,) = run(folder, [one_node(ranks, argument, restarts=deaths + 1)], timeout_s=600 + 5 * epochs)
     assert ended.status == 0, ended.text
-    assert found(folder, ranks)[0]["steps"] == done.epochs * STEPS_AN_EPOCH, ended.text
+    taken = found(folder, ranks)[0]["steps"]
+    assert taken == done.epochs * STEPS_AN_EPOCH, f"{ended.text}\n{taken} steps in {done.epochs} epochs"
     happened = len(list(folder.glob("fault-*.happened")))
     done.kills += sum(fault.what == "kill" for fault in faults[:happened])
     done.stalls += sum(fault.what == "stop" for fault in faults[:happened])

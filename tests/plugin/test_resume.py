@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from differences import measured
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters
 
@@ -69,6 +71,40 @@ def test_it_goes_on_with_the_next_sample_on_any_number_of_ranks(ranks: RankPools
     assert_continues(ranks.run(2, train, [1, 3], STEPS, None, path), step + 1)
     assert_continues(ranks.run(3, train, [1, 2, 4], STEPS, None, path), step + 1)
     assert_continues(ranks.run(1, train, "auto", STEPS, None, path), step + 1) if step == 8 else None
+
+
+class Dies(Callback):
+    """Ends the run before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def train_until(step: int, folder: Path) -> list[list[int]]:
+    """Go on from the last checkpoint and die before a step; return the samples of each step."""
+    model = SmallModule()
+    saving = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2)
+    trainer = make_trainer(
+        HeteroDDPStrategy(shares=[1, 3]), 2, [saving, Dies(step)], max_epochs=3, enable_checkpointing=True,
+        limit_val_batches=1,
+    )  # fmt: skip
+    with suppress(InterruptedError):
+        loader = DataLoader(Numbered(SIZE), batch_size=GLOBAL_BATCH // 2, shuffle=True)
+        trainer.fit(model, loader, DataLoader(Numbered(8), batch_size=4), ckpt_path="last")
+    return model.ledger
+
+
+def test_it_goes_on_where_a_resumed_run_has_died_too(ranks: RankPools, tmp_path: Path) -> None:
+    """Died behind the end of an epoch, where it was saved, and again in the next epoch."""
+    expected = reference_batches(SIZE, GLOBAL_BATCH, epochs=3)
+    for first, step in ((0, 7), (6, 9), (8, 99)):
+        ledgers = ranks.run(2, train_until, step, tmp_path)
+        seen = [{index for ledger in ledgers for index in ledger[i]} for i in range(len(ledgers[0]))]
+        assert seen == expected[first:step]
 
 
 def test_workers_that_read_ahead_when_it_was_saved_lose_nothing(ranks: RankPools, tmp_path: Path) -> None:
