@@ -13,16 +13,24 @@ import threading
 
 import torch.distributed as dist
 
-__all__ = ["leave_group_at_exit"]
+__all__ = ["leave_group_at_exit", "stay_in_group"]
 
 # A group whose peers are gone may wait for them until its time-out; that must not keep this process.
 _PATIENCE_S = 5.0
 
 
 def leave_group_at_exit() -> None:
-    """Have this process leave gloo's group when it ends without an error; may be called more than once."""
+    """Have this process, whose training has ended well, leave gloo's group at its end; may be called more than once."""
     atexit.unregister(_leave)
     atexit.register(_leave)
+
+
+def stay_in_group() -> None:
+    """Have this process end in the group, since it has failed.
+
+    Its peers wait for it; were the group closed before the process ends, they would fail before this one has told why.
+    """
+    atexit.unregister(_leave)
 
 
 def _leave() -> None:

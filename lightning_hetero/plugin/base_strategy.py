@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_hetero.distributed.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.failure import announce, announced, forget, why_communication_failed
-from lightning_hetero.distributed.leave_group import leave_group_at_exit
+from lightning_hetero.distributed.leave_group import leave_group_at_exit, stay_in_group
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.checkpoint_file import WholeFileCheckpointIO
@@ -38,6 +38,8 @@ _OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_a
 
 class BaseStrategy(DDPStrategy):
     """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+
+    _failed = False
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
         """Check what is passed on to Lightning's DDPStrategy, and by it to torch's DistributedDataParallel.
@@ -83,6 +85,7 @@ class BaseStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        self._failed = False
         forget()  # what an earlier run of this process has left
         super().setup_environment()
 
@@ -103,7 +106,6 @@ class BaseStrategy(DDPStrategy):
                 store=attempt_store(*where, self.global_rank, self.world_size, timeout),
             )
         super().setup_distributed()  # which leaves a process group that there is
-        leave_group_at_exit()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -114,6 +116,8 @@ class BaseStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        stay_in_group()
         if not isinstance(exception, RankFailedError):
             reason = announced() or why_communication_failed(exception)
             if reason is None:
@@ -122,6 +126,12 @@ class BaseStrategy(DDPStrategy):
             else:
                 _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        if not self._failed:  # a process that `spawn` has started does not come here where it fails
+            leave_group_at_exit()
+        super().teardown()
 
 
 def _defaults_of(target: type[Any]) -> dict[str, Any]:

@@ -156,7 +156,6 @@ class HeteroPipelineStrategy(BaseStrategy):
         self._seed = 0
         self._batches = 0
         self._aside: Gradients = []
-        self._failed = False
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
@@ -220,7 +219,6 @@ class HeteroPipelineStrategy(BaseStrategy):
         self._metrics = PipelineMetrics(module, last_rank, is_last=self.global_rank == last_rank)
         self._run_stages_of(self._placement)
         self._run_where_steps_end(module)
-        self._failed = False
 
     def _run_stages_of(self, placement: Placement) -> None:
         called, _ = layers_of(self._module)
@@ -473,11 +471,6 @@ class HeteroPipelineStrategy(BaseStrategy):
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
 
     # ---- the end ---------------------------------------------------------------------------------------------------
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
-        super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
