@@ -148,6 +148,8 @@ def test_a_run_is_followed_until_it_ends(tmp_path: Path, by: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # no threads here
     )
     try:
         assert 'http-equiv="refresh"' in wait_for(page, 'id="nothing"', follower)
