@@ -83,9 +83,9 @@ class BalanceLog:
         due = self._logged_at is None or window.tuning or window.step - self._logged_at >= every
         if due and every and self._trainer.is_global_zero:
             self._logged_at = window.step
-            step = TrainingProgress(self._trainer).logged_step
+            scalars, step = scalars_of(window), TrainingProgress(self._trainer).logged_step
             for logger in self._trainer.loggers:
-                logger.log_metrics(scalars_of(window), step=step)
+                logger.log_metrics(scalars, step=step)
 
     def change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
         """Take a change of shares."""

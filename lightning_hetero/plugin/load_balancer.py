@@ -315,7 +315,6 @@ class LoadBalancer(Callback):
                 change_reason(verdict.gain, current, self._times_before, verdict.step_times),
                 0 if self.finished or verdict.tuned else self._rebalancer.tune_steps_left,
             )
-        if verdict.plan != current:
             self._times_before = ()
         if verdict.tuned and not self._times_before:
             # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
