@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["array_of", "entry_of", "items_of", "mapping_of", "number_of", "whole_of", "wholes_of"]
+__all__ = [
+    "array_of",
+    "entry_of",
+    "items_of",
+    "mapping_of",
+    "number_of",
+    "text_of",
+    "truth_of",
+    "whole_of",
+    "wholes_of",
+]
 
 # Whole numbers above are not exact as floating-point numbers, and none that is counted here comes near.
 _MOST_WHOLE = 2**53
@@ -46,6 +56,20 @@ def items_of(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
     return value
 
 
+def text_of(value: Any, name: str) -> str:
+    """Return ``value``, which has to be a text."""
+    if not isinstance(value, str):
+        raise ConfigurationError(f"`{name}` must be a text, got {_shown(value)}.")
+    return value
+
+
+def truth_of(value: Any, name: str) -> bool:
+    """Return ``value``, which has to be true or false."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"`{name}` must be true or false, got {_shown(value)}.")
+    return value
+
+
 def whole_of(value: Any, name: str, least: int = 0) -> int:
     """Return ``value``, which has to be an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_WHOLE:
@@ -58,9 +82,9 @@ def wholes_of(value: Any, name: str, length: int | None = None) -> tuple[int, ..
     return tuple(whole_of(item, name) for item in items_of(value, name, length))
 
 
-def number_of(value: Any, name: str) -> float:
+def number_of(value: Any, name: str, least: float = -_MOST_NUMBER, most: float = _MOST_NUMBER) -> float:
     """Return ``value``, which has to be a finite number of a sensible size."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -_MOST_NUMBER <= value <= _MOST_NUMBER:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         raise ConfigurationError(f"`{name}` must be a finite number, got {_shown(value)}.")
     return float(value)
 

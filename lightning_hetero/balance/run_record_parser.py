@@ -6,10 +6,12 @@ Events that a later version may have added are left out, and a last line that wa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from lightning_hetero.balance.checked import items_of, mapping_of, number_of, text_of, truth_of, whole_of
 from lightning_hetero.balance.run_record import (
     EVENTS,
     RECORD_FORMAT,
@@ -95,38 +97,43 @@ def _header(row: str, name: str) -> RunHeader:
             f"{name} must be of version {RECORD_VERSION}, got {values.get('version')!r}. Read it with the version of"
             f" lightning_hetero that wrote it ({values.get('package')!r})."
         )
-    where = f"{name}, line 1"
-    devices = values.get("devices")
-    if not isinstance(devices, list) or not devices or not all(isinstance(device, dict) for device in devices):
-        raise ConfigurationError(f"{where}: `devices` must list what each rank runs on, got {devices!r}.")
-    return RunHeader(
-        strategy=_text(values, "strategy", where),
-        started=_text(values, "started", where),
-        global_batch_size=_whole(values, "global_batch_size", where),
-        devices=tuple(
-            DeviceProfile(
-                host=_text(device, "host", where),
-                device=_text(device, "device", where),
-                name=_text(device, "name", where),
-            )
-            for device in devices
-        ),
-        package=_text(values, "package", where),
-    )
+    with _located(f"{name}, line 1"):
+        devices = items_of(values.get("devices"), "devices")
+        if not devices:
+            raise ConfigurationError("`devices` must list what each rank runs on, got none.")
+        return RunHeader(
+            strategy=text_of(values.get("strategy"), "strategy"),
+            started=text_of(values.get("started"), "started"),
+            global_batch_size=whole_of(values.get("global_batch_size"), "global_batch_size"),
+            devices=tuple(_device(device) for device in devices),
+            package=text_of(values.get("package"), "package"),
+        )
+
+
+def _device(value: Any) -> DeviceProfile:
+    values = mapping_of(value, "devices")
+    host, device, name = (text_of(values.get(key), key) for key in ("host", "device", "name"))
+    return DeviceProfile(host, device, name)
 
 
 def _event(values: dict[str, Any], header: RunHeader, where: str) -> Event | None:
     kind = next((event for event in EVENTS if event.kind == values.get("event")), None)
     if kind is None:
         return None
-    read = {
-        name: _READERS[str(declared)](values, name, where)
-        for name, declared in kind.__annotations__.items()
-        if name != "kind"
-    }
-    event = kind(**read)
+    declared = {name: str(type_) for name, type_ in kind.__annotations__.items() if name != "kind"}
+    with _located(where):
+        event = kind(**{name: _READERS[type_](values.get(name), name) for name, type_ in declared.items()})
     _check_lengths(event, header.world_size, where)
     return event
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say where in a record a value is wrong."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
 
 
 def _check_lengths(event: Event, world_size: int, where: str) -> None:
@@ -149,61 +156,25 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
         raise ConfigurationError(f"{where}: `ranks` and `ends` must be those of one stage a rank.")
 
 
-def _text(values: Mapping[str, Any], name: str, where: str) -> str:
-    value = values.get(name)
-    if not isinstance(value, str):
-        raise ConfigurationError(f"{where}: `{name}` must be a text, got {value!r}.")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
-
-
-def _number(values: Mapping[str, Any], name: str, where: str) -> float:
-    value = values.get(name)
-    if not _is_number(value):
-        raise ConfigurationError(f"{where}: `{name}` must be a number that is not negative, got {value!r}.")
-    return float(value)  # type: ignore[arg-type]  # checked above
-
-
-def _whole(values: Mapping[str, Any], name: str, where: str) -> int:
-    value = values.get(name)
-    if not _is_number(value) or not isinstance(value, int):
-        raise ConfigurationError(f"{where}: `{name}` must be an integer that is not negative, got {value!r}.")
-    return value
-
-
-def _truth(values: Mapping[str, Any], name: str, where: str) -> bool:
-    value = values.get(name)
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{where}: `{name}` must be true or false, got {value!r}.")
-    return value
+def _number_of(value: Any, name: str) -> float:
+    return number_of(value, name, least=0, most=1e300)
 
 
 _T = TypeVar("_T")
 
 
-def _several(
-    one: Callable[[Mapping[str, Any], str, str], _T],
-) -> Callable[[Mapping[str, Any], str, str], tuple[_T, ...]]:
-    def read(values: Mapping[str, Any], name: str, where: str) -> tuple[_T, ...]:
-        items = values.get(name)
-        if not isinstance(items, list):
-            raise ConfigurationError(f"{where}: `{name}` must be a list, got {items!r}.")
-        return tuple(one({name: item}, name, where) for item in items)
-
-    return read
+def _several(one: Callable[[Any, str], _T]) -> Callable[[Any, str], tuple[_T, ...]]:
+    return lambda value, name: tuple(one(item, name) for item in items_of(value, name))
 
 
 # what the annotations of the events say
-_READERS: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
-    "str": _text,
-    "int": _whole,
-    "float": _number,
-    "bool": _truth,
-    "tuple[int, ...]": _several(_whole),
-    "tuple[float, ...]": _several(_number),
-    "tuple[bool, ...]": _several(_truth),
-    "tuple[str, ...]": _several(_text),
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "str": text_of,
+    "int": whole_of,
+    "float": _number_of,
+    "bool": truth_of,
+    "tuple[int, ...]": _several(whole_of),
+    "tuple[float, ...]": _several(_number_of),
+    "tuple[bool, ...]": _several(truth_of),
+    "tuple[str, ...]": _several(text_of),
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_hetero.balance.checked import entry_of, items_of, mapping_of
+from lightning_hetero.balance.checked import entry_of, items_of, mapping_of, text_of, truth_of
 from lightning_hetero.balance.rebalance import Rebalancer
 from lightning_hetero.balance.types import PlanSchedule, StepTime
 from lightning_hetero.exceptions import ConfigurationError
@@ -39,14 +39,9 @@ class SavedBalance:
                 ranks.
         """
         values = mapping_of(state, "state")
-        finished = values.get("finished", False)
-        if not isinstance(finished, bool):
-            raise ConfigurationError(f"`finished` must be true or false, got a {type(finished).__name__}.")
-        if not finished:
+        if not truth_of(values.get("finished", False), "finished"):
             return None
-        devices = items_of(entry_of(values, "devices"), "devices")
-        if not all(isinstance(device, str) for device in devices):
-            raise ConfigurationError("`devices` must be the names of devices.")
+        devices = tuple(text_of(name, "devices") for name in items_of(entry_of(values, "devices"), "devices"))
         schedule = PlanSchedule.from_dict(entry_of(values, "schedule"))
         times = tuple(StepTime.from_dict(time) for time in items_of(entry_of(values, "step_times"), "step_times"))
         balance = values.get("balance")
@@ -56,4 +51,4 @@ class SavedBalance:
             ranks |= {initial.world_size, model.world_size}
         if len(ranks) > 1:
             raise ConfigurationError(f"Its parts must be of one number of ranks, got {sorted(ranks)}.")
-        return cls(tuple(devices), schedule, times, balance)
+        return cls(devices, schedule, times, balance)

@@ -93,9 +93,9 @@ HUGE = 10**400
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["finished"], 1, "`finished` must be true or false, got a int"),
+        (["finished"], 1, "`finished` must be true or false, got 1"),
         (["devices"], "V100", "`devices` must be a list, got 'V100'"),
-        (["devices"], [1, 2, 3], "`devices` must be the names of devices"),
+        (["devices"], [1, 2, 3], "`devices` must be a text, got 1"),
         (["devices"], ["V100"], r"Its parts must be of one number of ranks, got \[1, 3\]"),
         (["schedule"], None, "`schedule` must be a mapping, got None"),
         (["schedule"], {}, "`first_steps` must be there"),
