@@ -73,7 +73,9 @@ def truth_of(value: Any, name: str) -> bool:
 def whole_of(value: Any, name: str, least: int = 0) -> int:
     """Return ``value``, which has to be an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_WHOLE:
-        raise ConfigurationError(f"`{name}` must be an integer of at least {least}, got {_shown(value)}.")
+        raise ConfigurationError(
+            f"`{name}` must be an integer of at least {least} and below 2**53, got {_shown(value)}."
+        )
     return value
 
 
@@ -85,7 +87,9 @@ def wholes_of(value: Any, name: str, length: int | None = None) -> tuple[int, ..
 def number_of(value: Any, name: str, least: float = -_MOST_NUMBER, most: float = _MOST_NUMBER) -> float:
     """Return ``value``, which has to be a finite number of a sensible size."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigurationError(f"`{name}` must be a finite number, got {_shown(value)}.")
+        raise ConfigurationError(
+            f"`{name}` must be a number of at least {least:g} and at most {most:g}, got {_shown(value)}."
+        )
     return float(value)
 
 
