@@ -22,6 +22,7 @@ from lightning_hetero.balance.blocks import Cursor
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
 from lightning_hetero.distributed.agree import gather, gather_counts, lend
 from lightning_hetero.distributed.changed_loader import changed_loader
+from lightning_hetero.distributed.skipping import SkippingSampler, can_skip, is_stateful, length_of
 from lightning_hetero.exceptions import RankFailedError
 
 __all__ = ["JoinedLoader", "Joint", "join_loader"]
@@ -64,7 +65,7 @@ def join_loader(loader: Any, joint: Joint) -> Any:
     """
     if isinstance(loader, _JoinedIterable):  # of an earlier fit
         loader = loader._loader
-    lengths = gather(_length(loader))
+    lengths = gather(length_of(loader))
     longest = None if any(length is None for length in lengths) else max(length or 0 for length in lengths)
     own: dict[str, Any] = {"_joint": joint, "_longest": longest}
     if not isinstance(loader, DataLoader):
@@ -72,9 +73,9 @@ def join_loader(loader: Any, joint: Joint) -> Any:
     # DataLoader makes batches from samples where it has a batch sampler or a batch size
     if loader.batch_sampler is not None or loader.batch_size is not None:
         own["collate_fn"] = _CountingCollate.of(loader.collate_fn)
-    if not _is_stateful(loader) and _length(loader.batch_sampler) is not None:
-        own["batch_sampler"] = _SkippingSampler(loader.batch_sampler)
-    return changed_loader(loader, _StatefulJoinedDataLoader if _is_stateful(loader) else _JoinedDataLoader, **own)
+    if not is_stateful(loader) and can_skip(loader):
+        own["batch_sampler"] = SkippingSampler(loader.batch_sampler)
+    return changed_loader(loader, _StatefulJoinedDataLoader if is_stateful(loader) else _JoinedDataLoader, **own)
 
 
 class JoinedLoader:
@@ -117,7 +118,7 @@ class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
         return self._iterate(super().__iter__, sys._getframe(1).f_globals["__name__"])
 
     def _skip(self, batches: int) -> int:
-        if isinstance(self.batch_sampler, _SkippingSampler):
+        if isinstance(self.batch_sampler, SkippingSampler):
             self.batch_sampler.skip = batches
             return 0
         return batches
@@ -155,7 +156,7 @@ class _JoinedIterable(JoinedLoader):
         return self._iterate(lambda: iter(self._loader), sys._getframe(1).f_globals["__name__"])
 
     def _skip(self, batches: int) -> int:
-        return 0 if _is_stateful(self._loader) else batches  # it resumes by itself
+        return 0 if is_stateful(self._loader) else batches  # it resumes by itself
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":  # asked for while this is being copied
@@ -247,26 +248,6 @@ class _CountingCollate:
         return _Counted(len(samples), self._collate(samples))
 
 
-class _SkippingSampler:
-    """A batch sampler that can begin later, so that a resumed run need not load what it has seen."""
-
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        self.skip = 0
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self.skip = self.skip, 0
-        return islice(iter(self._batches), skip, None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_batches":
-            raise AttributeError(name)
-        return getattr(self._batches, name)
-
-
 def _division(counts: list[int]) -> BatchPlan:
     samples = tuple(max(count, 0) for count in counts)
     # batches of no samples at all, which a loader may yield on purpose, count alike
@@ -275,17 +256,6 @@ def _division(counts: list[int]) -> BatchPlan:
 
 def _batch_of(item: Any) -> Any:
     return item.batch if isinstance(item, _Counted) else item
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _is_stateful(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _rank() -> int:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.changed_loader import changed_loader
 from lightning_hetero.distributed.share_sampler import ShareBatchSampler
+from lightning_hetero.distributed.skipping import is_stateful
 
 __all__ = ["share_loader"]
 
@@ -34,10 +35,9 @@ def share_loader(
     Returns:
         The copy.
     """
-    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     return changed_loader(
         loader,
-        _StatefulShareLoader if stateful else _ShareLoader,
+        _StatefulShareLoader if is_stateful(loader) else _ShareLoader,
         batch_sampler=shares if batch_sampler is None else batch_sampler,
         in_order=True,  # batches that overtake each other could not be paired with their slices
         _shares=shares,

@@ -1,0 +1,56 @@
+"""Begin a pass over a loader later than at its beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+__all__ = ["SkippingSampler", "can_skip", "is_stateful", "length_of"]
+
+
+class SkippingSampler:
+    """A batch sampler that can begin later, so that a resumed run need not load what it has seen.
+
+    Args:
+        batches: the batch sampler.
+
+    Attributes:
+        skip: how many batches the next pass, and only that, leaves out.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self.skip = self.skip, 0
+        return islice(iter(self._batches), skip, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_batches":
+            raise AttributeError(name)
+        return getattr(self._batches, name)
+
+
+def can_skip(loader: Any) -> bool:
+    """Return whether batches of a loader can be left out without loading them: its indices are counted."""
+    return isinstance(loader, DataLoader) and length_of(loader.batch_sampler) is not None
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the number of batches of a loader, or None where that is not known."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def is_stateful(loader: Any) -> bool:
+    """Return whether a loader saves its position itself, as torchdata's ``StatefulDataLoader``."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
