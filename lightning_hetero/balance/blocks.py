@@ -20,6 +20,7 @@ __all__ = [
     "Blocks",
     "Cursor",
     "block_in_step",
+    "blocks_before",
     "common_unit",
     "divide_together",
     "merge_slices",
@@ -104,6 +105,20 @@ def block_in_step(position: int, blocks: int, mode: str) -> int | None:
     if mode == "max_size_cycle" and blocks:
         return position % blocks
     return position if position < blocks else None
+
+
+def blocks_before(position: int, blocks: int | None, mode: str) -> int:
+    """Return how many of its global batches a loader has given, in its present pass, to the steps before ``position``.
+
+    Args:
+        position: the step, counted from the beginning of the epoch.
+        blocks: number of global batches of the loader; None where it is not known, and the loader not exhausted.
+        mode: how loaders are combined.
+    """
+    if blocks is None:
+        return position
+    block = block_in_step(position, blocks, mode)
+    return blocks if block is None else block
 
 
 def uneven_steps(loaders: Sequence[Sized], mode: str) -> list[tuple[int, ...]]:

@@ -8,6 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from lightning_hetero.distributed.random_state import random_state, restore_random_state
+
 __all__ = ["AgreedOrder", "SizedOrder", "agree", "gather", "gather_counts", "lend"]
 
 Entry = TypeVar("Entry")
@@ -106,15 +108,23 @@ class AgreedOrder(Generic[Entry]):
     Args:
         sampler: yields samples or batches; is asked once an epoch.
         epoch: the epoch that the first order is for.
+        resumed: what ``random_state`` was on rank zero when an earlier run drew that order; None for an order that
+            nobody has drawn yet.
 
     Attributes:
         entries: the order of the present epoch.
+        random_state: of this rank, before it drew that order; see :func:`random_state`.
     """
 
-    def __init__(self, sampler: Iterable[Entry], epoch: int) -> None:
+    def __init__(self, sampler: Iterable[Entry], epoch: int, resumed: Any = None) -> None:
         self.sampler = sampler
         self._epoch = epoch
+        now = random_state(sampler)
+        known = resumed is not None and restore_random_state(sampler, resumed)
+        self.random_state = resumed if known else now
         self.entries: list[Entry] = self._agree()
+        if known:
+            restore_random_state(sampler, now)
 
     def __len__(self) -> int:
         """Return the number of entries."""
@@ -127,6 +137,7 @@ class AgreedOrder(Generic[Entry]):
         """Draw the order of another epoch; every rank has to call this at the same point."""
         if epoch != self._epoch:
             self._epoch = epoch
+            self.random_state = random_state(self.sampler)
             self.entries = self._agree()
 
     def _agree(self) -> list[Entry]:

@@ -32,6 +32,7 @@ __all__ = ["BaseStrategy"]
 _log = logging.getLogger(__name__)
 
 
+_LOADERS_KEY = "lightning_hetero"
 # what DDPStrategy takes that says how gradients are averaged
 _OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
 
@@ -39,6 +40,7 @@ _OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_a
 class BaseStrategy(DDPStrategy):
     """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
 
+    strategy_name = ""
     _failed = False
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
@@ -82,6 +84,25 @@ class BaseStrategy(DDPStrategy):
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO | None) -> None:
         self._checkpoint_io = io
+
+    def loaders_state(self) -> Any:
+        """Return what a checkpoint has to hold of the training loaders, as plain values; asked on rank 0."""
+
+    def load_loaders_state(self, state: Any) -> None:
+        """Resume from what :meth:`loaders_state` has returned; None where the checkpoint holds nothing."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.is_global_zero:
+            checkpoint = {**checkpoint, _LOADERS_KEY: {self.strategy_name: self.loaders_state()}}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        of_strategies = checkpoint.get(_LOADERS_KEY)
+        self.load_loaders_state(of_strategies.get(self.strategy_name) if isinstance(of_strategies, dict) else None)
+        return checkpoint
 
     @override
     def setup_environment(self) -> None:

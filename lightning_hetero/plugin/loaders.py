@@ -71,32 +71,33 @@ class Own:
     reason: str
 
 
-def examine(dataloader: object, world_size: int, epoch: int) -> Divisible | Unbatched | Own:
+def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None) -> Divisible | Unbatched | Own:
     """Find out how a loader can be divided; every rank has to call this at the same point.
 
     Args:
         dataloader: what Lightning's ``process_dataloader`` hook is given.
         world_size: number of ranks.
         epoch: the epoch that the loader will begin with; where a run is resumed that is not the first.
+        resumed: see :class:`~lightning_hetero.distributed.agree.AgreedOrder`.
     """
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return Own("each rank reads a stream of its own")
     batch_sampler = original_batch_sampler(dataloader)
     if batch_sampler is None:
-        order = _whole_order(dataloader.sampler, world_size, epoch)
+        order = _whole_order(dataloader.sampler, world_size, epoch, resumed)
         return _not_divided_by_lightning() if order is None else Unbatched(dataloader, order)
     # torchdata puts a class of its own, that can save its position, in the place of torch's
     torchs = type(batch_sampler).__name__ == "BatchSampler" and type(batch_sampler).__module__.startswith("torch")
     if not torchs and world_size == 1:
         return Own("its batch sampler is the user's, and there is nothing to divide")
     sampler = batch_sampler.sampler if torchs else _sampler_inside(batch_sampler)
-    order = _whole_order(sampler, world_size, epoch)
+    order = _whole_order(sampler, world_size, epoch, resumed if torchs else None)
     if order is None:
         return _not_divided_by_lightning()
     return Divisible(
         loader=dataloader,
         order=order,
-        lists=None if torchs else AgreedOrder(_Lists(batch_sampler, sampler), epoch),
+        lists=None if torchs else AgreedOrder(_Lists(batch_sampler, sampler), epoch, resumed),
         batch_size=getattr(batch_sampler, "batch_size", None),
         drop_last=getattr(batch_sampler, "drop_last", False),
         batch_sampler=type(batch_sampler).__name__,
@@ -129,7 +130,7 @@ def _not_divided_by_lightning() -> Own:
     return Own("its sampler is not Lightning's (`use_distributed_sampler=False`)")
 
 
-def _whole_order(sampler: Any, world_size: int, epoch: int) -> SizedOrder | None:
+def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> SizedOrder | None:
     """Return the order of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to give it."""
     if isinstance(sampler, (AgreedOrder, _Head)):
         return sampler
@@ -143,7 +144,7 @@ def _whole_order(sampler: Any, world_size: int, epoch: int) -> SizedOrder | None
         # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
         inner = getattr(sampler.dataset, "_sampler", None)
         known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
-        return sampler if known else AgreedOrder(sampler, epoch)
+        return sampler if known else AgreedOrder(sampler, epoch, resumed)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
         # the user's own, which divides equally: the same order undivided
         whole: DistributedSampler[Any] = DistributedSampler(

@@ -36,11 +36,11 @@ from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.base_strategy import BaseStrategy
 from lightning_hetero.plugin.console import say
 from lightning_hetero.plugin.gradients import Gradients, put_back, taken_aside
+from lightning_hetero.plugin.pipeline_data import PipelineData
 from lightning_hetero.plugin.pipeline_layers import layers_of
 from lightning_hetero.plugin.pipeline_metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline_planning import PipelineFindings, find_stages
 from lightning_hetero.plugin.pipeline_step import PipelineStep
-from lightning_hetero.plugin.rank_zero_batches import RankZeroBatches
 from lightning_hetero.plugin.seeded import seeded
 
 __all__ = ["HeteroPipelineStrategy"]
@@ -92,6 +92,8 @@ class HeteroPipelineStrategy(BaseStrategy):
         plan: The stages; None before set-up.
         findings: What was measured and is predicted; None where nothing was measured.
     """
+
+    strategy_name = "hetero_pipeline"
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         self._metrics: PipelineMetrics | None = None
         self._pipeline: Pipeline | None = None
         self._steps: PipelineStep | None = None
+        self._data: PipelineData | None = None
         self._seed = 0
         self._batches = 0
         self._aside: Gradients = []
@@ -169,6 +172,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        self._data = PipelineData(model.trainer)
         # every rank works on the same batches, so none may get a sampler of its own; nothing public says so for a
         # subclass of DDPStrategy. tests/plugin/test_pipeline.py compares the order of samples with one process.
         model.trainer._accelerator_connector.use_distributed_sampler = False
@@ -322,7 +326,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        return RankZeroBatches(dataloader) if self.world_size > 1 else dataloader
+        return self._the_data.process(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -335,6 +339,8 @@ class HeteroPipelineStrategy(BaseStrategy):
         super().on_train_start()
         if self.global_rank:  # dropout of one stage must not repeat that of another; rank 0 shuffles
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+        else:
+            self._the_data.go_on()
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -442,6 +448,14 @@ class HeteroPipelineStrategy(BaseStrategy):
         return True
 
     @override
+    def loaders_state(self) -> Any:
+        return self._the_data.state()
+
+    @override
+    def load_loaders_state(self, state: Any) -> None:
+        self._the_data.load(state)
+
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self._the_placement.state_dict()
 
@@ -497,6 +511,11 @@ class HeteroPipelineStrategy(BaseStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    @property
+    def _the_data(self) -> PipelineData:
+        assert self._data is not None
+        return self._data
 
     @property
     def _the_placement(self) -> Placement:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
-__all__ = ["FETCHING_MODULE", "TrainingProgress", "evaluation_loaders", "training_loaders"]
+__all__ = ["FETCHING_MODULE", "TrainingProgress", "evaluation_loaders", "resume_exactly", "training_loaders"]
 
 # The module whose iterations are those of the loops: they reach their loaders through a CombinedLoader.
 FETCHING_MODULE = CombinedLoader.__module__
@@ -61,6 +62,11 @@ class TrainingProgress:
         for counts in (self._loop.epoch_progress.total, self._loop.epoch_progress.current):
             counts.ready = max(counts.ready, counts.processed + 1)
             counts.started = max(counts.started, counts.processed + 1)
+
+
+def resume_exactly() -> None:
+    """Say nothing of loaders that cannot be resumed: Lightning warns of all that save nothing themselves."""
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
 
 def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:

@@ -74,6 +74,8 @@ class HeteroDDPStrategy(BaseStrategy):
             Trainer is constructed.
     """
 
+    strategy_name = "hetero_ddp"
+
     def __init__(
         self,
         shares: Literal["auto"] | list[float] | dict[str, float] = "auto",
@@ -170,6 +172,14 @@ class HeteroDDPStrategy(BaseStrategy):
     def restore_schedule(self, schedule: PlanSchedule) -> None:
         """Continue with the schedule of an earlier run, before any training batch is drawn."""
         self.training.schedule = schedule
+
+    @override
+    def loaders_state(self) -> Any:
+        return self.training.state()
+
+    @override
+    def load_loaders_state(self, state: Any) -> None:
+        self.training.load(state)
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from lightning_hetero.balance.batch_solver import keeps_limits, proportional_pla
 from lightning_hetero.balance.blocks import (
     Cursor,
     block_in_step,
+    blocks_before,
     common_unit,
     divide_together,
     merge_slices,
@@ -21,6 +22,7 @@ from lightning_hetero.balance.blocks import (
 )
 from lightning_hetero.balance.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
+from lightning_hetero.distributed.agree import AgreedOrder
 from lightning_hetero.distributed.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.share_loader import share_loader
@@ -29,7 +31,8 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError,
 from lightning_hetero.plugin import arguments, loaders
 from lightning_hetero.plugin.batch_size import samples_in
 from lightning_hetero.plugin.inexact import GATHERED, warn_of_inexact
-from lightning_hetero.plugin.progress import FETCHING_MODULE, TrainingProgress, training_loaders
+from lightning_hetero.plugin.progress import FETCHING_MODULE, TrainingProgress, resume_exactly, training_loaders
+from lightning_hetero.plugin.resumed_loaders import ResumedLoaders, state_of
 from lightning_hetero.plugin.slices import StepSlices
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class TrainingData:
         self._mode = ""
         self._slices = StepSlices()
         self._stays_equal = False
+        self._resumed = ResumedLoaders()
         self.part: BatchSlice | None = None
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
@@ -68,7 +72,9 @@ class TrainingData:
         self._stays_equal = False
         self._slices.clear()
         strategy = self._strategy
-        loader = loaders.examine(dataloader, strategy.world_size, self._progress.epoch)
+        within_epoch = self._progress.resumed_position > 0
+        order = self._resumed.next_order() if within_epoch else None
+        loader = loaders.examine(dataloader, strategy.world_size, self._progress.epoch, order)
         if isinstance(loader, loaders.Divisible):
             return self._divided(loader)
         if strategy.world_size == 1:
@@ -79,8 +85,18 @@ class TrainingData:
         self._say_undivided(dataloader, loader.reason)
         return self._joined(dataloader)
 
+    def state(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint has to hold of the loaders; plain values."""
+        return state_of(sampler for sampler in self._samplers or ())
+
+    def load(self, state: Any) -> None:
+        """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
+        self._resumed = ResumedLoaders(state)
+
     def _divided(self, loader: loaders.Divisible) -> DataLoader[Any]:
         strategy = self._strategy
+        if loader.lists is None and not isinstance(loader.order, AgreedOrder):  # the order follows from the epoch
+            resume_exactly()
         sampler = ShareBatchSampler(
             self._global_batches(loader),
             batch_size=loader.batch_size,
@@ -228,6 +244,7 @@ class TrainingData:
         if not present:  # not all are processed yet
             return ()
         self._samplers = tuple(divided)
+        self._resumed.check(self._samplers, self._progress.resumed_position)
         if self._samplers:
             self._prepare_schedule(self._units(self._samplers))
             if len(self._samplers) > 1:
@@ -258,16 +275,15 @@ class TrainingData:
     def _begin(self, sampler: ShareBatchSampler) -> Cursor:
         self._resolve()
         progress = self._progress
-        block = block_in_step(progress.position, len(sampler.batches), self._mode)
-        return Cursor(progress.step + 1, progress.position, len(sampler.batches) if block is None else block)
+        block = blocks_before(progress.position, len(sampler.batches), self._mode)
+        return Cursor(progress.step + 1, progress.position, block)
 
     def _begin_joined(self, loader: JoinedLoader) -> Cursor:
         self._resolve()
         progress = self._progress
         position = progress.position if loader.has_length else progress.resumed_position
-        batches = len(loader) if loader.has_length else position + 1
-        block = block_in_step(position, batches, self._mode)
-        return Cursor(progress.step + 1, position, batches if block is None else block)
+        block = blocks_before(position, len(loader) if loader.has_length else None, self._mode)
+        return Cursor(progress.step + 1, position, block)
 
     def _plan_of(self, sampler: ShareBatchSampler, cursor: Cursor, size: int) -> BatchPlan:
         samplers = self._resolve()

@@ -356,7 +356,7 @@ def train_part(splits: tuple[int, ...] | None, folder: str, epochs: int, resume:
         trainer = make_trainer(strategy, dist.get_world_size(), [saving, stopping], **options)
     torch.manual_seed(3)
     model = Mlp()
-    # in order: a plain loader's shuffling is in no checkpoint
+    # in order: one device has a plain loader's shuffling in no checkpoint
     trainer.fit(model, DataLoader(Samples(), BATCH_SIZE), DataLoader(Samples(30), BATCH_SIZE), ckpt_path=resume)
     return torch.load(saving._last_checkpoint_saved, weights_only=True)  # type: ignore[no-any-return]
 
@@ -394,45 +394,8 @@ def test_checkpoints_are_those_of_one_device_and_go_everywhere(ranks: RankPools,
         resume = str(tmp_path / f"{parts[epoch - 1][0]} on one device" / before) if epoch else None
         expected.append(train_part(None, folder(f"{name} on one device"), epoch + 1, resume))
     for saved, one_device in zip(found, expected, strict=True):
-        assert set(saved) == set(one_device)
+        assert set(saved) - {"lightning_hetero"} == set(one_device)
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
             same(saved[part], one_device[part])
     loaded = Mlp.load_from_checkpoint(tmp_path / "two" / "epoch=2.ckpt")
     same(dict(loaded.state_dict()), expected[2]["state_dict"])
-
-
-def resume_in_mid_epoch(splits: tuple[int, ...] | None, folder: str, steps: int, resume: str | None) -> dict[str, Any]:
-    """Train for some steps of four an epoch, from a checkpoint if there is one, with two validation loaders."""
-    saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=steps)
-    options: dict[str, Any] = {
-        "max_steps": steps, "limit_val_batches": None, "enable_checkpointing": True, "logger": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    if splits is None:
-        trainer = Trainer(accelerator="cpu", devices=1, callbacks=[saving], **options)
-    else:
-        trainer = make_trainer(HeteroPipelineStrategy(splits=list(splits)), len(splits) + 1, [saving], **options)
-    torch.manual_seed(3)
-    module = TwoLoaders()
-    evaluation = [DataLoader(Samples(30), BATCH_SIZE), DataLoader(Samples(13), BATCH_SIZE)]
-    trainer.fit(module, DataLoader(Samples(), BATCH_SIZE), evaluation, ckpt_path=resume)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"metrics": metrics, "path": saving.best_model_path, "state_dict": dict(module.state_dict())}
-
-
-class TwoLoaders(Mlp):
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val", (self.model(batch[0]) - batch[1]).square().mean())
-        if dataloader_idx == 1:
-            self.log("val_loss", float(batch_idx), add_dataloader_idx=False)
-
-
-def test_a_run_goes_on_in_mid_epoch_as_on_one_device(ranks: RankPools, tmp_path: Path) -> None:
-    begun = ranks.run(2, resume_in_mid_epoch, (3,), str(tmp_path / "begun"), 6, None)[0]
-    assert begun["path"].endswith("step=6.ckpt")
-    found = ranks.run(3, resume_in_mid_epoch, (1, 4), str(tmp_path / "three"), 11, begun["path"])
-    expected = resume_in_mid_epoch(None, str(tmp_path / "one"), 11, begun["path"])
-    assert {"val/dataloader_idx_0", "val/dataloader_idx_1"} <= set(expected["metrics"])
-    for outcome in found:
-        assert outcome["metrics"] == pytest.approx(expected["metrics"], rel=1e-6, abs=1e-6)
-        same(outcome["state_dict"], expected["state_dict"])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from differences import measured
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.types import BatchPlan
+from lightning_hetero.exceptions import ConfigurationError
 
 GLOBAL_BATCH, SIZE, STEPS = 12, 70, 15  # six steps an epoch, the last of ten samples
 
@@ -121,6 +125,97 @@ def test_checkpoints_go_from_and_to_plain_ddp(ranks: RankPools, tmp_path: Path) 
     assert [len(ledger) for _, ledger, _ in loaded] == [STEPS - 9] * 2
     ranks.run(2, train, "ddp", 9, SaveAt(8, plain))
     assert_continues(ranks.run(2, train, [1, 3], STEPS, None, plain), 9)
+
+
+# ---- orders that do not follow from the epoch, and other global batches ---------------------------------------------
+
+
+class DrawnByNumpy(Sampler[int]):
+    """Draws from random numbers that no checkpoint of Lightning's holds."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.permutation(SIZE).tolist())
+
+    def __len__(self) -> int:
+        return SIZE
+
+
+class ListsDrawnByPython(BatchSampler):
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(super().__iter__())
+        random.shuffle(batches)
+        return iter(batches)
+
+
+def loader_of(kind: str) -> DataLoader[Any]:
+    if kind == "batch sampler":
+        return DataLoader(
+            Numbered(SIZE), batch_sampler=ListsDrawnByPython(SequentialSampler(range(SIZE)), GLOBAL_BATCH, False)
+        )
+    if kind == "generator":
+        sampler = RandomSampler(range(SIZE), generator=torch.Generator().manual_seed(5))
+        return DataLoader(Numbered(SIZE), 1, sampler=Subclassed(sampler))
+    return DataLoader(Numbered(SIZE), 1, sampler=DrawnByNumpy())
+
+
+class Subclassed(Sampler[int]):
+    """Hides torch's sampler, which Lightning would replace."""
+
+    def __init__(self, sampler: RandomSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def train_drawn(kind: str, steps: int, save: SaveAt | None, resume: Path | None, seed: int) -> list[list[int]]:
+    world_size = dist.get_world_size()
+    strategy = HeteroDDPStrategy([1.0, 2.0, 3.0][:world_size], global_batch_size=GLOBAL_BATCH)
+    trainer = make_trainer(strategy, world_size, [] if save is None else [save], max_steps=steps)
+    for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+        set_seed(seed)
+    model = SmallModule()
+    trainer.fit(model, loader_of(kind), ckpt_path=resume, weights_only=True)
+    return model.ledger
+
+
+@pytest.mark.parametrize("kind", ["sampler", "generator", "batch sampler"])
+def test_an_order_that_was_drawn_is_not_drawn_again(ranks: RankPools, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "saved.ckpt"
+    begun = ranks.run(2, train_drawn, kind, 9, SaveAt(8, path), None, 3)
+    resumed = ranks.run(3, train_drawn, kind, STEPS, None, path, 4)
+    steps = [sorted(index for ledger in begun for index in ledger[step]) for step in range(9)]
+    steps += [sorted(index for ledger in resumed for index in ledger[step]) for step in range(STEPS - 9)]
+    assert len(steps) == STEPS
+    for epoch in (steps[:6], steps[6:12]):
+        assert sorted(index for step in epoch for index in step) == list(range(SIZE))
+    assert steps[:6] != steps[6:12]
+
+
+def train_with_other_batch(path: Path, batch_size: int) -> str:
+    trainer = make_trainer(HeteroDDPStrategy(), dist.get_world_size(), max_steps=STEPS)
+    try:
+        trainer.fit(SmallModule(), DataLoader(Numbered(SIZE), batch_size, shuffle=True), ckpt_path=path)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_an_epoch_is_not_resumed_with_another_global_batch(ranks: RankPools, tmp_path: Path) -> None:
+    """As when a node is gone, and the loader has the same batch size a rank; behind a whole epoch it may."""
+    within, behind = tmp_path / "within.ckpt", tmp_path / "behind.ckpt"
+    ranks.run(2, train, [1, 3], 9, SaveAt(8, within))
+    ranks.run(2, train, [1, 3], 6, SaveAt(5, behind))
+    for message in ranks.run(3, train_with_other_batch, within, 6):
+        assert (
+            "an epoch is resumed after 3 of its batches, 12, got 18: samples would be left out or repeated" in message
+        )
+        assert "Pass HeteroDDPStrategy(global_batch_size=12), or resume from the end of an epoch." in message
+    assert ranks.run(3, train_with_other_batch, within, 4) == [""] * 3
+    assert ranks.run(3, train_with_other_batch, behind, 6) == [""] * 3
 
 
 # ---- the shares that were found --------------------------------------------------------------------------------------
