@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,17 @@ def reference_parameters(size: int, global_batch: int, steps: int, *, drop_last:
             if done == steps:
                 break
         epoch += 1
+    return flat(network)
+
+
+def parameters_after(batches: Iterable[Sequence[int]], size: int) -> list[float]:
+    """Train in this process on these samples of ``Numbered(size)``, batch after batch, and return the parameters."""
+    data, network = Numbered(size), small_network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for indices in batches:
+        optimizer.zero_grad()
+        loss_of(network, data.features[list(indices)], data.targets[list(indices)]).backward()
+        optimizer.step()
     return flat(network)
 
 

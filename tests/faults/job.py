@@ -6,6 +6,7 @@ and writes what it has found when the training is over.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -24,11 +25,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import SEED, Numbered, SmallModule, flat
+from training import SEED, Numbered, SmallModule, flat, loss_of, small_network
 
-from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
 from lightning_hetero.testing import SlowDown
 
 
@@ -68,6 +69,7 @@ class Job:
         faults: one an attempt, in this order.
         seconds_per_sample: of a device of factor 1.
         weather: seed of slow-downs and recoveries that are drawn; negative for none.
+        pipeline: whether the ranks divide the layers, not the batch.
     """
 
     folder: str
@@ -82,6 +84,7 @@ class Job:
     faults: list[dict[str, Any]] = field(default_factory=list)
     seconds_per_sample: float = 0.003
     weather: int = -1
+    pipeline: bool = False
 
     @property
     def next_fault(self) -> Fault | None:
@@ -121,22 +124,24 @@ class Happening(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
-        assert isinstance(strategy, HeteroDDPStrategy)
-        change = strategy.change_plan
+        if isinstance(strategy, HeteroDDPStrategy):
+            change = strategy.change_plan
 
-        def change_plan(first_step: int, plan: Any) -> None:
-            change(first_step, plan)
-            self.maybe(trainer, "replan", first_step)
+            def change_plan(first_step: int, plan: Any) -> None:
+                change(first_step, plan)
+                self.maybe(trainer, "replan", first_step)
 
-        strategy.change_plan = change_plan  # type: ignore[method-assign]
+            strategy.change_plan = change_plan  # type: ignore[method-assign]
         if trainer.is_global_zero:
             torch.save = self.half_of(torch.save, trainer)
 
     def half_of(self, save: Callable[..., None], trainer: Trainer) -> Callable[..., None]:
         """Return what writes half of a checkpoint before the fault happens."""
 
-        def half(what: Any, file: Any) -> None:
-            save(what, file)
+        def half(what: Any, file: Any, **options: Any) -> None:
+            save(what, file, **options)
+            if isinstance(file, io.BytesIO):  # a tensor that is sent
+                return
             file.flush()
             length = file.tell()
             file.truncate(length // 2)
@@ -205,26 +210,64 @@ class Ledger(SmallModule):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.folder = folder
-        self.attempt = 0.0
+        self.writer = LedgerWriter(folder)
 
     def on_train_start(self) -> None:
-        # ordered, and the same on all ranks: torchrun counts the restarts of each node for itself
-        self.attempt = self.trainer.strategy.broadcast(time.time())
+        self.writer.begin(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         strategy = self.trainer.strategy
         assert isinstance(strategy, HeteroDDPStrategy)
         assert strategy.training_slice is not None
-        line = {
-            "attempt": self.attempt,
-            "step": self.trainer.fit_loop.total_batch_idx,
-            "samples": self.ledger[-1] if strategy.training_slice.samples else [],
-        }
-        with (self.folder / f"ledger-{self.global_rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.writer.write(self.trainer, self.ledger[-1] if strategy.training_slice.samples else [])
         return loss
+
+
+class StagedLedger(LightningModule):
+    """The same network for stages; every rank sees every batch, and rank 0 writes them down."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.model = small_network()
+        self.writer = LedgerWriter(folder)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model
+
+    def on_train_start(self) -> None:
+        self.writer.begin(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == 0:
+            self.writer.write(self.trainer, batch[0].tolist())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return loss_of(self.model, batch[1], batch[2])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", loss_of(self.model, batch[1], batch[2]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class LedgerWriter:
+    """Writes a line for each training step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.attempt = 0.0
+
+    def begin(self, trainer: Trainer) -> None:
+        # ordered, and the same on all ranks: torchrun counts the restarts of each node for itself
+        self.attempt = trainer.strategy.broadcast(time.time())
+
+    def write(self, trainer: Trainer, samples: list[int]) -> None:
+        line = {"attempt": self.attempt, "step": trainer.fit_loop.total_batch_idx, "samples": samples}
+        with (self.folder / f"ledger-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
@@ -235,18 +278,21 @@ def main() -> None:
     seed_everything(SEED, verbose=False)
     torch.set_num_threads(1)
     balancer = LoadBalancer(watch_steps=5)
-    callbacks = [balancer, Happening(job)]
+    callbacks: list[Callback] = [Happening(job)] if job.pipeline else [balancer, Happening(job)]
     if job.factors:
         slow_down = SlowDown(job.factors, seconds_per_sample=job.seconds_per_sample)
         callbacks.append(slow_down)
         if job.weather >= 0:
             callbacks.insert(0, Weather(job, slow_down))
     callbacks.append(ModelCheckpoint(folder, save_last=True, every_n_train_steps=4))
+    timeout = timedelta(seconds=job.timeout_s)
     trainer = Trainer(
         accelerator="cpu",
         devices=job.devices,
         num_nodes=job.nodes,
-        strategy=HeteroDDPStrategy(global_batch_size=job.batch, timeout=timedelta(seconds=job.timeout_s)),
+        strategy=HeteroPipelineStrategy(timeout=timeout)
+        if job.pipeline
+        else HeteroDDPStrategy(global_batch_size=job.batch, timeout=timeout),
         max_epochs=job.epochs,
         callbacks=callbacks,
         logger=CSVLogger(folder, name="logs", version=""),
@@ -255,8 +301,8 @@ def main() -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    model = Ledger(folder)
-    size = job.batch // trainer.world_size
+    model = StagedLedger(folder) if job.pipeline else Ledger(folder)
+    size = job.batch if job.pipeline else job.batch // trainer.world_size
     workers = {"num_workers": job.workers, "persistent_workers": bool(job.workers)}
     train = DataLoader(FaultyData(job), batch_size=size, shuffle=True, **workers)  # type: ignore[arg-type]
     trainer.fit(model, train, DataLoader(Numbered(40), batch_size=4), ckpt_path="last")

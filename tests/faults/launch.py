@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from faults.job import Fault, Job
-from training import reference_batches, reference_parameters
+from training import parameters_after, reference_batches, reference_parameters
 
 JOB = Path(__file__).with_name("job.py")
 _MARK = "LIGHTNING_HETERO_TEST_RUN"
@@ -140,6 +140,22 @@ def assert_whole(folder: Path, ranks: int, *, batch: int = 24, size: int = 250, 
     reference = reference_parameters(size, batch, len(expected))
     for result in results:
         assert (result["steps"], result["world_size"]) == (len(expected), ranks)
+        assert max(abs(a - b) for a, b in zip(result["parameters"], reference, strict=True)) < 1e-10
+
+
+def assert_whole_pipeline(folder: Path, ranks: int, *, batch: int = 24, size: int = 250, epochs: int = 3) -> None:
+    """Check that each sample of each epoch was trained on once, and that the stages learned what the batches teach."""
+    last = ledger(folder)
+    steps_an_epoch = -(-size // batch)
+    assert sorted(last) == list(range(epochs * steps_an_epoch))
+    batches = [last[step][0]["samples"] for step in sorted(last)]
+    for epoch in range(epochs):
+        of_epoch = batches[epoch * steps_an_epoch : (epoch + 1) * steps_an_epoch]
+        assert sorted(chain.from_iterable(of_epoch)) == list(range(size)), f"epoch {epoch}"
+    assert batches[0] != batches[steps_an_epoch]  # the epochs were shuffled, each in its own way
+    reference = parameters_after(batches, size)
+    for result in found(folder, ranks):
+        assert (result["steps"], result["world_size"]) == (len(batches), ranks)
         assert max(abs(a - b) for a, b in zip(result["parameters"], reference, strict=True)) < 1e-10
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.job import Fault
-from faults.launch import assert_whole, attempts, job, one_node, run
+from faults.launch import assert_whole, assert_whole_pipeline, attempts, job, one_node, run
 
 CHECKPOINT_EVERY = 4
 
@@ -53,3 +53,33 @@ def test_it_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     assert ended.status == 0, ended.text
     assert attempts(tmp_path) == [0, 12]
     assert_whole(tmp_path, 3)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [(1, 0, 1), (0, 1, 0)], ids=str)
+def test_stages_are_killed_and_come_back(tmp_path: Path, ranks: tuple[int, ...]) -> None:
+    """The batches are shuffled by torch's own sampler, whose order a checkpoint of one device does not hold."""
+    faults = [
+        Fault(ranks[0], "kill", "step", 5),
+        Fault(ranks[1], "kill", "checkpoint", 14),
+        Fault(ranks[2], "kill", "validation", 22),
+    ]
+    (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, *faults, pipeline=True), restarts=3)])
+    assert ended.status == 0, ended.text
+    assert all(f"rank {fault.rank}: kill in {fault.when}" in ended.text for fault in faults)
+    first = attempts(tmp_path)
+    assert (len(first), first[0], first[1]) == (4, 0, 4)
+    assert all(step % CHECKPOINT_EVERY == 0 for step in first)
+    assert_nothing_half_written(tmp_path)
+    assert_whole_pipeline(tmp_path, 2)
+
+
+@pytest.mark.timeout(300)
+def test_another_number_of_stages_goes_on(tmp_path: Path) -> None:
+    fault = Fault(1, "kill", "step", 15)
+    (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, fault, pipeline=True))])
+    assert ended.status != 0
+    (ended,) = run(tmp_path, [one_node(3, job(tmp_path, 3, fault, pipeline=True))])
+    assert ended.status == 0, ended.text
+    assert attempts(tmp_path) == [0, 12]
+    assert_whole_pipeline(tmp_path, 3)
