@@ -38,6 +38,7 @@ class Placement:
         self._device = device
         self._rank = dist.get_rank()
         self._owners: dict[int, tuple[int, ...]] = {}
+        self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
         self._know_owners(plan)
         for tensor in self._tensors():
@@ -132,6 +133,8 @@ class Placement:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the whole module on rank 0, nothing elsewhere; every rank has to call it."""
+        if self._is_complete:
+            return {name: _on_cpu(value) for name, value in self._module.state_dict().items()}
         own = {name: _on_cpu(value) for name, value in self._module.state_dict().items() if not _is_meta(value)}
         parts = gather_on_zero(own)
         if parts is None:
@@ -165,6 +168,7 @@ class Placement:
                 _swap(tensor, _like(tensor, borrowed[-1].cpu()))
             else:
                 tensor.data = tensor.data.cpu()
+        self._is_complete = True
         # a thread of gloo that is the last to let go of a tensor needs the interpreter, which may be about to end
         dist.barrier()
         borrowed.clear()

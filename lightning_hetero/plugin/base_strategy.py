@@ -129,11 +129,44 @@ class BaseStrategy(DDPStrategy):
         super().setup_distributed()  # which leaves a process group that there is
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training:
+            TrainingProgress(trainer).undo_unfinished_step()
+        return super().process_dataloader(dataloader)
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             assert self.lightning_module is not None
             TrainingProgress(self.lightning_module.trainer).begin_epoch()
         super().on_train_batch_start(batch, batch_idx)
+
+    # Where a rank fails, callbacks may save a checkpoint before peers are told: these wait elsewhere and do not answer.
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether peers may not come to what this rank does now, so that it does what it can without them."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module.trainer.interrupted
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self.is_alone else super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self.is_alone else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self.is_alone else super().reduce_boolean_decision(decision, all)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,7 +32,7 @@ from lightning_hetero.distributed.agree import lend
 from lightning_hetero.distributed.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline import Pipeline
 from lightning_hetero.distributed.placement import Placement, gather_on_zero
-from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, RankFailedError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin import arguments
 from lightning_hetero.plugin.base_strategy import BaseStrategy
@@ -44,6 +46,8 @@ from lightning_hetero.plugin.pipeline_step import PipelineStep
 from lightning_hetero.plugin.seeded import seeded
 
 __all__ = ["HeteroPipelineStrategy"]
+
+_log = logging.getLogger(__name__)
 
 _MEMORY_FRACTION = 0.92
 _END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
@@ -188,8 +192,16 @@ class HeteroPipelineStrategy(BaseStrategy):
                 'precision "16-mixed" scales the loss, and stages would have to agree when to skip; use "bf16-mixed"'
             )
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]  # public, but not annotated
+            name = type(callback).__name__
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                reason = f"{type(callback).__name__} copies the whole model, of which a rank has a part"
+                reason = f"{name} copies the whole model, of which a rank has a part"
+            if self.world_size > 1 and (
+                isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+            ):
+                reason = (
+                    f"{name} saves where a rank has failed, and the layers of other ranks may be gone then; save while"
+                    f" training, with ModelCheckpoint(every_n_train_steps=...)"
+                )
         if reason is not None:
             raise UnsupportedFeatureError(f"`hetero_pipeline` cannot train this: {reason}.")
 
@@ -326,7 +338,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        return self._the_data.process(dataloader)
+        return self._the_data.process(super().process_dataloader(dataloader))
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -409,26 +421,14 @@ class HeteroPipelineStrategy(BaseStrategy):
     # What one rank runs alone, it runs as one device: its peers would not answer.
 
     @property
-    def _is_alone(self) -> bool:
-        return self._metrics is not None and self._metrics.is_alone
+    @override
+    def is_alone(self) -> bool:
+        return super().is_alone or (self._metrics is not None and self._metrics.is_alone)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Return ``tensor``, as on one device: every sample is on every rank."""
         return tensor
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self._is_alone else super().reduce(tensor, group, reduce_op)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self._is_alone else super().broadcast(obj, src)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._is_alone:
-            super().barrier(*args, **kwargs)
 
     # ---- what a recorder needs ---------------------------------------------------------------------------------------
 
@@ -449,7 +449,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def loaders_state(self) -> Any:
-        return self._the_data.state()
+        return [] if self._data is None else self._data.state()  # as in the process that has spawned the ranks
 
     @override
     def load_loaders_state(self, state: Any) -> None:
@@ -457,7 +457,25 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self._the_placement.state_dict()
+        self._refuse_after_failure()
+        # the process that has spawned the ranks has no part of the model, but all of it
+        return super().lightning_module_state_dict() if self._placement is None else self._placement.state_dict()
+
+    def _refuse_after_failure(self) -> None:
+        if self.world_size == 1 or not (self._failed or super().is_alone):
+            return
+        reason = (
+            "`hetero_pipeline` cannot save once a run has failed: the layers of other ranks may be gone. Save while"
+            " training, with ModelCheckpoint(every_n_train_steps=...)."
+        )
+        failure = sys.exc_info()[1]
+        if self._failed or failure is None:
+            raise RankFailedError(reason)
+        # A callback saves, before Lightning tells the strategy. It must not go on as if it had saved, and what the user
+        # sees in the end should be why the run has failed.
+        self.on_exception(failure)
+        _log.error(reason)
+        raise failure
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -466,6 +484,8 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = optimizer.state_dict()
+        if self._placement is None:
+            return state
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         own = {i: value for i, value in state["state"].items() if self._the_placement.owns(parameters[i])}
         parts = gather_on_zero(own)
@@ -496,11 +516,13 @@ class HeteroPipelineStrategy(BaseStrategy):
         if module is not None and self._failed:
             # peers may not come here, so the module stays without what they have, and cannot be moved as a whole
             module.__dict__["cpu"] = lambda: module
+            self._placement = None
         elif self._placement is not None:
             self._placement.complete()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._placement = self._steps = self._metrics = self._pipeline = None
+        # the placement stays: behind the run, too, a checkpoint may be saved
+        self._steps = self._metrics = self._pipeline = None
         try:
             super().teardown()
         finally:

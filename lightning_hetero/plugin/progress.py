@@ -51,7 +51,18 @@ class TrainingProgress:
         To be asked where the first batch of an epoch is read ahead, before its loop has reset ``position``.
         """
         batches = self._loop.epoch_loop.batch_progress
-        return batches.current.ready if self._loop.restarting and not batches.is_last_batch else 0
+        made = batches.current.processed  # a checkpoint of an exception is saved within a step, which is made again
+        ended = batches.is_last_batch and made == batches.current.ready
+        return made if self._loop.restarting and not ended else 0
+
+    def undo_unfinished_step(self) -> None:
+        """Count a step as not begun in which an exception has ended an earlier run; to be called before a fetch.
+
+        Lightning (2.6.6) makes such a step again, but it does not count it out of the total of all epochs: later steps
+        then have numbers that are one too high, and a run that resumes from one of their checkpoints repeats samples.
+        """
+        total = self._loop.epoch_loop.batch_progress.total
+        total.ready, total.started = min(total.ready, total.processed), min(total.started, total.processed)
 
     def begin_epoch(self) -> None:
         """Count the epoch at hand as begun, where Lightning has not.

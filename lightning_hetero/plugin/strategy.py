@@ -248,6 +248,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
         if self.trainer.training:
             return self.training.process(dataloader)
         return self.evaluation.process(dataloader, predicting=self.trainer.predicting)

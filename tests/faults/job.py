@@ -70,6 +70,7 @@ class Job:
         seconds_per_sample: of a device of factor 1.
         weather: seed of slow-downs and recoveries that are drawn; negative for none.
         pipeline: whether the ranks divide the layers, not the batch.
+        save_on_exception: whether a rank that fails saves what it has.
     """
 
     folder: str
@@ -85,6 +86,7 @@ class Job:
     seconds_per_sample: float = 0.003
     weather: int = -1
     pipeline: bool = False
+    save_on_exception: bool = False
 
     @property
     def next_fault(self) -> Fault | None:
@@ -284,7 +286,9 @@ def main() -> None:
         callbacks.append(slow_down)
         if job.weather >= 0:
             callbacks.insert(0, Weather(job, slow_down))
-    callbacks.append(ModelCheckpoint(folder, save_last=True, every_n_train_steps=4))
+    callbacks.append(
+        ModelCheckpoint(folder, save_last=True, every_n_train_steps=4, save_on_exception=job.save_on_exception)
+    )
     timeout = timedelta(seconds=job.timeout_s)
     trainer = Trainer(
         accelerator="cpu",

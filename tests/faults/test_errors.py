@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults.job import Fault
-from faults.launch import job, one_node, run
+from faults.launch import assert_whole, attempts, job, one_node, run
 
 CASES = {
     "loader": (Fault(1, "raise", "sample", 60), {}),
@@ -30,3 +30,21 @@ def test_it_ends_all_ranks_and_the_one_that_failed_says_why(tmp_path: Path) -> N
         # what torchrun says of it
         assert re.search(rf"rank +: {fault.rank} \(local_rank: {fault.rank}\)\s+exitcode +: 1 ", ended.text), name
         assert not list((tmp_path / name).glob("found-*")), name
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_fails_saves_where_it_was(tmp_path: Path) -> None:
+    """Nobody answers it: under ``ddp`` the ranks hang. Lightning counts the step twice that is made again."""
+    faults = [
+        Fault(0, "raise", "step", 6),
+        Fault(1, "raise", "step", 11),  # the first of an epoch
+        Fault(0, "kill", "step", 14),  # 12 was saved in a run that began from an exception's checkpoint
+        Fault(1, "kill", "step", 18),  # rank 0 saves, whose peer is gone
+        Fault(0, "raise", "step", 21),  # the last of an epoch
+        Fault(1, "raise", "validation", 30),
+    ]
+    (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, *faults, save_on_exception=True), restarts=6)])
+    assert ended.status == 0, ended.text
+    assert all(f"rank {fault.rank}: {fault.what} in {fault.when}" in ended.text for fault in faults)
+    assert attempts(tmp_path) == [0, 6, 11, 12, 18, 21]  # and one that has no step of its epoch left
+    assert_whole(tmp_path, 2)

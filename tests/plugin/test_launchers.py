@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = """
 import sys, warnings
@@ -114,7 +115,7 @@ import sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 from torch import nn
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 from lightning_hetero import HeteroPipelineStrategy
 
@@ -153,6 +154,10 @@ class Module(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
+class Saves(Callback):
+    def on_exception(self, trainer, module, exception):
+        trainer.save_checkpoint("failed.ckpt")
+
 class Data(TensorDataset):
     def __getitem__(self, index):
         if sys.argv[2] == "data" and index > 30:
@@ -162,8 +167,15 @@ class Data(TensorDataset):
 if __name__ == "__main__":
     torch.manual_seed(1)
     trainer = Trainer(accelerator="cpu", devices=3, strategy=eval(sys.argv[1]), max_steps=12, logger=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(Module(), DataLoader(Data(torch.randn(48, 2)), batch_size=4))
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                      callbacks=[Saves()] if "callback saves" in sys.argv else [])
+    try:
+        trainer.fit(Module(), DataLoader(Data(torch.randn(48, 2)), batch_size=4))
+    except KeyError:
+        if "saves" in sys.argv:
+            trainer.save_checkpoint("failed.ckpt")
+        raise
+    trainer.save_checkpoint("after.ckpt")
 """
 
 
@@ -205,6 +217,10 @@ def test_a_name_starts_a_pipeline(tmp_path: Path, name: str) -> None:
     assert done.stdout.split() == ["trained", "12"]
     assert "hetero_pipeline: [1, 1, 1] layers a rank" in done.stderr
     assert "predicted" in done.stderr
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["global_step"] == (12 if name == "hetero_pipeline" else 0)  # the spawning process makes no steps
+    assert {tuple(value.shape) for value in saved["state_dict"].values()} == {(2, 2), (2,)}  # of all stages
+    assert len(saved["state_dict"]) == 8
 
 
 SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2{})"
@@ -219,6 +235,9 @@ SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2{})"
         (', start_method="spawn"', ("layer", "2"), "KeyError: 'of a layer'"),
         ("", ("loss",), "KeyError: 'of a loss'"),
         ("", ("data",), "KeyError: 'of a sample'"),
+        ("", ("data", "saves"), "RankFailedError: `hetero_pipeline` cannot save once a run has failed"),
+        ("", ("data", "callback saves"), "`hetero_pipeline` cannot save once a run has failed"),
+        ("", ("layer", "0", "callback saves"), "`hetero_pipeline` cannot save once a run has failed"),
         ("", ("twice",), "to call the model exactly once, got a second call"),
         ("", ("never",), "to call the model exactly once, got no call"),
         ("", ("keywords",), "positional arguments, got ['input']"),
@@ -231,4 +250,8 @@ def test_an_error_on_any_stage_ends_all_and_is_told(
     done = run_pipeline(tmp_path, SPLIT.format(start_method), *what)
     assert done.returncode != 0
     assert error in done.stderr
+    if "callback saves" in what:
+        assert "KeyError: 'of a " in done.stderr
+        assert "RankFailedError: `hetero" not in done.stderr
     assert "trained" not in done.stdout
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -358,6 +358,7 @@ def train_part(splits: tuple[int, ...] | None, folder: str, epochs: int, resume:
     model = Mlp()
     # in order: one device has a plain loader's shuffling in no checkpoint
     trainer.fit(model, DataLoader(Samples(), BATCH_SIZE), DataLoader(Samples(30), BATCH_SIZE), ckpt_path=resume)
+    trainer.save_checkpoint(Path(folder, "after.ckpt"))  # as users do
     return torch.load(saving._last_checkpoint_saved, weights_only=True)  # type: ignore[no-any-return]
 
 
@@ -395,6 +396,12 @@ def test_checkpoints_are_those_of_one_device_and_go_everywhere(ranks: RankPools,
         expected.append(train_part(None, folder(f"{name} on one device"), epoch + 1, resume))
     for saved, one_device in zip(found, expected, strict=True):
         assert set(saved) - {"lightning_hetero"} == set(one_device)
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+            same(saved[part], one_device[part])
+    for name, _ in parts:
+        saved, one_device = (
+            torch.load(tmp_path / n / "after.ckpt", weights_only=True) for n in (name, f"{name} on one device")
+        )
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
             same(saved[part], one_device[part])
     loaded = Mlp.load_from_checkpoint(tmp_path / "two" / "epoch=2.ckpt")

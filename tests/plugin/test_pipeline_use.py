@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -197,6 +197,18 @@ REFUSED: list[tuple[type[Collecting], dict[str, Any], dict[str, Any], str]] = [
     (NoLayers, {}, {}, "`self.model` must be an nn.Sequential, or the module must define `pipeline_layers"),
     (Collecting, {"splits": [5]}, {}, "`splits` must be layers of the model, of which there are 5, got"),
     (Collecting, {}, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging copies the whole"),
+    (
+        Collecting,
+        {},
+        {"callbacks": [OnExceptionCheckpoint(".")], "enable_checkpointing": True},
+        "OnExceptionCheckpoint saves where a rank has failed",
+    ),
+    (
+        Collecting,
+        {},
+        {"callbacks": [ModelCheckpoint(".", save_on_exception=True)], "enable_checkpointing": True},
+        "ModelCheckpoint saves where a rank has failed",
+    ),
 ]
 
 
