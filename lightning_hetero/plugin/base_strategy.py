@@ -149,6 +149,7 @@ class BaseStrategy(DDPStrategy):
     def is_alone(self) -> bool:
         """Whether peers may not come to what this rank does now, so that it does what it can without them."""
         module = self.lightning_module
+        # `module.trainer` raises where there is none
         return module is not None and module._trainer is not None and module.trainer.interrupted
 
     @override

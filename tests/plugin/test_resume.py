@@ -38,6 +38,16 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class SaveWithin(SaveAt):
+    """Saves before a step is made, as where an exception ends it."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        pass
+
+
 def train(
     shares: Any,
     steps: int,
@@ -333,3 +343,14 @@ def test_loaders_of_other_kinds_go_on_with_the_next_sample(ranks: RankPools, tmp
         assert measured(f"unbroken run, resumed in mid-epoch, {kind}", difference) < 1e-10
     if "workers" not in kind:
         assert sorted(i for _, ledger in whole for step in ledger[:6] for i in step) == list(range(SIZE))
+
+
+def test_a_step_that_was_not_finished_is_made_again(ranks: RankPools, tmp_path: Path) -> None:
+    """In the middle of an epoch of a stream, and the last step of an epoch whose order was drawn."""
+    whole = ranks.run(2, train_with, "stream", 14)
+    ranks.run(2, train_with, "stream", 9, SaveWithin(8, tmp_path / "stream.ckpt"))
+    resumed = ranks.run(2, train_with, "stream", 14, None, tmp_path / "stream.ckpt")
+    assert [ledger for _, ledger in resumed] == [ledger[8:] for _, ledger in whole]
+    begun = ranks.run(2, train_drawn, "sampler", 12, SaveWithin(11, tmp_path / "drawn.ckpt"), None, 3)
+    drawn = ranks.run(2, train_drawn, "sampler", STEPS, None, tmp_path / "drawn.ckpt", 4)
+    assert [ledger[0] for ledger in drawn] == [ledger[11] for ledger in begun]
