@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.job import Fault
-from faults.launch import assert_whole, assert_whole_pipeline, attempts, job, one_node, run
+from faults.launch import Ended, assert_whole, assert_whole_pipeline, attempts, job, one_node, run
 
 CHECKPOINT_EVERY = 4
 
@@ -17,6 +17,17 @@ def assert_nothing_half_written(folder: Path) -> None:
     assert paths
     for path in paths:
         assert "state_dict" in torch.load(path, weights_only=False)
+
+
+def assert_each_went_on(folder: Path, ended: Ended, faults: list[Fault]) -> None:
+    """Check that every rank was killed that should be, and that each attempt began at a whole checkpoint."""
+    assert ended.status == 0, ended.text
+    assert all(f"rank {fault.rank}: kill in {fault.when}" in ended.text for fault in faults)
+    first = attempts(folder)
+    assert (len(first), first[0], first[1]) == (1 + len(faults), 0, 4)
+    assert first == sorted(first)
+    assert all(step % CHECKPOINT_EVERY == 0 for step in first)
+    assert_nothing_half_written(folder)
 
 
 @pytest.mark.timeout(300)
@@ -30,13 +41,7 @@ def test_killed_in_tuning_replanning_checkpointing_and_validation(tmp_path: Path
         Fault(ranks[3], "kill", "validation", 22),
     ]
     (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, *faults, factors=[1, 3]), restarts=4)])
-    assert ended.status == 0, ended.text
-    assert all(f"rank {fault.rank}: kill in {fault.when}" in ended.text for fault in faults)
-    first = attempts(tmp_path)
-    assert (len(first), first[0], first[1]) == (5, 0, 4)
-    assert first == sorted(first)
-    assert all(step % CHECKPOINT_EVERY == 0 for step in first)
-    assert_nothing_half_written(tmp_path)
+    assert_each_went_on(tmp_path, ended, faults)
     assert_whole(tmp_path, 2)
 
 
@@ -65,12 +70,7 @@ def test_stages_are_killed_and_come_back(tmp_path: Path, ranks: tuple[int, ...])
         Fault(ranks[2], "kill", "validation", 22),
     ]
     (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, *faults, pipeline=True), restarts=3)])
-    assert ended.status == 0, ended.text
-    assert all(f"rank {fault.rank}: kill in {fault.when}" in ended.text for fault in faults)
-    first = attempts(tmp_path)
-    assert (len(first), first[0], first[1]) == (4, 0, 4)
-    assert all(step % CHECKPOINT_EVERY == 0 for step in first)
-    assert_nothing_half_written(tmp_path)
+    assert_each_went_on(tmp_path, ended, faults)
     assert_whole_pipeline(tmp_path, 2)
 
 
