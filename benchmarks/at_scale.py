@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from lightning_hetero.balance.batch_solver import solve_batch
-from lightning_hetero.balance.rebalance import Rebalancer
-from lightning_hetero.balance.simulation import Jitter, simulate
+from simulation.simulation import Jitter, simulate
+
+from lightning_hetero.balance.batch.batch_solver import solve_batch
+from lightning_hetero.balance.tuning.rebalancer import Rebalancer
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule, StepTime, WindowTiming
 
 __all__ = ["CASES", "RANKS", "SEEDS", "SHOWN_STEPS", "efficiencies", "milliseconds"]

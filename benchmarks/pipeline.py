@@ -17,10 +17,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
-from lightning_hetero.balance.pipeline_plan import plan_pipeline
-from lightning_hetero.balance.pipeline_simulation import simulate_pipeline
-from lightning_hetero.balance.stage_solver import uniform_stages
-from lightning_hetero.balance.stages import LayerCosts
+from lightning_hetero.balance.pipeline.plan import plan_pipeline
+from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.stage_solver import uniform_stages
+from lightning_hetero.balance.pipeline.stages import LayerCosts
 from lightning_hetero.testing import SlowLayers
 
 LAYERS, FEATURES, MICRO_BATCHES = 12, 16, 8

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from workloads import WORKLOADS
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
-from lightning_hetero.balance.batch_solver import predicted_step_s, proportional_plan, solve_batch
+from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 

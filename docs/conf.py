@@ -30,15 +30,15 @@ napoleon_use_ivar = True
 
 # an example in a docstring finds the names of its own module
 doctest_global_setup = """
-from lightning_hetero.balance.advice import *
-from lightning_hetero.balance.batch_solver import *
-from lightning_hetero.balance.pipeline_simulation import *
-from lightning_hetero.balance.prior import *
-from lightning_hetero.balance.sharding import *
-from lightning_hetero.balance.stage_solver import *
-from lightning_hetero.balance.stages import *
+from lightning_hetero.balance.tuning.advice import *
+from lightning_hetero.balance.batch.batch_solver import *
+from lightning_hetero.balance.pipeline.simulation import *
+from lightning_hetero.balance.tuning.prior import *
+from lightning_hetero.balance.batch.sharding import *
+from lightning_hetero.balance.pipeline.stage_solver import *
+from lightning_hetero.balance.pipeline.stages import *
 from lightning_hetero.balance.types import *
-from lightning_hetero.balance.window import *
+from lightning_hetero.balance.tuning.window import *
 from lightning_hetero.testing import *
 """
 

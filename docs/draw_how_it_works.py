@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_hetero.balance.batch_solver import predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.sharding import positions_of_rank
+from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
+from lightning_hetero.balance.batch.sharding import positions_of_rank
 from lightning_hetero.balance.types import BatchPlan, StepTime
 
 COLOURS = ("#3b82c4", "#d97a2b")

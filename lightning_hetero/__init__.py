@@ -27,11 +27,11 @@ def _is_command() -> bool:
 
 # The command needs no Lightning, whose import takes seconds.
 if not _is_command():
-    from lightning_hetero.plugin.largest_batch import LargestBatchFinder
-    from lightning_hetero.plugin.load_balancer import LoadBalancer
-    from lightning_hetero.plugin.pipeline_recorder import PipelineRecorder
-    from lightning_hetero.plugin.pipeline_strategy import HeteroPipelineStrategy
+    from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
+    from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
+    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+    from lightning_hetero.plugin.pipeline.recorder import PipelineRecorder
+    from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
     from lightning_hetero.plugin.registry import register_strategies
-    from lightning_hetero.plugin.strategy import HeteroDDPStrategy
 
     register_strategies()

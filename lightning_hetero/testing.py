@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.types import StepTime
-from lightning_hetero.distributed.structure import flatten, unflatten
+from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.exceptions import ConfigurationError
-from lightning_hetero.plugin import arguments
-from lightning_hetero.plugin.pipeline_layers import layers_of
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.pipeline.layers import layers_of
 
 __all__ = ["SlowDown", "SlowLayers"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_hetero.balance.pipeline_simulation import simulate_pipeline
-from lightning_hetero.balance.run_record import (
+from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.stages import StageTimes
+from lightning_hetero.balance.record.run_record import (
     Event,
     RunAdvice,
     RunChange,
@@ -17,7 +18,6 @@ from lightning_hetero.balance.run_record import (
     RunWindow,
     to_line,
 )
-from lightning_hetero.balance.stages import StageTimes
 from lightning_hetero.balance.types import DeviceProfile
 
 OVERHEAD_S, COMMUNICATION_S = 0.004, 0.003

@@ -73,13 +73,13 @@ def test_every_folder_is_a_layer() -> None:
     [
         ("balance", "import torch"),
         ("balance", "def f():\n    from torch import nn"),
-        ("balance", "from lightning_hetero.plugin.strategy import HeteroDDPStrategy"),
+        ("balance", "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy"),
         ("balance", "from lightning_hetero import plugin"),
         ("hardware", "from torch import distributed"),
         ("hardware", "import torch.distributed as dist"),
         ("distributed", "from lightning.pytorch import Trainer"),
         ("exceptions", "from lightning_hetero.balance.types import BatchPlan"),
-        ("command", "from lightning_hetero.plugin.strategy import HeteroDDPStrategy"),
+        ("command", "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy"),
         ("plugin", "from lightning_hetero.command.main import main"),
     ],
 )

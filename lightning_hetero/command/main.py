@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lightning_hetero.command import plan, probe, report
+from lightning_hetero.command.plan import command as plan
+from lightning_hetero.command.probe import command as probe
+from lightning_hetero.command.report import command as report
 from lightning_hetero.exceptions import HeteroError
 
 __all__ = ["main"]

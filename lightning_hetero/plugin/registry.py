@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
-from lightning_hetero.plugin.pipeline_strategy import HeteroPipelineStrategy
-from lightning_hetero.plugin.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = ["register_strategies"]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lightning_hetero.balance.batch_solver import proportional_plan
+from lightning_hetero.balance.batch.batch_solver import proportional_plan
 from lightning_hetero.balance.types import BatchPlan, BatchSlice, PlanSchedule, StepTime, weight_in_mean
 from lightning_hetero.exceptions import ConfigurationError
 

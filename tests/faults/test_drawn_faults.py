@@ -20,7 +20,7 @@ from training import SEED, Numbered, SmallModule, flat, loss_of, make_trainer, s
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.types import BatchPlan
-from lightning_hetero.distributed.agree import gather
+from lightning_hetero.distributed.collectives import gather
 from lightning_hetero.distributed.step_timer import HostClock, StepTimer
 
 SCHEDULES, EPOCHS, SIZE = 50, 3, 70

@@ -1,0 +1,1 @@
+"""Divide a global batch among ranks."""

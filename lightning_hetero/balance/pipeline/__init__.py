@@ -1,0 +1,1 @@
+"""Divide the layers of a model among ranks."""

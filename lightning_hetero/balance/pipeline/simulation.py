@@ -1,0 +1,116 @@
+"""Predict how long a pipeline takes for a step, and who computes what when.
+
+A stage computes one micro-batch at a time, in the order of the schedule.  A forward pass waits for that of the stage
+before, a backward pass for that of the stage behind.
+
+- ``gpipe``: all forward passes, then all backward passes (Huang et al., "GPipe", NeurIPS 2019).
+- ``1f1b``: as many forward passes as there are stages from here on, then one backward pass for each forward pass, so
+  that fewer activations are held (Narayanan et al., "PipeDream", SOSP 2019).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
+
+__all__ = ["Pass", "Timeline", "order_of_passes", "passes_in_flight", "simulate_pipeline"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of one micro-batch through one stage.
+
+    Attributes:
+        stage: which.
+        kind: "forward" or "backward".
+        micro_batch: which.
+        start_s: when it starts, from the start of the step.
+        end_s: when it ends.
+    """
+
+    stage: int
+    kind: Kind
+    micro_batch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A step.
+
+    Attributes:
+        passes: of all stages, in the order of their ends.
+    """
+
+    passes: tuple[Pass, ...]
+
+    @property
+    def step_s(self) -> float:
+        """When the last pass ends."""
+        return max(p.end_s for p in self.passes)
+
+
+def order_of_passes(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> list[tuple[Kind, int]]:
+    """Return the passes of a stage in the order in which it computes them.
+
+    Example:
+        >>> order_of_passes(1, 2, 3, "1f1b")[:4]
+        [('forward', 0), ('backward', 0), ('forward', 1), ('backward', 1)]
+    """
+    forward: list[tuple[Kind, int]] = [("forward", i) for i in range(micro_batches)]
+    backward: list[tuple[Kind, int]] = [("backward", i) for i in range(micro_batches)]
+    ahead = passes_in_flight(stage, num_stages, micro_batches, schedule)
+    order = forward[:ahead]
+    for done, one_back in enumerate(backward):
+        order.append(one_back)
+        order += forward[ahead + done : ahead + done + 1]
+    return order
+
+
+def passes_in_flight(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> int:
+    """Return of how many micro-batches a stage holds the activations at most."""
+    return micro_batches if schedule == "gpipe" else min(micro_batches, num_stages - stage)
+
+
+def simulate_pipeline(
+    times: StageTimes, micro_batches: int, schedule: Schedule = "1f1b", transfer_s: float = 0.0
+) -> Timeline:
+    """Return who computes what when in a step.
+
+    Args:
+        times: of one micro-batch in each stage.
+        micro_batches: how many a step has, at least 1.
+        schedule: the order of passes.
+        transfer_s: what it takes until a pass's result has reached the next stage.
+    """
+    num_stages = len(times.forward_s)
+    waiting = [order_of_passes(stage, num_stages, micro_batches, schedule)[::-1] for stage in range(num_stages)]
+    free_at = [0.0] * num_stages
+    ends: dict[tuple[Kind, int, int], float] = {}
+    passes: list[Pass] = []
+    while any(waiting):
+        for stage, queue in enumerate(waiting):
+            while queue:
+                kind, i = queue[-1]
+                ready_at = _ready_at(ends, kind, stage, i, num_stages, transfer_s)
+                if ready_at is None:
+                    break
+                queue.pop()
+                start_s = max(free_at[stage], ready_at)
+                duration_s = times.forward_s[stage] if kind == "forward" else times.backward_s[stage]
+                free_at[stage] = ends[kind, stage, i] = start_s + duration_s
+                passes.append(Pass(stage, kind, i, start_s, start_s + duration_s))
+    return Timeline(tuple(sorted(passes, key=lambda p: (p.end_s, p.stage))))
+
+
+def _ready_at(
+    ends: dict[tuple[Kind, int, int], float], kind: Kind, stage: int, i: int, num_stages: int, transfer_s: float
+) -> float | None:
+    """Return when a pass has what it needs from its neighbour; None while that is not known."""
+    neighbour = stage - 1 if kind == "forward" else stage + 1
+    if not 0 <= neighbour < num_stages:
+        return 0.0  # the first stage has its input, the last one its loss
+    end_s = ends.get((kind, neighbour, i))
+    return None if end_s is None else end_s + transfer_s

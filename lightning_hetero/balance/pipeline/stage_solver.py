@@ -1,0 +1,320 @@
+"""Divide layers among ranks so that the slowest stage is as fast as possible.
+
+Given how long each rank takes for each layer, find an order of the ranks and a division of the layers into as many
+consecutive ranges, each with at least one layer, that minimises the largest sum of a range on its rank, where each
+range has to fit into its rank's memory.
+
+A bound on the slowest stage is bisected.  For one bound, the layers before which the first stages can end are found for
+each set of ranks from the sets with one rank less.  That is exact.  The slowest stage is all that counts with many
+micro-batches; with few, where stages wait for the first and the last ones counts too, so single moves are tried in a
+simulation of the schedule.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate, product
+from math import inf, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hetero.balance.pipeline.simulation import passes_in_flight, simulate_pipeline
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
+
+__all__ = ["StageMemory", "refine_stages", "solve_stages", "uniform_stages"]
+
+_MOST_SETS = 20_000
+_BISECTIONS = 60
+
+_Set = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What layers hold, and what ranks may.
+
+    Attributes:
+        weights_bytes: of each layer: parameters, gradients and the state of the optimiser.
+        activations_bytes: of each layer, kept for the backward pass of one micro-batch.
+        budgets_bytes: of each rank.
+        micro_batches: of a step.
+        schedule: it decides of how many of them a stage holds the activations.
+    """
+
+    weights_bytes: tuple[float, ...]
+    activations_bytes: tuple[float, ...]
+    budgets_bytes: tuple[float, ...]
+    micro_batches: int = 1
+    schedule: Schedule = "1f1b"
+
+    def needed_bytes(self, plan: StagePlan) -> tuple[float, ...]:
+        """Return what each stage of a plan holds."""
+        return tuple(
+            sum(self.weights_bytes[i] + held * self.activations_bytes[i] for i in plan.layers(stage))
+            for stage, held in enumerate(self._held(plan.num_stages))
+        )
+
+    def allows(self, plan: StagePlan) -> bool:
+        """Return whether every stage fits."""
+        needed = self.needed_bytes(plan)
+        return all(n <= self.budgets_bytes[rank] for n, rank in zip(needed, plan.ranks, strict=True))
+
+    def fits_alone(self, rank: int) -> bool:
+        """Return whether a rank could hold the whole model, and the activations of a whole batch."""
+        needed = sum(self.weights_bytes) + self.micro_batches * sum(self.activations_bytes)
+        return needed <= self.budgets_bytes[rank]
+
+    def _held(self, num_stages: int) -> list[int]:
+        return [passes_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
+
+    def prefixes(self, num_stages: int) -> list[list[float]]:
+        """Return what the layers in front of each layer would hold in each stage."""
+        return [
+            [0.0, *accumulate(w + held * a for w, a in zip(self.weights_bytes, self.activations_bytes, strict=True))]
+            for held in self._held(num_stages)
+        ]
+
+
+def uniform_stages(num_layers: int, world_size: int, last_rank: int = 0) -> StagePlan:
+    """Return the division that knows nothing of speeds: equal numbers of layers, the first stages one more.
+
+    Example:
+        >>> uniform_stages(5, 2)
+        StagePlan(ranks=(1, 0), ends=(3, 5))
+    """
+    _check_layers(num_layers, world_size)
+    size, larger = divmod(num_layers, world_size)
+    sizes = [size + (stage < larger) for stage in range(world_size)]
+    return StagePlan(_default_order(world_size, last_rank), tuple(accumulate(sizes)))
+
+
+def solve_stages(costs: LayerCosts, memory: StageMemory | None = None, last_rank: int = 0) -> StagePlan:
+    """Return the plan whose slowest stage is fastest.
+
+    Args:
+        costs: of every layer on every rank.
+        memory: what has to fit; None where nothing is known of it.
+        last_rank: the rank of the last stage.
+
+    Raises:
+        ConfigurationError: there are fewer layers than ranks.
+        InfeasiblePlanError: the layers do not fit into the memories.
+
+    Example:
+        >>> solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * 12, speeds=[2, 1]))
+        StagePlan(ranks=(1, 0), ends=(4, 12))
+    """
+    _check_layers(costs.num_layers, costs.world_size)
+    problem = _Problem(costs, memory, last_rank)
+    best = problem.quick_plan(inf) or problem.plan(inf)
+    if best is None:
+        raise InfeasiblePlanError(_does_not_fit(memory, costs.world_size))
+    best = _bisect(problem.quick_plan, costs, best)
+    # most often nothing better is there
+    better = problem.plan(costs.of_stages(best).slowest_s * (1 - 1e-9))
+    return best if better is None else _bisect(problem.plan, costs, better)
+
+
+def _bisect(plan_within: Callable[[float], StagePlan | None], costs: LayerCosts, best: StagePlan) -> StagePlan:
+    low, high = 0.0, costs.of_stages(best).slowest_s
+    for _ in range(_BISECTIONS):
+        if high - low <= 1e-12 * high:
+            break
+        bound_s = (low + high) / 2
+        plan = plan_within(bound_s)
+        if plan is None:
+            low = bound_s
+        else:
+            best, high = plan, min(costs.of_stages(plan).slowest_s, bound_s)
+    return best
+
+
+def refine_stages(
+    costs: LayerCosts,
+    plan: StagePlan,
+    micro_batches: int,
+    schedule: Schedule = "1f1b",
+    memory: StageMemory | None = None,
+    transfer_s: float = 0.0,
+) -> StagePlan:
+    """Return a plan whose simulated step is at most as long, by moves of single layers and swaps of neighbouring ranks.
+
+    Args:
+        costs: of every layer on every rank.
+        plan: where to start.
+        micro_batches: of a step.
+        schedule: the order of passes.
+        memory: what has to fit.
+        transfer_s: what a transfer between stages takes.
+    """
+
+    def step_s(candidate: StagePlan) -> float:
+        return simulate_pipeline(costs.of_stages(candidate), micro_batches, schedule, transfer_s).step_s
+
+    best, best_s = plan, step_s(plan)
+    improved = True
+    while improved:
+        improved = False
+        for candidate in _neighbours(best):
+            if memory is not None and not memory.allows(candidate):
+                continue
+            candidate_s = step_s(candidate)
+            if candidate_s < best_s * (1 - 1e-9):
+                best, best_s, improved = candidate, candidate_s, True
+    return best
+
+
+def _neighbours(plan: StagePlan) -> Iterator[StagePlan]:
+    ends = plan.ends
+    for stage, step in product(range(len(ends) - 1), (-1, 1)):
+        moved = ends[stage] + step
+        if (ends[stage - 1] if stage else 0) < moved < ends[stage + 1]:
+            yield StagePlan(plan.ranks, (*ends[:stage], moved, *ends[stage + 1 :]))
+    for stage in range(len(ends) - 2):  # the last stage keeps its rank
+        ranks = list(plan.ranks)
+        ranks[stage], ranks[stage + 1] = ranks[stage + 1], ranks[stage]
+        yield StagePlan(tuple(ranks), ends)
+
+
+def _check_layers(num_layers: int, world_size: int) -> None:
+    if num_layers < world_size:
+        raise ConfigurationError(
+            f"A pipeline must have at least one layer a rank ({world_size}), got {num_layers}. Use fewer devices, or"
+            f" divide the model into more layers."
+        )
+
+
+def _default_order(world_size: int, last_rank: int) -> tuple[int, ...]:
+    return (*(rank for rank in range(world_size) if rank != last_rank), last_rank)
+
+
+def _does_not_fit(memory: StageMemory | None, world_size: int) -> str:
+    assert memory is not None
+    held = sum(memory.weights_bytes)
+    return (
+        f"The layers must fit into the memories of {world_size} ranks, got {held / 1e9:.3g} GB of parameters, gradients"
+        f" and state of the optimiser beside their activations, and budgets of"
+        f" {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB. Use smaller micro-batches, fewer at a time"
+        f' (`schedule="1f1b"`), or more devices.'
+    )
+
+
+class _Problem:
+    """The layers, and the ranks in front of the last one.
+
+    Ranks that are interchangeable are one kind, and a set of ranks is told by how many of each kind are in it. Where
+    there are too many sets, all ranks are one kind, taken in a fixed order.
+    """
+
+    def __init__(self, costs: LayerCosts, memory: StageMemory | None, last_rank: int) -> None:
+        self._world_size, self._num_layers = costs.world_size, costs.num_layers
+        self._last_rank = last_rank
+        self._prefixes = [[0.0, *accumulate(row)] for row in costs.total_s]
+        self._held = None if memory is None else memory.prefixes(costs.world_size)
+        self._budgets = () if memory is None else memory.budgets_bytes
+        others = [rank for rank in range(costs.world_size) if rank != last_rank]
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for rank in others:
+            kinds.setdefault((costs.total_s[rank], self._budgets[rank : rank + 1]), []).append(rank)
+        self._kinds = list(kinds.values())
+        if prod(len(ranks) + 1 for ranks in self._kinds) > _MOST_SETS:
+            self._kinds = [sorted(others, key=lambda rank: -sum(costs.total_s[rank]))]  # the slowest first
+        self._all = tuple(len(ranks) for ranks in self._kinds)
+        self._none = (0,) * len(self._kinds)
+
+    def quick_plan(self, bound_s: float) -> StagePlan | None:
+        """Return a plan whose stages take at most ``bound_s`` each; None where none was found.
+
+        Each set of ranks takes as many layers as it can. That misses plans in which a stage takes less, so that the one
+        behind can have a layer at all.
+        """
+        ends: dict[_Set, tuple[int, int]] = {self._none: (0, -1)}
+        for ranks in product(*(range(count + 1) for count in self._all)):
+            best = (0, -1)
+            for kind, rank, before in self._predecessors(ranks):
+                if before in ends:
+                    start = ends[before][0]
+                    end = self._reach(start, rank, sum(ranks) - 1, bound_s)
+                    if end > start:
+                        best = max(best, (end, kind))
+            if best[0]:
+                ends[ranks] = best
+        if self._all not in ends or not self._finishes(ends[self._all][0], bound_s):
+            return None
+        found: list[tuple[int, int]] = []
+        ranks = self._all
+        while any(ranks):
+            end, kind = ends[ranks]
+            found.append((self._kinds[kind][ranks[kind] - 1], end))
+            ranks = _without(ranks, kind)
+        return self._plan(found)
+
+    def plan(self, bound_s: float) -> StagePlan | None:
+        """Return a plan whose stages take at most ``bound_s`` each; None where there is none."""
+        ends: dict[_Set, NDArray[np.bool_]] = {self._none: np.arange(self._num_layers + 1) == 0}
+        reaches = cache(partial(self._reaches, bound_s))
+        for ranks in product(*(range(count + 1) for count in self._all)):
+            if not any(ranks):
+                continue
+            change = np.zeros(self._num_layers + 2, dtype=np.int64)
+            for _, rank, before in self._predecessors(ranks):
+                if before in ends:
+                    (starts,) = np.nonzero(ends[before])
+                    np.add.at(change, starts + 1, 1)
+                    np.add.at(change, reaches(rank, sum(ranks) - 1)[starts] + 1, -1)
+            ends[ranks] = np.cumsum(change)[:-1] > 0
+        finishing = [int(end) for end in np.nonzero(ends[self._all])[0] if self._finishes(int(end), bound_s)]
+        if not finishing:
+            return None
+        found: list[tuple[int, int]] = []
+        ranks, end = self._all, finishing[-1]
+        while any(ranks):
+            kind, start = self._step_back(ends, ranks, end, bound_s)
+            found.append((self._kinds[kind][ranks[kind] - 1], end))
+            ranks, end = _without(ranks, kind), start
+        return self._plan(found)
+
+    def _step_back(self, ends: dict[_Set, NDArray[np.bool_]], ranks: _Set, end: int, bound_s: float) -> tuple[int, int]:
+        """Return the kind of a last stage that ends before ``end``, and its first layer."""
+        for kind, rank, before in self._predecessors(ranks):
+            for start in np.nonzero(ends[before][:end])[0]:
+                if self._reach(int(start), rank, sum(ranks) - 1, bound_s) >= end:
+                    return kind, int(start)
+        raise AssertionError("an end that was reached has a start")
+
+    def _plan(self, found: list[tuple[int, int]]) -> StagePlan:
+        """Return the plan of stages that were found from the last but one to the first."""
+        ranks, ends = zip(*found[::-1], strict=True) if found else ((), ())
+        return StagePlan((*ranks, self._last_rank), (*ends, self._num_layers))
+
+    def _predecessors(self, ranks: _Set) -> Iterator[tuple[int, int, _Set]]:
+        for kind, count in enumerate(ranks):
+            if count:
+                yield kind, self._kinds[kind][count - 1], _without(ranks, kind)
+
+    def _finishes(self, start: int, bound_s: float) -> bool:
+        """Return whether the last rank can take all layers from ``start`` on."""
+        return self._reach(start, self._last_rank, self._world_size - 1, bound_s) >= self._num_layers
+
+    def _reaches(self, bound_s: float, rank: int, stage: int) -> NDArray[np.int64]:
+        return np.array([max(self._reach(i, rank, stage, bound_s), i) for i in range(self._num_layers + 1)])
+
+    def _reach(self, start: int, rank: int, stage: int, bound_s: float) -> int:
+        """Return the layer behind the last one that a stage can take from ``start`` on; at most ``start`` if none."""
+        prefix = self._prefixes[rank]
+        # a little more, since the difference of two sums is not the sum that it stands for
+        end = bisect_right(prefix, (prefix[start] + bound_s) * (1 + 1e-13)) - 1
+        if self._held is not None:
+            held = self._held[stage]
+            end = min(end, bisect_right(held, (held[start] + self._budgets[rank]) * (1 + 1e-13)) - 1)
+        # each stage behind needs a layer
+        return min(end, self._num_layers - (self._world_size - 1 - stage))
+
+
+def _without(ranks: _Set, kind: int) -> _Set:
+    return (*ranks[:kind], ranks[kind] - 1, *ranks[kind + 1 :])

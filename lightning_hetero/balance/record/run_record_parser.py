@@ -1,0 +1,180 @@
+"""Read the record of a run, believing nothing: it may be cut off, damaged, or another file.
+
+Events that a later version may have added are left out, and a last line that was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from lightning_hetero.balance.checked import items_of, mapping_of, number_of, text_of, truth_of, whole_of
+from lightning_hetero.balance.record.run_record import (
+    EVENTS,
+    RECORD_FORMAT,
+    RECORD_VERSION,
+    Event,
+    RunAdvice,
+    RunChange,
+    RunEnd,
+    RunHeader,
+    RunPasses,
+    RunRecord,
+    RunStages,
+    RunWindow,
+)
+from lightning_hetero.balance.types import DeviceProfile
+from lightning_hetero.exceptions import ConfigurationError
+
+__all__ = ["parse_record"]
+
+
+def parse_record(lines: Iterable[str], name: str = "the record") -> RunRecord:
+    """Return what the lines of a record say.
+
+    Args:
+        lines: all lines, as read from a file.
+        name: what to call the record in errors.
+
+    Raises:
+        ConfigurationError: this is no record, of a later version, or damaged in its midst; the message names the line.
+    """
+    rows = [line for line in lines if line.strip()]
+    if not rows:
+        raise ConfigurationError(f"{name} must be the record of a run, got an empty file. Has the run begun to train?")
+    header = _header(rows[0], name)
+    events: list[Event] = []
+    for number, row in enumerate(rows[1:], start=2):
+        values = _object(row)
+        if values is None:
+            if number == len(rows):
+                break  # the run was killed, or is at this moment, while it wrote this line
+            raise ConfigurationError(f"{name} must have one JSON object a line, got something else in line {number}.")
+        event = _event(values, header, f"{name}, line {number}")
+        if event is not None:
+            events.append(event)
+    return RunRecord(
+        header=header,
+        windows=tuple(e for e in events if isinstance(e, RunWindow)),
+        changes=tuple(e for e in events if isinstance(e, RunChange)),
+        advice=_latest(events, RunAdvice),
+        stages=_latest(events, RunStages),
+        passes=_latest(events, RunPasses),
+        end=_latest(events, RunEnd),
+    )
+
+
+_E = TypeVar("_E")
+
+
+def _latest(events: Sequence[Event], kind: type[_E]) -> _E | None:
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+def _object(row: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(row, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(name)  # NaN and Infinity are no JSON, and never written
+
+
+def _header(row: str, name: str) -> RunHeader:
+    values = _object(row)
+    if values is None or values.get("record") != RECORD_FORMAT:
+        raise ConfigurationError(
+            f"{name} must be the record of a run, which `LoadBalancer` writes beside the logs, got another file."
+        )
+    if values.get("version") != RECORD_VERSION:
+        raise ConfigurationError(
+            f"{name} must be of version {RECORD_VERSION}, got {values.get('version')!r}. Read it with the version of"
+            f" lightning_hetero that wrote it ({values.get('package')!r})."
+        )
+    with _located(f"{name}, line 1"):
+        devices = items_of(values.get("devices"), "devices")
+        if not devices:
+            raise ConfigurationError("`devices` must list what each rank runs on, got none.")
+        return RunHeader(
+            strategy=text_of(values.get("strategy"), "strategy"),
+            started=text_of(values.get("started"), "started"),
+            global_batch_size=whole_of(values.get("global_batch_size"), "global_batch_size"),
+            devices=tuple(_device(device) for device in devices),
+            package=text_of(values.get("package"), "package"),
+        )
+
+
+def _device(value: Any) -> DeviceProfile:
+    values = mapping_of(value, "devices")
+    host, device, name = (text_of(values.get(key), key) for key in ("host", "device", "name"))
+    return DeviceProfile(host, device, name)
+
+
+def _event(values: dict[str, Any], header: RunHeader, where: str) -> Event | None:
+    kind = next((event for event in EVENTS if event.kind == values.get("event")), None)
+    if kind is None:
+        return None
+    declared = {name: str(type_) for name, type_ in kind.__annotations__.items() if name != "kind"}
+    with _located(where):
+        event = kind(**{name: _READERS[type_](values.get(name), name) for name, type_ in declared.items()})
+    _check_lengths(event, header.world_size, where)
+    return event
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say where in a record a value is wrong."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _check_lengths(event: Event, world_size: int, where: str) -> None:
+    """Check that what belongs to ranks has one entry a rank, and what belongs to passes as many as there are passes."""
+    fixed = {"sentences"}
+    optional = {"overhead_s", "seconds_per_sample", "peak_bytes", "budget_bytes", "forward_s", "backward_s"}
+    expected = len(event.stages) if isinstance(event, RunPasses) else world_size
+    for name, value in vars(event).items():
+        if not isinstance(value, tuple) or name in fixed or (not value and name in optional):
+            continue
+        if len(value) != expected:
+            raise ConfigurationError(f"{where}: `{name}` must have {expected} entries, got {len(value)}.")
+    if isinstance(event, RunWindow) and len(event.overhead_s) != len(event.seconds_per_sample):
+        raise ConfigurationError(f"{where}: `overhead_s` and `seconds_per_sample` must both be there or both be empty.")
+    if isinstance(event, RunPasses) and any(not 0 <= stage < world_size for stage in event.stages):
+        raise ConfigurationError(f"{where}: `stages` must be below the number of ranks ({world_size}).")
+    if isinstance(event, RunStages) and (
+        sorted(event.ranks) != list(range(world_size)) or any(a >= b for a, b in pairwise((0, *event.ends)))
+    ):
+        raise ConfigurationError(f"{where}: `ranks` and `ends` must be those of one stage a rank.")
+
+
+def _number_of(value: Any, name: str) -> float:
+    return number_of(value, name, least=0, most=1e300)
+
+
+_T = TypeVar("_T")
+
+
+def _several(one: Callable[[Any, str], _T]) -> Callable[[Any, str], tuple[_T, ...]]:
+    return lambda value, name: tuple(one(item, name) for item in items_of(value, name))
+
+
+# what the annotations of the events say
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "str": text_of,
+    "int": whole_of,
+    "float": _number_of,
+    "bool": truth_of,
+    "tuple[int, ...]": _several(whole_of),
+    "tuple[float, ...]": _several(_number_of),
+    "tuple[bool, ...]": _several(truth_of),
+    "tuple[str, ...]": _several(text_of),
+}

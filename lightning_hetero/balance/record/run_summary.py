@@ -1,0 +1,222 @@
+"""What the record of a run says in a few numbers: before against after, who waited, how far from the bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import dropwhile, takewhile
+from statistics import median
+from typing import Literal, TypeVar
+
+from lightning_hetero.balance.record.run_record import RunRecord, RunWindow
+
+__all__ = [
+    "Comparison",
+    "State",
+    "StepParts",
+    "bound_samples_per_s",
+    "compare",
+    "efficiency",
+    "plans_over_steps",
+    "samples_per_s",
+    "slowest_and_fastest",
+    "state_of",
+    "step_parts",
+    "step_s",
+    "thinned",
+    "wait_fractions",
+]
+
+State = Literal["tuning", "watching", "finished", "failed", "no end recorded"]
+
+_T = TypeVar("_T")
+# clocks tell no shorter time; what is below was not measured
+_LEAST_S = 1e-9
+# so many windows tell how fast the shares found are
+_TUNED_WINDOWS = 5
+
+
+def state_of(record: RunRecord, going_on: bool = False) -> State:
+    """Return how far the run is.
+
+    Args:
+        record: of the run.
+        going_on: whether a run without an end is known to go on; otherwise its process may have been killed.
+    """
+    if record.end is not None:
+        return "finished" if record.end.reason == "finished" else "failed"
+    if not going_on:
+        return "no end recorded"
+    if record.windows:
+        return "tuning" if record.windows[-1].tuning else "watching"
+    return "tuning" if record.advice is None and record.stages is None else "watching"
+
+
+def step_s(window: RunWindow) -> float:
+    """Return the seconds of a step; 0 where nothing was measured.
+
+    All ranks are done together, so what they say differs by noise only.
+    """
+    both = zip(window.own_s, window.waiting_s, strict=True)
+    return max((own_s + waiting_s for own_s, waiting_s in both if own_s >= _LEAST_S), default=0.0)
+
+
+def samples_per_s(window: RunWindow) -> float:
+    """Return the samples that all ranks together process in a second; 0 where nothing was measured."""
+    seconds = step_s(window)
+    return sum(window.samples) / seconds if seconds else 0.0
+
+
+def bound_samples_per_s(window: RunWindow) -> float | None:
+    """Return the sum of what each rank would process alone, at its mini-batch; None unless all were measured."""
+    if not _is_complete(window):
+        return None
+    # a rank without a sample adds nothing
+    return sum(n / own_s for n, own_s in zip(window.samples, window.own_s, strict=True) if n)
+
+
+def efficiency(window: RunWindow) -> float | None:
+    """Return the samples a second as a part of the bound, at most 1; None unless all ranks were measured."""
+    bound = bound_samples_per_s(window)
+    return samples_per_s(window) / bound if bound else None
+
+
+def _is_complete(window: RunWindow) -> bool:
+    return any(window.samples) and all(
+        own_s >= _LEAST_S for n, own_s in zip(window.samples, window.own_s, strict=True) if n
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measured windows of a run: the first, those behind the tuning, and the last.
+
+    Attributes:
+        before: the first.
+        after: the last; the same where there is only one.
+        tuned: the first ones under the shares that the tuning has found; empty before, and where nothing was tuned.
+            Speeds may have changed since then, so the last window tells less of what the tuning brought.
+    """
+
+    before: RunWindow
+    after: RunWindow
+    tuned: tuple[RunWindow, ...] = ()
+
+    @property
+    def tuned_samples_per_s(self) -> float | None:
+        """Samples a second when the tuning was over, the median of some windows; None where there are none."""
+        return median(map(samples_per_s, self.tuned)) if self.tuned else None
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times as many samples a second the tuning has brought; None where there was none, or not yet."""
+        rate = self.tuned_samples_per_s
+        return None if rate is None else rate / samples_per_s(self.before)
+
+    @property
+    def from_equal_shares(self) -> bool:
+        """Whether the first window was under equal shares, up to whole samples, as with ``ddp``."""
+        return max(self.before.samples) - min(self.before.samples) <= 1
+
+
+def compare(record: RunRecord) -> Comparison | None:
+    """Return the first window in which every rank was measured, those behind the tuning, and the last.
+
+    Where there is none, windows in which some rank was; None where none was.
+    """
+    measured = [window for window in record.windows if _is_complete(window)]
+    if not measured:
+        measured = [window for window in record.windows if samples_per_s(window)]
+    if not measured:
+        return None
+    settled = list(dropwhile(lambda window: window.tuning, measured)) if measured[0].tuning else []
+    tuned = takewhile(lambda window: window.samples == settled[0].samples, settled[:_TUNED_WINDOWS])
+    return Comparison(measured[0], measured[-1], tuple(tuned))
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What the time of a rank's step went into, in seconds.
+
+    Attributes:
+        own_s: the rank's own work.
+        communication_s: what a step takes besides the slowest rank's own time.
+        waiting_s: waiting for slower ranks.
+    """
+
+    own_s: float
+    communication_s: float
+    waiting_s: float
+
+
+def step_parts(window: RunWindow) -> list[StepParts]:
+    """Return the parts of a step of each rank, shape ``(world_size,)``.
+
+    A rank measures what is not its own time as one number; the communication that the ranks found together is a part
+    of it.
+    """
+    parts = []
+    for own_s, rest_s in zip(window.own_s, window.waiting_s, strict=True):
+        communication_s = min(window.communication_s, rest_s)
+        parts.append(StepParts(own_s, communication_s, rest_s - communication_s))
+    return parts
+
+
+def wait_fractions(window: RunWindow) -> list[float | None]:
+    """Return which part of a step each rank did nothing of its own in; None where it measured nothing."""
+    return [
+        waiting_s / (own_s + waiting_s) if own_s >= _LEAST_S else None
+        for own_s, waiting_s in zip(window.own_s, window.waiting_s, strict=True)
+    ]
+
+
+def plans_over_steps(record: RunRecord) -> list[tuple[int, tuple[int, ...]]]:
+    """Return the mini-batches of all ranks as pairs of the first step and the sizes, in ascending order of steps.
+
+    The plan before the first change is that of the first window, where it was measured before.
+    """
+    plans: dict[int, tuple[int, ...]] = {}
+    first_change = min((change.step for change in record.changes), default=None)
+    if record.windows and (first_change is None or record.windows[0].step < first_change):
+        plans[0] = record.windows[0].samples
+    for change in record.changes:
+        # a later decision replaces what was due at its step or behind it
+        plans = {step: samples for step, samples in plans.items() if step < change.step}
+        plans[change.step] = change.samples
+    return list(plans.items())
+
+
+def slowest_and_fastest(window: RunWindow, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return up to ``most`` ranks: all of them, or the slowest half and the fastest half of so many.
+
+    Args:
+        window: tells how fast they are: own seconds a sample; ranks that measured nothing come last.
+        most: an even number.
+
+    Returns:
+        The slow ranks and the fast ones, each in ascending order; all in the first where none is left out.
+    """
+    ranks = range(len(window.samples))
+    if len(ranks) <= most:
+        return tuple(ranks), ()
+
+    def seconds_per_sample(rank: int) -> float:
+        samples, own_s = window.samples[rank], window.own_s[rank]
+        return own_s / samples if samples and own_s >= _LEAST_S else -1.0
+
+    order = sorted(ranks, key=lambda rank: (-seconds_per_sample(rank), rank))
+    measured = [rank for rank in order if seconds_per_sample(rank) >= 0]
+    fast = measured[max(len(measured) - most // 2, most // 2) :]
+    return tuple(sorted(order[: most // 2])), tuple(sorted(fast))
+
+
+def thinned(items: Sequence[_T], most: int) -> list[_T]:
+    """Return at most ``most`` items, evenly spread, with the first and the last.
+
+    Example:
+        >>> thinned(range(10), 4)
+        [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]

@@ -1,0 +1,1 @@
+"""Learn how long ranks take, and decide when other shares pay off."""

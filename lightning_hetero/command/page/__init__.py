@@ -1,1 +1,0 @@
-"""The page that shows the record of a run; needs jinja2 and matplotlib."""

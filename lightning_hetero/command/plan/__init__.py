@@ -1,0 +1,1 @@
+"""`lightning-hetero plan`: predict a cluster."""

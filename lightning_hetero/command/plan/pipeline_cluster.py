@@ -1,0 +1,198 @@
+"""Predict what a cluster makes of a pipeline: stages, step time, and what else would be better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
+from lightning_hetero.balance.pipeline.plan import plan_pipeline
+from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.command.plan.cluster import MEMORY_FRACTION
+from lightning_hetero.exceptions import ConfigurationError
+
+__all__ = ["Layer", "PipelineCluster", "PipelineDevice", "PipelinePrediction", "StagePrediction", "predict_pipeline"]
+
+_MOST_RANKS = 64
+# single moves are tried where that takes about a second: ranks^2 * micro-batches * layers
+_MOST_REFINED = 150_000
+
+
+@dataclass(frozen=True)
+class PipelineDevice:
+    """One rank's device.
+
+    Attributes:
+        name: for people.
+        speed: how many times as fast as the device that the layers' times are of.
+        memory_bytes: of which 92 % may be used; None where unknown.
+    """
+
+    name: str
+    speed: float
+    memory_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, on a device of speed 1 and for one micro-batch.
+
+    Attributes:
+        forward_s: of the forward pass.
+        backward_s: of the backward pass.
+        parameter_bytes: of its parameters.
+        activation_bytes: kept for the backward pass.
+    """
+
+    forward_s: float
+    backward_s: float
+    parameter_bytes: float = 0.0
+    activation_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class PipelineCluster:
+    """The devices and layers of a pipeline.
+
+    Attributes:
+        devices: of each rank; rank 0 has the last stage.
+        layers: in the order in which they are called.
+        micro_batches: of a step.
+        schedule: the order of passes.
+        transfer_s: what a transfer between two stages takes.
+        batch_size: samples of a step, the most micro-batches that it can have; None where unknown.
+        optimizer_states: numbers that the optimiser keeps for each parameter: 2 for Adam, 0 for plain SGD.
+
+    Raises:
+        ConfigurationError: there are more devices than layers, or more than can be planned for.
+    """
+
+    devices: tuple[PipelineDevice, ...]
+    layers: tuple[Layer, ...]
+    micro_batches: int = 4
+    schedule: Schedule = "1f1b"
+    transfer_s: float = 0.0
+    batch_size: int | None = None
+    optimizer_states: float = 2.0
+
+    def __post_init__(self) -> None:
+        if len(self.devices) > len(self.layers):
+            raise ConfigurationError(
+                f"A pipeline must have at least one layer a device, got {len(self.devices)} devices and"
+                f" {len(self.layers)} layers. Use fewer devices, or divide the model into more layers."
+            )
+        if len(self.devices) > _MOST_RANKS:
+            raise ConfigurationError(
+                f"A pipeline must have at most {_MOST_RANKS} devices to be predicted, got {len(self.devices)}."
+            )
+
+    @property
+    def costs(self) -> LayerCosts:
+        """What every layer costs on every rank."""
+        return LayerCosts.of_speeds(
+            [(layer.forward_s, layer.backward_s) for layer in self.layers], [device.speed for device in self.devices]
+        )
+
+    @property
+    def memory(self) -> StageMemory | None:
+        """What layers hold and ranks may; None where no device's memory is known."""
+        sizes = [device.memory_bytes for device in self.devices]
+        if all(size is None for size in sizes):
+            return None
+        copies = 2 + self.optimizer_states  # the parameter, its gradient, and the optimiser's
+        return StageMemory(
+            weights_bytes=tuple(copies * layer.parameter_bytes for layer in self.layers),
+            activations_bytes=tuple(layer.activation_bytes for layer in self.layers),
+            budgets_bytes=tuple(inf if size is None else MEMORY_FRACTION * size for size in sizes),
+            micro_batches=self.micro_batches,
+            schedule=self.schedule,
+        )
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """One stage.
+
+    Attributes:
+        rank: whose it is.
+        device: that of the rank.
+        first_layer: counted from 0.
+        num_layers: at least 1.
+        busy_s: of a step, in which the rank computes.
+        needed_bytes: held at most; None where no memory is known.
+    """
+
+    rank: int
+    device: PipelineDevice
+    first_layer: int
+    num_layers: int
+    busy_s: float
+    needed_bytes: float | None
+
+
+@dataclass(frozen=True)
+class PipelinePrediction:
+    """What is predicted.
+
+    Attributes:
+        stages: the first stage first.
+        advice: step times, and what would be better.
+        uniform_fits: whether equal numbers of layers fit into the memories; None where nothing is known of them.
+        is_refined: whether single moves were tried in a simulation, as ``hetero_pipeline`` does. Otherwise the plan is
+            that whose slowest stage is fastest.
+    """
+
+    stages: tuple[StagePrediction, ...]
+    advice: PipelineAdvice
+    uniform_fits: bool | None
+    is_refined: bool
+
+
+def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
+    """Predict a step of ``hetero_pipeline``.
+
+    Raises:
+        InfeasiblePlanError: the layers do not fit into the memories.
+
+    Example:
+        >>> devices = (PipelineDevice("fast", 2.0), PipelineDevice("slow", 1.0))
+        >>> prediction = predict_pipeline(PipelineCluster(devices, (Layer(0.001, 0.002),) * 12, micro_batches=8))
+        >>> [(stage.device.name, stage.num_layers) for stage in prediction.stages]
+        [('slow', 4), ('fast', 8)]
+    """
+    costs, memory = cluster.costs, cluster.memory
+    size = costs.world_size
+    is_refined = size**2 * cluster.micro_batches * costs.num_layers <= _MOST_REFINED
+    uniform = uniform_stages(costs.num_layers, size)
+    uniform_fits = None if memory is None else memory.allows(uniform)
+    if is_refined:
+        plan = plan_pipeline(costs, cluster.micro_batches, cluster.schedule, cluster.transfer_s, memory)
+    else:
+        plan = _better(cluster, costs, solve_stages(costs, memory), uniform if uniform_fits is not False else None)
+    times = costs.of_stages(plan)
+    needed = [None] * size if memory is None else memory.needed_bytes(plan)
+    stages = tuple(
+        StagePrediction(
+            rank=rank,
+            device=cluster.devices[rank],
+            first_layer=plan.layers(stage).start,
+            num_layers=len(plan.layers(stage)),
+            busy_s=cluster.micro_batches * (times.forward_s[stage] + times.backward_s[stage]),
+            needed_bytes=needed[stage],
+        )
+        for stage, rank in enumerate(plan.ranks)
+    )
+    advice = advise_pipeline(
+        costs, plan, cluster.micro_batches, cluster.schedule, cluster.transfer_s, cluster.batch_size, memory
+    )
+    return PipelinePrediction(stages, advice, uniform_fits, is_refined)
+
+
+def _better(cluster: PipelineCluster, costs: LayerCosts, one: StagePlan, other: StagePlan | None) -> StagePlan:
+    def step_s(plan: StagePlan) -> float:
+        times = costs.of_stages(plan)
+        return simulate_pipeline(times, cluster.micro_batches, cluster.schedule, cluster.transfer_s).step_s
+
+    return min((plan for plan in (one, other) if plan is not None), key=step_s)

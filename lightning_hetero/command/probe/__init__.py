@@ -1,0 +1,1 @@
+"""`lightning-hetero probe`: list the devices of this machine."""

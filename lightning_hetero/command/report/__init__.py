@@ -1,0 +1,1 @@
+"""`lightning-hetero report`: turn a run's record into a page."""

@@ -1,0 +1,262 @@
+"""Keep loaders in step that every rank fills by itself: all ranks stop together, and know each other's batch sizes.
+
+Such loaders yield what their rank's dataset or sampler gives them: batches of different sizes, and of one rank fewer
+than of another.  Under plain DDP a rank that has no more batches leaves the others waiting for ever.  Here the ranks
+exchange the sizes of the batches that they are about to hand out, in one small all-reduce a step.  A rank that has run
+out hands out a copy of another rank's batch with 0 samples, a stand-in, until no rank has any more.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_hetero.balance.batch.blocks import Cursor
+from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.distributed.collectives import gather, gather_counts, lend
+from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.skipping import SkippingSampler, can_skip, is_stateful, length_of
+from lightning_hetero.exceptions import RankFailedError
+
+__all__ = ["JoinedLoader", "Joint", "join_loader"]
+
+_EXHAUSTED = -1
+_FAILED = -2
+
+
+class Joint(NamedTuple):
+    """How a loader is kept in step with those of other ranks.
+
+    Attributes:
+        device: where the process group communicates from.
+        samples_in: counts the samples of a batch; asked where the loader does not make its batches from samples.
+        begin: where to begin; ``block`` batches are skipped. Asked when the first batch is asked for.
+        after_fetch: called with its slice before a batch is handed out.
+        reader: name of the module whose iterations are joined. Any other reader, such as a callback that looks at a
+            batch, may be alone on its rank: its iteration is the loader's own, without the other ranks.
+    """
+
+    device: torch.device
+    samples_in: Callable[[Any], int]
+    begin: Callable[[], Cursor]
+    after_fetch: Callable[[BatchSlice], None]
+    reader: str
+
+
+def join_loader(loader: Any, joint: Joint) -> Any:
+    """Return a loader of the same batches that is kept in step with those of the other ranks.
+
+    Every rank has to call this at the same point.
+
+    Args:
+        loader: a DataLoader, or anything else that can be iterated.
+        joint: how.
+
+    Returns:
+        A copy of a DataLoader, or something that has the attributes of ``loader``; also a :class:`JoinedLoader`. Its
+        length is the greatest of all ranks, if all of them have one.
+    """
+    if isinstance(loader, _JoinedIterable):  # of an earlier fit
+        loader = loader._loader
+    lengths = gather(length_of(loader))
+    longest = None if any(length is None for length in lengths) else max(length or 0 for length in lengths)
+    own: dict[str, Any] = {"_joint": joint, "_longest": longest}
+    if not isinstance(loader, DataLoader):
+        return _JoinedIterable(loader, own)
+    # DataLoader makes batches from samples where it has a batch sampler or a batch size
+    if loader.batch_sampler is not None or loader.batch_size is not None:
+        own["collate_fn"] = _CountingCollate.of(loader.collate_fn)
+    if not is_stateful(loader) and can_skip(loader):
+        own["batch_sampler"] = SkippingSampler(loader.batch_sampler)
+    return changed_loader(loader, _StatefulJoinedDataLoader if is_stateful(loader) else _JoinedDataLoader, **own)
+
+
+class JoinedLoader:
+    """What all joined loaders have in common."""
+
+    __slots__ = ()  # a class with a layout of its own could not become that of a copied DataLoader
+
+    _joint: Joint
+    _longest: int | None
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the number of batches is known before they are read."""
+        return self._longest is not None
+
+    def __len__(self) -> int:
+        """Return the number of batches of the rank that has the most; a TypeError where a rank does not know."""
+        if self._longest is None:
+            raise TypeError("a rank's loader has no length")
+        return self._longest
+
+    def _iterate(self, start: Callable[[], Iterator[Any]], reader: str) -> Iterator[Any]:
+        if reader != self._joint.reader:
+            return (_batch_of(item) for item in start())
+        return _JoinedIterator(start, self._joint, self)
+
+    def _skip(self, batches: int) -> int:
+        """Have the next iteration begin that many batches later; return how many are left to be read in vain."""
+        return batches
+
+    def _before_read(self) -> None:
+        """A batch is about to be read for the joined iteration."""
+
+
+class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
+    __len__ = JoinedLoader.__len__
+
+    def __iter__(self) -> Any:
+        # the caller's module is all that tells a training loop from a callback
+        return self._iterate(super().__iter__, sys._getframe(1).f_globals["__name__"])
+
+    def _skip(self, batches: int) -> int:
+        if isinstance(self.batch_sampler, SkippingSampler):
+            self.batch_sampler.skip = batches
+            return 0
+        return batches
+
+
+class _StatefulJoinedDataLoader(_JoinedDataLoader):
+    """Of a loader that can save its position, as torchdata's ``StatefulDataLoader``: it resumes by itself.
+
+    A training loop reads a batch ahead where it does not know the number of batches. The position to save is that
+    before such a batch.
+    """
+
+    _before_last: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] | None = self._before_last
+        return super().state_dict() if state is None else state  # type: ignore[misc]
+
+    def _before_read(self) -> None:
+        if not self.has_length and self._iterator is not None:
+            object.__setattr__(self, "_before_last", super().state_dict())  # type: ignore[misc]
+
+    def _skip(self, batches: int) -> int:  # noqa: ARG002
+        return 0
+
+
+class _JoinedIterable(JoinedLoader):
+    """Of a loader that is no DataLoader."""
+
+    def __init__(self, loader: Iterable[Any], own: dict[str, Any]) -> None:
+        self._loader = loader
+        self.__dict__.update(own)
+
+    def __iter__(self) -> Any:
+        return self._iterate(lambda: iter(self._loader), sys._getframe(1).f_globals["__name__"])
+
+    def _skip(self, batches: int) -> int:
+        return 0 if is_stateful(self._loader) else batches  # it resumes by itself
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_loader":  # asked for while this is being copied
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+class _JoinedIterator:
+    """One pass over a joined loader; reads when the first batch is asked for."""
+
+    def __init__(self, start: Callable[[], Iterator[Any]], joint: Joint, loader: JoinedLoader) -> None:
+        self._start = start
+        self._joint = joint
+        self._loader = loader
+        self._batches: Iterator[Any] | None = None
+        self._cursor = Cursor()
+        self._exhausted: set[int] = set()
+        self._stand_in: Any = None
+
+    def __iter__(self) -> _JoinedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        samples, batch, error = _EXHAUSTED, None, None
+        try:
+            samples, batch = self._read()
+        except StopIteration:
+            pass
+        except Exception as raised:
+            samples, error = _FAILED, raised
+        counts = gather_counts(samples, self._joint.device)
+        if error is not None:
+            raise error
+        if _FAILED in counts:
+            raise RankFailedError(
+                f"The loader of rank {counts.index(_FAILED)} raised an error, which that rank reports; the others"
+                f" cannot go on without its batches."
+            )
+        if all(count == _EXHAUSTED for count in counts):
+            raise StopIteration
+        batch = self._supplied(batch, counts)
+        self._joint.after_fetch(BatchSlice(self._cursor.step, _rank(), _division(counts)))
+        self._cursor = self._cursor.moved(1)
+        return batch
+
+    def _read(self) -> tuple[int, Any]:
+        if self._batches is None:
+            self._cursor = self._joint.begin()
+            in_vain = self._loader._skip(self._cursor.block)
+            self._batches = islice(self._start(), in_vain, None)
+        self._loader._before_read()
+        item = next(self._batches)
+        if isinstance(item, _Counted):
+            return item.samples, item.batch
+        return self._joint.samples_in(item), item
+
+    def _supplied(self, batch: Any, counts: list[int]) -> Any:
+        """Return the batch, or a stand-in where this rank has run out."""
+        exhausted = {rank for rank, count in enumerate(counts) if count == _EXHAUSTED}
+        if exhausted - self._exhausted:
+            lender = next(rank for rank, count in enumerate(counts) if count != _EXHAUSTED)
+            lent = lend(batch if _rank() == lender else None, lender)
+            if _rank() in exhausted:
+                self._stand_in = lent
+        self._exhausted = exhausted
+        # a copy, because steps may change their batch
+        return copy.deepcopy(self._stand_in) if _rank() in exhausted else batch
+
+
+class _Counted(NamedTuple):
+    """A batch and the number of samples that it was made from; a tuple, so that its tensors can be pinned."""
+
+    samples: int
+    batch: Any
+
+
+class _CountingCollate:
+    """Collates as the user does and counts; pickled where workers are spawned."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    @classmethod
+    def of(cls, collate: Any) -> _CountingCollate:
+        """Return ``collate`` itself where it counts already."""
+        return collate if isinstance(collate, cls) else cls(collate)
+
+    def __call__(self, samples: Any) -> _Counted:
+        return _Counted(len(samples), self._collate(samples))
+
+
+def _division(counts: list[int]) -> BatchPlan:
+    samples = tuple(max(count, 0) for count in counts)
+    # batches of no samples at all, which a loader may yield on purpose, count alike
+    return BatchPlan(samples if any(samples) else tuple(int(count >= 0) for count in counts))
+
+
+def _batch_of(item: Any) -> Any:
+    return item.batch if isinstance(item, _Counted) else item
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

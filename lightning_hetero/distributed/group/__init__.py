@@ -1,0 +1,1 @@
+"""The process group's beginning, failures and end."""

@@ -1,0 +1,1 @@
+"""Layers that live on several ranks."""

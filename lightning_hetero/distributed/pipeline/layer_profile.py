@@ -1,0 +1,208 @@
+"""Time every layer of a model on every rank, on a real micro-batch.
+
+A layer is timed alone, with inputs that carry no graph of the layers before: shares of the whole so measured repeat,
+and are not distorted as those from hooks on a whole backward pass are.  Ranks borrow one layer after the other, so a
+rank holds one that is not its own at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_hetero.distributed.pipeline.placement import Placement
+from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
+from lightning_hetero.hardware.timed_call import timed_call
+
+__all__ = ["LayerProfile", "profile_layers"]
+
+_FEWEST_TIMES, _MOST_TIMES = 3, 10
+_ENOUGH_S = 0.05
+_PINGS = 7
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What this rank's device makes of each layer and one micro-batch.
+
+    Attributes:
+        forward_s: of each layer; the last one's holds what the loss takes, where losses are computed.
+        backward_s: likewise.
+        parameter_bytes: of each layer's trained parameters.
+        constant_bytes: of its other parameters and its buffers.
+        activations_bytes: what each layer keeps for its backward pass.
+        transfer_s: what it takes to hand on what is between two layers.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    parameter_bytes: tuple[int, ...]
+    constant_bytes: tuple[int, ...]
+    activations_bytes: tuple[int, ...]
+    transfer_s: float
+
+    def to_numbers(self) -> list[float]:
+        """Return all values in one list, the transfer last."""
+        rows = (self.forward_s, self.backward_s, self.parameter_bytes, self.constant_bytes, self.activations_bytes)
+        return [*(value for row in rows for value in row), self.transfer_s]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
+        """Return what :meth:`to_numbers` described."""
+        *values, transfer_s = numbers
+        n = len(values) // 5
+        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(5))
+        parameters, constants, activations = (tuple(int(value) for value in row) for row in counts)
+        return cls(forward_s, backward_s, parameters, constants, activations, transfer_s)
+
+
+@dataclass(frozen=True)
+class _Timing:
+    forward_s: float
+    backward_s: float
+    kept_bytes: int = 0
+
+
+def profile_layers(
+    placement: Placement,
+    layers: Sequence[nn.Module],
+    inputs: tuple[Any, ...],
+    loss_of: Callable[[Any], Tensor] | None,
+    device: torch.device,
+) -> LayerProfile:
+    """Return the profile of this rank; every rank has to call it at the same point.
+
+    Nothing remains of it: no gradient, no running statistic, no random number drawn.
+
+    Args:
+        placement: where the layers live.
+        layers: all layers, in order.
+        inputs: what the first layer is called with, on every rank.
+        loss_of: returns the loss of a micro-batch, given the last layer's output; None on ranks that compute no loss,
+            and where there is none.
+        device: where this rank computes.
+    """
+    timings: list[_Timing] = []
+    sizes: list[tuple[int, int]] = []
+    borders: list[int] = []
+    value: Any = inputs
+    cuda = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
+        for number, layer in enumerate(layers):
+            lent = placement.lend_layer(number)
+            timing, value = _timed(layer, lent, value, device, first=number == 0)
+            timings.append(timing)
+            sizes.append(_bytes_of(lent))
+            borders.append(sum(t.numel() * t.element_size() for t in flatten(value)[0]))
+        if loss_of is not None:
+            tail = _timed_loss(loss_of, value, device)
+            last = timings[-1]
+            timings[-1] = _Timing(
+                last.forward_s + tail.forward_s, last.backward_s + tail.backward_s, last.kept_bytes + tail.kept_bytes
+            )
+    return LayerProfile(
+        forward_s=tuple(t.forward_s for t in timings),
+        backward_s=tuple(t.backward_s for t in timings),
+        parameter_bytes=tuple(trained for trained, _ in sizes),
+        constant_bytes=tuple(constant for _, constant in sizes),
+        activations_bytes=tuple(t.kept_bytes for t in timings),
+        transfer_s=_transfer_s(int(median(borders)), device),
+    )
+
+
+def _timed(
+    layer: nn.Module, lent: dict[str, Tensor], value: Any, device: torch.device, *, first: bool
+) -> tuple[_Timing, Any]:
+    tensors, structure = flatten(value)
+
+    def forward() -> tuple[list[Tensor], Any, Any]:
+        given = [t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors]
+        value = unflatten(given, structure)
+        output = functional_call(layer, lent, value if first else (value,))
+        return [*given, *lent.values()], output, flatten(output)[0]
+
+    return _timed_often(forward, device, set(map(_storage, lent.values())))
+
+
+def _timed_loss(loss_of: Callable[[Any], Tensor], value: Any, device: torch.device) -> _Timing:
+    tensors, structure = flatten(value)
+
+    def forward() -> tuple[list[Tensor], Any, Any]:
+        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        loss = loss_of(unflatten(given, structure))
+        return given, loss, [loss]
+
+    return _timed_often(forward, device, set())[0]
+
+
+def _timed_often(
+    forward: Callable[[], tuple[list[Tensor], Any, list[Tensor]]], device: torch.device, own: set[int]
+) -> tuple[_Timing, Any]:
+    """Return the medians of several times, the first of which warms up and says what is kept, and an output."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        leaves, output, made = forward()
+    _backward(leaves, made)
+    forward_s: list[float] = []
+    backward_s: list[float] = []
+    begun_s = time.perf_counter()
+    while len(forward_s) < _FEWEST_TIMES or (
+        len(forward_s) < _MOST_TIMES and time.perf_counter() - begun_s < _ENOUGH_S
+    ):
+        (leaves, output, made), seconds = timed_call(forward, device)
+        forward_s.append(seconds)
+        backward_s.append(timed_call(lambda leaves=leaves, made=made: _backward(leaves, made), device)[1])  # type: ignore[misc]
+    return _Timing(median(forward_s), median(backward_s), sum(kept.values())), _without_graph(output)
+
+
+def _backward(leaves: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    outputs = [t for t in made if t.requires_grad]
+    inputs = [t for t in leaves if t.requires_grad]
+    if outputs and inputs:
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+
+
+def _without_graph(output: Any) -> Any:
+    tensors, structure = flatten(output)
+    return unflatten([t.detach().requires_grad_(t.requires_grad) for t in tensors], structure)
+
+
+def _bytes_of(lent: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes of trained parameters and of everything else."""
+    sizes = [(t.requires_grad, t.numel() * t.element_size()) for t in lent.values()]
+    return sum(n for trained, n in sizes if trained), sum(n for trained, n in sizes if not trained)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _transfer_s(size_bytes: int, device: torch.device) -> float:
+    """Return the seconds that a message takes between ranks 0 and 1, as one of them measured; 0 on other ranks."""
+    rank = dist.get_rank()
+    if dist.get_world_size() == 1 or rank > 1:
+        return 0.0
+    message = torch.zeros(max(size_bytes, 1), dtype=torch.uint8, device=device)
+
+    def there_and_back() -> None:
+        for sender in (0, 1):
+            if rank == sender:
+                dist.send(message, dst=1 - rank)
+            else:
+                dist.recv(message, src=1 - rank)
+
+    return median(timed_call(there_and_back, device)[1] for _ in range(_PINGS)) / 2

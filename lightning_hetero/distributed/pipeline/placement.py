@@ -1,0 +1,232 @@
+"""Which tensors of a model live on which rank, where its layers are split over ranks.
+
+A tensor that lives elsewhere has a name, a shape and an identity, but no memory: names, order and groups of parameters
+stay those of the whole model, for optimisers and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_hetero.balance.pipeline.stages import StagePlan
+
+__all__ = ["Placement", "gather_on_zero"]
+
+
+class Placement:
+    """Keeps on this rank what its stage needs.
+
+    Parameters and buffers that are in no layer belong to the last stage, where losses are computed. Those that several
+    layers share live wherever one of these layers does.
+
+    Args:
+        module: the whole model; every rank has all of it in the beginning.
+        layers: its layers, in order.
+        plan: the stages.
+        device: where this rank computes.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], plan: StagePlan, device: torch.device) -> None:
+        self._module = module
+        self._layers = list(layers)
+        self._device = device
+        self._rank = dist.get_rank()
+        self._owners: dict[int, tuple[int, ...]] = {}
+        self._is_complete = False
+        self.tied: list[tuple[nn.Parameter, Any]] = []
+        self._know_owners(plan)
+        for tensor in self._tensors():
+            if self.owns(tensor):
+                tensor.data = tensor.data.to(device)
+            else:
+                _swap(tensor, _without_memory(tensor))
+        for parameter, group in self.tied:  # scripts that set no seed begin with different values
+            dist.broadcast(parameter.data, src=self._source(parameter), group=group)
+
+    def _know_owners(self, plan: StagePlan) -> None:
+        self.plan = plan
+        ranks_of: dict[int, set[int]] = {}
+        for stage, owner in enumerate(plan.ranks):
+            for i in plan.layers(stage):
+                for tensor in (*self._layers[i].parameters(), *self._layers[i].buffers()):
+                    ranks_of.setdefault(id(tensor), set()).add(owner)
+        unused = {plan.ranks[-1]}
+        self._owners = {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
+        self.tied = []
+        for tensor in self._tensors():
+            owners = self._owners[id(tensor)]
+            if isinstance(tensor, nn.Parameter) and len(owners) > 1:
+                group = dist.new_group(list(owners))  # every rank has to call it
+                if self._rank in owners:
+                    self.tied.append((tensor, group))
+
+    @property
+    def own_layers(self) -> list[nn.Module]:
+        """The layers of this rank's stage."""
+        return [self._layers[i] for i in self.plan.layers(self.plan.stage_of(self._rank))]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters that live here."""
+        return [p for p in self._module.parameters() if p.requires_grad and self.owns(p)]
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Return whether a parameter or buffer of the module lives here."""
+        return self._rank in self._owners_of(tensor)
+
+    def counts(self, parameter: nn.Parameter) -> bool:
+        """Return whether this rank is the one that counts ``parameter`` in a sum over all."""
+        return self._source(parameter) == self._rank
+
+    def lend_layer(self, number: int) -> dict[str, Tensor]:
+        """Return the parameters and buffers of a layer, on every rank, which is to call this at the same point.
+
+        They are copies: what is done to them changes no layer.
+        """
+        layer = self._layers[number]
+        lent: dict[str, Tensor] = {}
+        for name, tensor in _named(layer):
+            copy = self._borrowed(tensor)
+            lent[name] = copy.requires_grad_(tensor.requires_grad)
+        return lent
+
+    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
+        """Go over to other stages: values, and what optimisers keep beside them, move to their new ranks.
+
+        Every rank has to call this at the same point, between two steps.
+        """
+        before = self._owners
+        self._know_owners(plan)
+        for tensor in self._tensors():
+            source, new = before[id(tensor)][0], self._owners[id(tensor)]
+            for target in new:
+                if target not in before[id(tensor)]:
+                    self._send(tensor, source, target, optimizers)
+            if self._rank in before[id(tensor)] and self._rank not in new:
+                for optimizer in optimizers:
+                    optimizer.state.pop(tensor, None)
+                _swap(tensor, _without_memory(tensor))
+
+    def _send(self, tensor: Tensor, source: int, target: int, optimizers: Sequence[Optimizer]) -> None:
+        if self._rank == source:
+            dist.send(tensor.detach().contiguous(), dst=target)
+            states = [{k: _on_cpu(v) for k, v in o.state.get(tensor, {}).items()} for o in optimizers]
+            dist.send_object_list([states], dst=target, device=self._device)
+        elif self._rank == target:
+            value = torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
+            dist.recv(value, src=source)
+            _swap(tensor, _like(tensor, value))
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=source, device=self._device)
+            for optimizer, state in zip(optimizers, received[0], strict=True):
+                if state:
+                    # a count of steps stays on the processor, as optimisers keep it
+                    optimizer.state[tensor] = {
+                        k: v.to(self._device) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()
+                    }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the whole module on rank 0, nothing elsewhere; every rank has to call it."""
+        if self._is_complete:
+            return {name: _on_cpu(value) for name, value in self._module.state_dict().items()}
+        own = {name: _on_cpu(value) for name, value in self._module.state_dict().items() if not _is_meta(value)}
+        parts = gather_on_zero(own)
+        if parts is None:
+            return {}
+        merged = {name: value for part in reversed(parts) for name, value in part.items()}
+        return {name: merged[name] for name in self._module.state_dict()}
+
+    def load(self, state_dict: dict[str, Any], *, strict: bool) -> None:
+        """Load what lives here; names of all are compared.
+
+        Raises:
+            RuntimeError: names are missing or unexpected, as torch says it.
+        """
+        module = self._module
+        own = {name for name, value in module.state_dict().items() if not _is_meta(value)}
+        module.load_state_dict({name: value for name, value in state_dict.items() if name in own}, strict=False)
+        missing = set(module.state_dict()) - set(state_dict)
+        unexpected = set(state_dict) - set(module.state_dict())
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(module).__name__}: missing {sorted(missing)}, unexpected"
+                f" {sorted(unexpected)}."
+            )
+
+    def complete(self) -> None:
+        """Bring the parameters and buffers of all stages to every rank's processor; every rank has to call it."""
+        borrowed = []
+        for tensor in self._tensors():
+            borrowed.append(self._borrowed(tensor))
+            if tensor.is_meta:
+                _swap(tensor, _like(tensor, borrowed[-1].cpu()))
+            else:
+                tensor.data = tensor.data.cpu()
+        self._is_complete = True
+        # a thread of gloo that is the last to let go of a tensor needs the interpreter, which may be about to end
+        dist.barrier()
+        borrowed.clear()
+
+    def _borrowed(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor of the module, on every rank."""
+        copy = (
+            torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
+            if tensor.is_meta
+            else tensor.detach().clone(memory_format=torch.contiguous_format)
+        ).detach()
+        dist.broadcast(copy, src=self._source(tensor))
+        return copy
+
+    def _source(self, tensor: Tensor) -> int:
+        return self._owners_of(tensor)[0]
+
+    def _owners_of(self, tensor: Tensor) -> tuple[int, ...]:
+        # an optimiser may train what is registered nowhere; only the loss can depend on it
+        return self._owners.get(id(tensor), self.plan.ranks[-1:])
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Return each parameter and buffer once, in the same order on all ranks."""
+        yield from self._module.parameters()
+        yield from self._module.buffers()
+
+
+def gather_on_zero(value: Any) -> list[Any] | None:
+    """Return the values of all ranks on rank 0, None elsewhere."""
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, parts, dst=0)
+    return parts
+
+
+def _swap(tensor: Tensor, other: Tensor) -> None:
+    """Give ``tensor`` the values and the memory of ``other``; whoever holds it holds the new ones."""
+    other.__dict__.update(tensor.__dict__)  # marks that users put on parameters stay with the name
+    torch.utils.swap_tensors(tensor, other)
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    return _like(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return ``value`` as a tensor of the kind of ``tensor``, which nobody else holds."""
+    value = value.clone()  # communication that is over may still hold what it wrote to
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

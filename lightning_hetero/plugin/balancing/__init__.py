@@ -1,0 +1,1 @@
+"""The callbacks that find the shares, and how they report."""

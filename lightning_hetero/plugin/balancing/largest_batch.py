@@ -1,0 +1,121 @@
+"""Find the largest mini-batch that fits into each rank's memory, on all ranks at the same time."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_hetero.balance.batch.passes import pass_sizes
+from lightning_hetero.balance.batch.search import Search
+from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.console import say
+from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
+from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.step.gradients import kept_buffers, taken_aside
+from lightning_hetero.plugin.step.log_capture import silent_log
+from lightning_hetero.plugin.step.out_of_memory import free_memory, is_out_of_memory
+from lightning_hetero.plugin.step.step_output import loss_of
+
+__all__ = ["LargestBatchFinder"]
+
+
+class LargestBatchFinder(Callback):
+    """Finds how many samples fit into a pass of each rank, and has the strategy respect it.
+
+    Lightning's BatchSizeFinder does not run under a distributed strategy. This one tries sizes behind the first
+    training step, when the state of the optimiser is allocated: each rank runs forward and backward passes on samples
+    of the training set for itself, doubling the size and then bisecting, while nothing of it remains: no gradient, no
+    metric, no log, no random number. A LoadBalancer then divides the batch accordingly.
+
+    Args:
+        verbose: Whether to print what was found.
+
+    Raises:
+        ConfigurationError: an argument breaks its rule.
+        UnsupportedFeatureError: the strategy is another one, or the training data are no DataLoader of samples.
+
+    Attributes:
+        found: Most samples of a pass of each rank, at most the global batch size; empty before they are found.
+    """
+
+    def __init__(self, verbose: bool = True) -> None:
+        arguments.check_truth("verbose", verbose)
+        super().__init__()
+        self.verbose = verbose
+        self.found: tuple[int, ...] = ()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy, HeteroDDPStrategy):
+            raise UnsupportedFeatureError(
+                f"`LargestBatchFinder` needs a strategy that can divide batches unequally, got"
+                f' {type(trainer.strategy).__name__}. Use Trainer(strategy="hetero_ddp") or remove the callback.'
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.found:
+            return
+        strategy = trainer.strategy
+        assert isinstance(strategy, HeteroDDPStrategy)
+        strategy.timer.pause()  # ranks wait for the one that searches longest
+        own = self._largest(strategy, trainer, pl_module)
+        self.found = tuple(gather(own))
+        strategy.passes.limit = min(own, strategy.passes.limit or own)
+        if self.verbose:
+            say(trainer, f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
+
+    def _largest(self, strategy: HeteroDDPStrategy, trainer: Trainer, module: LightningModule) -> int:
+        loader, part = trainer.train_dataloader, strategy.training_slice
+        if not isinstance(loader, DataLoader) or part is None or not hasattr(loader.dataset, "__len__"):
+            raise UnsupportedFeatureError(
+                f"`LargestBatchFinder` needs a DataLoader over a dataset with a length, from which it can draw batches"
+                f" of any size, got {type(loader).__name__}. Set `max_batch_size` instead."
+            )
+        # what has run in the step before, in passes if memory ran out
+        start = max(pass_sizes(part.samples, strategy.passes.most), default=1)
+        search = Search(start, most=part.global_samples)
+        while (size := search.next_size()) is not None:
+            search.tell(self._fits(strategy, module, loader, size))
+        return search.largest
+
+    def _fits(self, strategy: HeteroDDPStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
+        with ExitStack() as stack:
+            kept = (isolate_rng(), discarded_metrics(module), silent_log(module), kept_buffers(module))
+            for context in (*kept, strategy.passes.alone()):
+                stack.enter_context(context)
+            try:
+                _run_pass(strategy, module, loader, size)
+                fits = True
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                fits = False
+        free_memory(strategy.root_device)
+        return fits
+
+
+def _run_pass(strategy: HeteroDDPStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:
+    """Run a forward and a backward pass on ``size`` samples; no gradient is kept."""
+    dataset: Any = loader.dataset
+    batch = loader.collate_fn([dataset[i % len(dataset)] for i in range(size)])
+    # as Lightning's loop does, whose hook before the transfer has no public caller
+    batch = module._on_before_batch_transfer(strategy.precision_plugin.convert_input(batch), 0)
+    batch = strategy.batch_to_device(batch, strategy.root_device)
+    numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    with torch.enable_grad(), strategy.precision_plugin.train_step_context():
+        loss = loss_of(module.training_step(batch, 0) if numbered else module.training_step(batch))
+    # DDP is not told of this pass, so its hooks on the parameters let it be
+    with taken_aside([p for p in module.parameters() if p.requires_grad]):
+        loss.backward()

@@ -1,0 +1,100 @@
+"""What a rank tells the others at the end of a window, and what all of it looks like in a run's record."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_hetero.balance.record.run_record import RunWindow
+from lightning_hetero.balance.types import BatchPlan, MemoryReading, PlanSchedule, StepTime, WindowTiming
+from lightning_hetero.exceptions import DivergedRanksError
+
+__all__ = ["RankReport", "check_agreement", "fingerprint_of", "run_window"]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank tells.
+
+    Attributes:
+        window: what its steps took.
+        memory: what its passes took.
+        pass_limit: most samples that its passes may have, as the user wants it or as it was learned; 0 for no limit.
+        fetched_through: the latest step for which it has drawn its samples.
+        fingerprint: of the plans and the position that the rank believes in; below 2^32.
+    """
+
+    window: WindowTiming
+    memory: MemoryReading
+    pass_limit: int
+    fetched_through: int
+    fingerprint: int
+
+    def to_numbers(self) -> list[float]:
+        """Return the fields as floating-point numbers, fit for a collective."""
+        return [
+            *self.window.to_numbers(),
+            *self.memory.to_numbers(),
+            self.pass_limit,
+            self.fetched_through,
+            self.fingerprint,
+        ]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> RankReport:
+        """Return what :meth:`to_numbers` described."""
+        *rest, pass_limit, fetched_through, fingerprint = numbers
+        window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
+        return cls(window, memory, int(pass_limit), int(fetched_through), int(fingerprint))
+
+
+def fingerprint_of(schedule: PlanSchedule, step: int, epoch: int) -> int:
+    """Return a number below 2^32 that differs, but for a chance in 2^32, where a rank follows other plans."""
+    return zlib.crc32(repr((schedule.first_steps, schedule.plans[-1].samples, step, epoch)).encode())
+
+
+def check_agreement(reports: Sequence[RankReport]) -> None:
+    """Check that all ranks follow the same plans and are at the same step.
+
+    Raises:
+        DivergedRanksError: some do not; the message names them.
+    """
+    # what most ranks believe is taken for right
+    (common, _), *others = Counter(report.fingerprint for report in reports).most_common()
+    if others:
+        ranks = [rank for rank, report in enumerate(reports) if report.fingerprint != common]
+        raise DivergedRanksError(
+            f"All ranks must follow the same plan and be at the same step, but rank {', '.join(map(str, ranks))} of"
+            f" {len(reports)} differ from the others. Training on would lose or repeat samples. Do all ranks run the"
+            f" same program, and did all of them load the same checkpoint?"
+        )
+
+
+def run_window(
+    reports: Sequence[RankReport],
+    plan: BatchPlan,
+    step_times: Sequence[StepTime],
+    communication_s: float,
+    *,
+    step: int,
+    time_s: float,
+    tuning: bool,
+) -> RunWindow:
+    """Return the event of a record that holds the reports of all ranks, rank 0 first."""
+    memory = [report.memory for report in reports] if any(report.memory.samples for report in reports) else []
+    return RunWindow(
+        step=step,
+        time_s=time_s,
+        tuning=tuning,
+        samples=plan.samples,
+        own_s=tuple(report.window.own_s for report in reports),
+        waiting_s=tuple(report.window.waiting_s for report in reports),
+        deviation_s=tuple(report.window.deviation_s for report in reports),
+        overhead_s=tuple(time.overhead_s for time in step_times),
+        seconds_per_sample=tuple(time.seconds_per_sample for time in step_times),
+        communication_s=communication_s,
+        peak_bytes=tuple(m.peak_bytes for m in memory),
+        budget_bytes=tuple(m.budget_bytes for m in memory),
+    )

@@ -1,0 +1,130 @@
+"""Tell what the balancer does: in the terminal, through the user's loggers, and in the record that reports read."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunHeader, RunWindow
+from lightning_hetero.balance.record.run_scalars import scalars_of
+from lightning_hetero.balance.tuning.advice import Advice
+from lightning_hetero.balance.types import BatchPlan, DeviceProfile
+from lightning_hetero.plugin.common.console import has_progress_bar, say
+from lightning_hetero.plugin.common.loop_progress import TrainingProgress
+from lightning_hetero.plugin.common.run_writer import RunWriter
+
+__all__ = ["BalanceLog", "reason_of", "record_directory", "run_header"]
+
+_LONGEST_REASON = 1000
+
+
+class BalanceLog:
+    """Does nothing on ranks other than zero, but every rank has to make one at the same point.
+
+    Args:
+        trainer: of the run.
+        profiles: what each rank runs on.
+        global_batch_size: samples of a step.
+        record: as ``LoadBalancer`` takes it.
+        verbose: likewise.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        profiles: tuple[DeviceProfile, ...],
+        global_batch_size: int,
+        record: bool | str,
+        verbose: bool,
+    ) -> None:
+        self._trainer = trainer
+        self._verbose = verbose
+        self._started_s = time.monotonic()
+        self._logged_at: int | None = None
+        self._writer: RunWriter | None = None
+        directory = record_directory(trainer, record)
+        if directory is not None and trainer.is_global_zero:
+            self._writer = RunWriter(directory, run_header("hetero_ddp", profiles, global_batch_size))
+
+    @property
+    def path(self) -> Path | None:
+        """Where the record is; None where there is none, and on ranks other than zero."""
+        return None if self._writer is None else self._writer.path
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self._started_s
+
+    # ---- the terminal ----------------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """Print a line, if lines are wanted."""
+        if self._verbose:
+            say(self._trainer, f"hetero_ddp: {message}")
+
+    def say_progress(self, message: str) -> None:
+        """Print a line that is of interest only while one watches."""
+        if has_progress_bar(self._trainer):
+            self.say(message)
+
+    # ---- events ----------------------------------------------------------------------------------------------------
+
+    def window(self, window: RunWindow) -> None:
+        """Take what was measured of all ranks."""
+        if self._writer is not None:
+            self._writer.add(window)
+        if not all(window.own_s):
+            return
+        every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but not annotated
+        due = self._logged_at is None or window.tuning or window.step - self._logged_at >= every
+        if due and every and self._trainer.is_global_zero:
+            self._logged_at = window.step
+            scalars, step = scalars_of(window), TrainingProgress(self._trainer).logged_step
+            for logger in self._trainer.loggers:
+                logger.log_metrics(scalars, step=step)
+
+    def change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
+        """Take a change of shares."""
+        if self._writer is not None:
+            self._writer.add(RunChange(first_step, self.time_s, plan.samples, reason))
+
+    def advice(self, advice: Advice) -> None:
+        """Take what is predicted of the plan that was found."""
+        if self._writer is not None:
+            step = TrainingProgress(self._trainer).step
+            told = (advice.step_s, advice.speed_up, advice.efficiency, tuple(advice.sentences()))
+            self._writer.add(RunAdvice(step, self.time_s, *told))
+
+    def end(self, reason: str) -> None:
+        """Take the end of the run; what comes behind it is left out."""
+        if self._writer is not None:
+            self._writer.add(RunEnd(max(TrainingProgress(self._trainer).step, 0), self.time_s, reason))
+        self._writer = None
+
+
+def reason_of(exception: BaseException) -> str:
+    """Return what a record says of an error that ended a run."""
+    return f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON]
+
+
+def run_header(strategy: str, profiles: tuple[DeviceProfile, ...], global_batch_size: int) -> RunHeader:
+    """Return the header of a run that begins now."""
+    from lightning_hetero import __version__  # which imports this
+
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return RunHeader(strategy, now, global_batch_size, profiles, __version__)
+
+
+def record_directory(trainer: Trainer, record: bool | str) -> Path | None:
+    """Return where the record of a run goes; None for nowhere. Every rank has to ask at the same point."""
+    if isinstance(record, str):
+        return Path(record)
+    if not record or not trainer.loggers:
+        return None
+    directory = trainer.log_dir  # rank zero tells it to the others
+    # a logger may keep its files on a service, where no line can be appended
+    return None if directory is None or "://" in str(directory) else Path(directory)

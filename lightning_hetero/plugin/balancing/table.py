@@ -1,0 +1,58 @@
+"""The table that is printed once the shares are found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lightning_hetero.balance.record.summary import speed_up
+from lightning_hetero.balance.types import DeviceProfile, WindowTiming
+
+__all__ = ["balance_table", "print_balance"]
+
+
+def balance_table(
+    profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
+) -> Table:
+    """Build the table of what each rank does before and after the change of shares.
+
+    Args:
+        profiles: what each rank runs on, shape ``(world_size,)``.
+        before: each rank under the plan that was measured first.
+        after: each rank under the plan that was found.
+    """
+    table = Table()
+    table.add_column("rank", justify="right")
+    table.add_column("host", max_width=12, overflow="ellipsis", no_wrap=True)
+    table.add_column("device", max_width=20, overflow="fold")
+    for heading in ("samples", "own ms", "waiting ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rank, (profile, old, new) in enumerate(zip(profiles, before, after, strict=True)):
+        table.add_row(
+            str(rank),
+            profile.host,
+            profile.name if profile.device == "cpu" else f"{profile.device} {profile.name}",
+            f"{old.samples} -> {new.samples}",
+            f"{old.own_s * 1e3:.1f} -> {new.own_s * 1e3:.1f}",
+            f"{old.waiting_s * 1e3:.1f} -> {new.waiting_s * 1e3:.1f}",
+        )
+    return table
+
+
+def print_balance(
+    trainer: Trainer, profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
+) -> None:
+    """Print the table and the speed-up; on a terminal no wider than the terminal, elsewhere in 80 columns."""
+    console = Console()
+    console = Console(width=None if console.is_terminal else 80, highlight=False)
+    bar = trainer.progress_bar_callback
+    with console.capture() if bar is not None else nullcontext() as captured:
+        console.print("hetero_ddp, a step of each rank: own time, and waiting for the other ranks")
+        console.print(balance_table(profiles, before, after))
+        console.print(f"speed-up {speed_up(before, after):.2f} (samples/s after the change / before)")
+    if bar is not None and captured is not None:
+        bar.print(captured.get().rstrip())

@@ -1,0 +1,196 @@
+"""What both strategies have in common: how ranks are counted, how they save, and how they fail."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
+from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
+from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
+from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
+from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment
+from lightning_hetero.plugin.common.loop_progress import TrainingProgress
+
+__all__ = ["BaseStrategy"]
+
+_log = logging.getLogger(__name__)
+
+
+_LOADERS_KEY = "lightning_hetero"
+# what DDPStrategy takes that says how gradients are averaged
+_OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+
+
+class BaseStrategy(DDPStrategy):
+    """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+
+    strategy_name = ""
+    _failed = False
+
+    def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
+        """Check what is passed on to Lightning's DDPStrategy, and by it to torch's DistributedDataParallel.
+
+        Args:
+            keywords: what is passed on. LightningCLI passes every default.
+            not_wrapped: why the strategy wraps no module, and has no use for what says how; empty where it does.
+        """
+        of_ddp = _defaults_of(DistributedDataParallel)
+        accepted = {**of_ddp, **_defaults_of(DDPStrategy)}
+        excluded = dict.fromkeys(("module", "device_ids"), "Lightning passes it itself")
+        if not_wrapped:
+            excluded = {**dict.fromkeys((*of_ddp, *_OF_AVERAGING), not_wrapped), **excluded}
+        given = [name for name, value in keywords.items() if name not in accepted or value is not accepted[name]]
+        arguments.check_keywords(type(self).__name__, given, [*_defaults_of(type(self))], accepted, excluded)
+        arguments.check_launching(keywords)
+
+    @override
+    def set_world_ranks(self) -> None:
+        # The Trainer's constructor calls this before it makes the launcher, which asks the environment.
+        if type(self.cluster_environment) is TorchElasticEnvironment:
+            self.cluster_environment = UnevenTorchrunEnvironment()
+        super().set_world_ranks()
+        known = self.cluster_environment is not None
+        self.check_world_size(self.world_size if known else self.num_nodes * self.num_processes)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Check the arguments that depend on the number of ranks; no process is launched yet."""
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeFileCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            # which takes it unless the user has given it another one
+            self._checkpoint_io.checkpoint_io = WholeFileCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    def loaders_state(self) -> Any:
+        """Return what a checkpoint has to hold of the training loaders, as plain values; asked on rank 0."""
+
+    def load_loaders_state(self, state: Any) -> None:
+        """Resume from what :meth:`loaders_state` has returned; None where the checkpoint holds nothing."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.is_global_zero:
+            checkpoint = {**checkpoint, _LOADERS_KEY: {self.strategy_name: self.loaders_state()}}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        of_strategies = checkpoint.get(_LOADERS_KEY)
+        self.load_loaders_state(of_strategies.get(self.strategy_name) if isinstance(of_strategies, dict) else None)
+        return checkpoint
+
+    @override
+    def setup_environment(self) -> None:
+        self._failed = False
+        forget()  # what an earlier run of this process has left
+        super().setup_environment()
+
+    @override
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        if isinstance(environment, TorchElasticEnvironment) and may_be_stale() and not dist.is_initialized():
+            # as DDPStrategy, which cannot be given a store; tests/faults/test_crash.py fails where that changes
+            self.set_world_ranks()
+            self._process_group_backend = self._get_process_group_backend()
+            where = environment.main_address, environment.main_port
+            timeout = self._timeout or default_pg_timeout
+            _init_dist_connection(
+                environment,
+                self._process_group_backend,
+                timeout=timeout,
+                device_id=None if self.root_device.type == "cpu" else self.root_device,
+                store=attempt_store(*where, self.global_rank, self.world_size, timeout),
+            )
+        super().setup_distributed()  # which leaves a process group that there is
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training:
+            TrainingProgress(trainer).undo_unfinished_step()
+        return super().process_dataloader(dataloader)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            assert self.lightning_module is not None
+            TrainingProgress(self.lightning_module.trainer).begin_epoch()
+        super().on_train_batch_start(batch, batch_idx)
+
+    # Where a rank fails, callbacks may save a checkpoint before peers are told: these wait elsewhere and do not answer.
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether peers may not come to what this rank does now, so that it does what it can without them."""
+        module = self.lightning_module
+        # `module.trainer` raises where there is none
+        return module is not None and module._trainer is not None and module.trainer.interrupted
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_alone:
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj if self.is_alone else super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return tensor if self.is_alone else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self.is_alone else super().reduce_boolean_decision(decision, all)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+        stay_in_group()
+        if not isinstance(exception, RankFailedError):
+            reason = announced() or why_communication_failed(exception)
+            if reason is None:
+                told = "".join(traceback.format_exception(exception))
+                announce(f"rank {self.global_rank} with\n{told}")  # its own may be cut off when all are ended
+            else:
+                _log.error("Another rank has failed: %s", reason)
+        super().on_exception(exception)
+
+    @override
+    def teardown(self) -> None:
+        if not self._failed:  # a process that `spawn` has started does not come here where it fails
+            leave_group_at_exit()
+        super().teardown()
+
+
+def _defaults_of(target: type[Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor and their defaults."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(target.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "self" and p.kind not in variadic}

@@ -1,0 +1,91 @@
+"""Write the record of a run to a file, such that a crash costs its last seconds at most and no training."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_hetero.balance.record.run_history import RunHistory
+from lightning_hetero.balance.record.run_record import Event, RunHeader, RunWindow
+
+__all__ = ["RunWriter"]
+
+# A file system across a network may take milliseconds, and all ranks wait for the one that writes.
+_LEAST_S = 2.0
+
+
+class RunWriter:
+    """The record of one run; belongs on rank zero.
+
+    A disk that is full or must not be written costs a warning, not the training.
+
+    Args:
+        directory: where ``hetero_run.jsonl`` goes, or ``hetero_run-1.jsonl`` where there is one already, and so on.
+        header: of the run.
+    """
+
+    def __init__(self, directory: Path, header: RunHeader) -> None:
+        self.path: Path | None = None
+        self._history = RunHistory(header)
+        self._pending: list[str] = []
+        self._written_at_s = -_LEAST_S
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.path = _new_file(directory)
+            self._write_all()
+        except OSError as error:
+            self._give_up(error)
+
+    def add(self, event: Event) -> None:
+        """Take an event; looks for drift are written every two seconds at most, everything else at once."""
+        if self.path is None:
+            return
+        lines = self._history.add(event)
+        try:
+            if lines is None:
+                self._write_all()
+                return
+            self._pending += lines
+            if self._pending and not (isinstance(event, RunWindow) and self._is_early):
+                self._append()
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def _is_early(self) -> bool:
+        return time.monotonic() - self._written_at_s < _LEAST_S
+
+    def _append(self) -> None:
+        assert self.path is not None
+        # not kept open: callbacks are pickled, copied and killed
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in self._pending))
+        self._pending = []
+        self._written_at_s = time.monotonic()
+
+    def _write_all(self) -> None:
+        assert self.path is not None
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(f"{line}\n" for line in self._history.lines), encoding="utf-8")
+        os.replace(new, self.path)
+        self._pending = []
+        self._written_at_s = time.monotonic()
+
+    def _give_up(self, error: OSError) -> None:
+        rank_zero_warn(f"hetero_ddp: the record of this run cannot be written, and ends here: {error}")
+        self.path = None
+
+
+def _new_file(directory: Path) -> Path:
+    number = 0
+    while True:
+        path = directory / (f"hetero_run-{number}.jsonl" if number else "hetero_run.jsonl")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path

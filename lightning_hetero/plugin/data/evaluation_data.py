@@ -1,0 +1,164 @@
+"""The evaluation loaders of a strategy: every sample once, on as many steps on every rank, divided by speed."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from lightning_hetero.balance.batch.batch_solver import proportional_plan
+from lightning_hetero.balance.batch.blocks import Cursor
+from lightning_hetero.balance.batch.sharding import plan_for_block
+from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
+from lightning_hetero.distributed.data.joined_loader import Joint, join_loader
+from lightning_hetero.distributed.data.share_loader import share_loader
+from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.loop_progress import FETCHING_MODULE, TrainingProgress, evaluation_loaders
+from lightning_hetero.plugin.data import loader_kinds as loaders
+from lightning_hetero.plugin.data.slices import StepSlices
+from lightning_hetero.plugin.step.batch_size import samples_in
+
+if TYPE_CHECKING:
+    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+
+__all__ = ["EvaluationData"]
+
+# under this name a loader carries its slices: they go when it goes
+_SLICES = "_hetero_slices"
+
+
+class EvaluationData:
+    """Divides the loaders of validation, test and prediction of a strategy.
+
+    Nothing has to be exact here but which samples are seen. A last batch with fewer samples than ranks takes some from
+    the one before it, so that no rank is without.
+
+    Args:
+        strategy: whose loaders they are.
+    """
+
+    def __init__(self, strategy: HeteroDDPStrategy) -> None:
+        self._strategy = strategy
+        self._steps: Counter[int] = Counter()
+
+    def process(self, dataloader: object, *, predicting: bool) -> object:
+        """Return the loader that takes the place of ``dataloader``; every rank has to call this at the same point."""
+        strategy = self._strategy
+        if strategy.world_size == 1:
+            return dataloader
+        loader = loaders.examine(dataloader, strategy.world_size, TrainingProgress(strategy.trainer).epoch)
+        if isinstance(loader, loaders.Divisible):
+            return self._divided(loader, predicting)
+        if isinstance(loader, loaders.Unbatched):
+            dataloader = loaders.deal_batches(loader, strategy.global_rank, strategy.world_size)
+        return dataloader if predicting else self._joined(dataloader)
+
+    def _divided(self, loader: loaders.Divisible, predicting: bool) -> DataLoader[Any]:
+        slices = StepSlices()
+        sampler = ShareBatchSampler(
+            self._global_batches(loader),
+            batch_size=loader.batch_size,
+            drop_last=loader.drop_last,
+            rank=self._strategy.global_rank,
+            plan_of=lambda _, size: plan_for_block(self._plan(), size),
+            begin=Cursor,
+            original=loaders.original_batch_sampler(loader.loader),
+            stand_in=not predicting,
+        )
+        indices = loaders.telling_indices(sampler) if loader.tells_indices else None
+        shared = share_loader(loader.loader, sampler, _nothing, partial(slices.note, 0), indices)
+        if not predicting:
+            object.__setattr__(shared, _SLICES, slices)
+        return shared
+
+    def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
+        world_size = self._strategy.world_size
+        size = (loader.batch_size or 1) * world_size
+        if loader.lists is not None:
+            return ListedBatches(loader.lists, size, join=world_size)
+        return CutBatches(loader.order, size, drop_last=loader.drop_last, least=world_size)
+
+    def _joined(self, dataloader: Any) -> Any:
+        slices = StepSlices()
+        note = partial(slices.note, 0)
+        joined = join_loader(
+            dataloader, Joint(self._strategy.root_device, _samples_or_one, Cursor, note, FETCHING_MODULE)
+        )
+        object.__setattr__(joined, _SLICES, slices)
+        return joined
+
+    def _plan(self) -> BatchPlan:
+        strategy = self._strategy
+        plan = strategy.training.plan_at_next_step()
+        if plan is not None:
+            return plan
+        # only the proportions count: a plan is scaled to the loader's batches
+        shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles)
+        return proportional_plan(shares, 1000 * strategy.world_size, min_samples=1)
+
+    def begin(self, step: Callable[..., Any]) -> None:
+        """An evaluation begins.
+
+        Args:
+            step: the user's.
+
+        Raises:
+            UnsupportedFeatureError: the step fetches its batches itself, so that a stand-in could not be taken back.
+        """
+        self._steps.clear()
+        if self._strategy.world_size > 1 and "dataloader_iter" in inspect.signature(step).parameters:
+            raise UnsupportedFeatureError(
+                "`hetero_ddp` has to know the batch of an evaluation step before the step begins, got a step that takes"
+                ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
+            )
+
+    def part_of_step(self, arguments_of_step: tuple[Any, ...]) -> BatchSlice | None:
+        """Return which part of its global batch the step at hand has; None where that is not known.
+
+        Args:
+            arguments_of_step: what Lightning passes to the user's step; the last is the number of the loader where
+                there are several that are evaluated one after the other.
+
+        Raises:
+            UnsupportedFeatureError: several loaders give a batch to this step, and one of the batches is a stand-in: it
+                cannot be taken back without the others.
+        """
+        if self._strategy.world_size == 1:
+            return None
+        present, mode = evaluation_loaders(self._strategy.trainer)
+        if mode == "sequential":
+            present = [present[arguments_of_step[-1] if len(present) > 1 else 0]]
+        parts = []
+        for loader in present:
+            if (slices := getattr(loader, _SLICES, None)) is not None:
+                cycled = mode == "max_size_cycle" and getattr(loader, "has_length", True)
+                batches = len(loader) if cycled else self._steps[id(loader)] + 1
+                parts += slices.of(self._steps[id(loader)] % batches)
+                self._steps[id(loader)] += 1
+        # every rank knows the parts of all, so that all of them raise
+        of_ranks = zip(*(part.plan.samples for part in parts), strict=True)
+        if any(len({samples > 0 for samples in of_rank}) > 1 for of_rank in of_ranks):
+            raise UnsupportedFeatureError(
+                f"`hetero_ddp` cannot evaluate {len(parts)} loaders at the same time where one of them has no sample"
+                f" for a rank. Evaluate them one after the other or use `drop_last=True`."
+            )
+        return parts[0] if parts else None
+
+
+def _samples_or_one(batch: Any) -> int:
+    """Count the samples for the means that a step logs; where that is not possible, batches count alike."""
+    try:
+        return samples_in(batch)
+    except UnsupportedFeatureError:
+        return 1
+
+
+def _nothing() -> None:
+    """Evaluation is not timed."""

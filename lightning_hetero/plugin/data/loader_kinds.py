@@ -1,0 +1,210 @@
+"""Which loaders can be divided among ranks, and from what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+
+from lightning_hetero.distributed.collectives import AgreedOrder, SizedOrder
+from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
+
+__all__ = [
+    "Divisible",
+    "Own",
+    "Unbatched",
+    "deal_batches",
+    "examine",
+    "original_batch_sampler",
+    "telling_indices",
+]
+
+
+@dataclass(frozen=True)
+class Divisible:
+    """A loader whose batches are made from samples that any rank can load.
+
+    Attributes:
+        loader: the loader, as Lightning hands it over.
+        order: the order of the whole epoch, the same on all ranks.
+        lists: the batches that a batch sampler of the user's makes from that order; None where it is torch's.
+        batch_size: samples a rank under equal shares; None where the user's batch sampler does not tell.
+        drop_last: whether a last batch that is not full is left out.
+        batch_sampler: name of the batch sampler's class.
+        tells_indices: whether Lightning reads from it which samples a prediction is for.
+    """
+
+    loader: DataLoader[Any]
+    order: SizedOrder
+    lists: AgreedOrder[list[int]] | None
+    batch_size: int | None
+    drop_last: bool
+    batch_sampler: str
+    tells_indices: bool
+
+
+@dataclass(frozen=True)
+class Unbatched:
+    """A loader whose dataset makes the batches: they cannot be divided, but any rank can load any of them.
+
+    Attributes:
+        loader: the loader, as Lightning hands it over.
+        order: the order of the whole epoch, the same on all ranks.
+    """
+
+    loader: DataLoader[Any]
+    order: SizedOrder
+
+
+@dataclass(frozen=True)
+class Own:
+    """A loader that yields what is its rank's own.
+
+    Attributes:
+        reason: why it cannot be divided, as part of a sentence.
+    """
+
+    reason: str
+
+
+def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None) -> Divisible | Unbatched | Own:
+    """Find out how a loader can be divided; every rank has to call this at the same point.
+
+    Args:
+        dataloader: what Lightning's ``process_dataloader`` hook is given.
+        world_size: number of ranks.
+        epoch: the epoch that the loader will begin with; where a run is resumed that is not the first.
+        resumed: see :class:`~lightning_hetero.distributed.collectives.AgreedOrder`.
+    """
+    if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
+        return Own("each rank reads a stream of its own")
+    batch_sampler = original_batch_sampler(dataloader)
+    if batch_sampler is None:
+        order = _whole_order(dataloader.sampler, world_size, epoch, resumed)
+        return _not_divided_by_lightning() if order is None else Unbatched(dataloader, order)
+    # torchdata puts a class of its own, that can save its position, in the place of torch's
+    torchs = type(batch_sampler).__name__ == "BatchSampler" and type(batch_sampler).__module__.startswith("torch")
+    if not torchs and world_size == 1:
+        return Own("its batch sampler is the user's, and there is nothing to divide")
+    sampler = batch_sampler.sampler if torchs else _sampler_inside(batch_sampler)
+    order = _whole_order(sampler, world_size, epoch, resumed if torchs else None)
+    if order is None:
+        return _not_divided_by_lightning()
+    return Divisible(
+        loader=dataloader,
+        order=order,
+        lists=None if torchs else AgreedOrder(_Lists(batch_sampler, sampler), epoch, resumed),
+        batch_size=getattr(batch_sampler, "batch_size", None),
+        drop_last=getattr(batch_sampler, "drop_last", False),
+        batch_sampler=type(batch_sampler).__name__,
+        tells_indices=isinstance(dataloader.batch_sampler, _IndexBatchSamplerWrapper),
+    )
+
+
+def original_batch_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the batch sampler of a loader without what Lightning and an earlier fit have put around it."""
+    batch_sampler: Any = loader.batch_sampler
+    if isinstance(batch_sampler, _IndexBatchSamplerWrapper):
+        batch_sampler = batch_sampler._batch_sampler
+    return batch_sampler.original if isinstance(batch_sampler, ShareBatchSampler) else batch_sampler
+
+
+def telling_indices(batch_sampler: ShareBatchSampler) -> Any:
+    """Wrap a batch sampler as Lightning does for predictions: it reads the indices of a batch from this private class.
+
+    The test of prediction writers fails where Lightning changes that.
+    """
+    return _IndexBatchSamplerWrapper(batch_sampler)
+
+
+def deal_batches(unbatched: Unbatched, rank: int, world_size: int) -> DataLoader[Any]:
+    """Return the loader with every ``world_size``-th batch of the epoch, as under plain DDP but without padding."""
+    return changed_loader(unbatched.loader, None, sampler=_EveryNth(unbatched.order, rank, world_size))
+
+
+def _not_divided_by_lightning() -> Own:
+    return Own("its sampler is not Lightning's (`use_distributed_sampler=False`)")
+
+
+def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> SizedOrder | None:
+    """Return the order of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to give it."""
+    if isinstance(sampler, (AgreedOrder, _Head)):
+        return sampler
+    if isinstance(sampler, _EveryNth):
+        return sampler.order
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    # Lightning sets the epoch only after workers have begun to read
+    sampler.set_epoch(epoch)
+    if sampler.num_replicas == 1:
+        # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
+        inner = getattr(sampler.dataset, "_sampler", None)
+        known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
+        return sampler if known else AgreedOrder(sampler, epoch, resumed)
+    if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
+        # the user's own, which divides equally: the same order undivided
+        whole: DistributedSampler[Any] = DistributedSampler(
+            sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
+        )
+        whole.set_epoch(epoch)
+        # what it drops to make the parts equal is dropped here too
+        return _Head(whole, sampler.total_size) if sampler.drop_last else whole
+    return None
+
+
+def _sampler_inside(batch_sampler: Any) -> Any:
+    """Return the sampler that Lightning has given to a batch sampler of the user's, under whatever name."""
+    inside = [value for value in vars(batch_sampler).values() if isinstance(value, DistributedSampler)]
+    return inside[0] if len(inside) == 1 else getattr(batch_sampler, "sampler", None)
+
+
+class _Head:
+    """The first entries of an order."""
+
+    def __init__(self, order: DistributedSampler[Any], length: int) -> None:
+        self.order = order
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return islice(self.order, self.length)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+class _EveryNth:
+    """The entries of an order that plain DDP deals to a rank, without its padding."""
+
+    def __init__(self, order: SizedOrder, rank: int, world_size: int) -> None:
+        self.order = order
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.order), self.world_size))
+
+    def __iter__(self) -> Any:
+        return islice(self.order, self.rank, None, self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        set_epoch = getattr(self.order, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A batch sampler, with the sampler inside it where its epoch can be set."""
+
+    batches: Any
+    sampler: Any
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)

@@ -1,0 +1,350 @@
+"""The training loaders of a strategy: how their global batches are divided, and which part of them a step has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_hetero.balance.batch.batch_solver import keeps_limits, proportional_plan
+from lightning_hetero.balance.batch.blocks import (
+    Cursor,
+    block_in_step,
+    blocks_before,
+    common_unit,
+    divide_together,
+    merge_slices,
+    uneven_steps,
+)
+from lightning_hetero.balance.batch.sharding import plan_for_block
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
+from lightning_hetero.distributed.collectives import AgreedOrder
+from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
+from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
+from lightning_hetero.distributed.data.share_loader import share_loader
+from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
+from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.inexact import GATHERED, warn_of_inexact
+from lightning_hetero.plugin.common.loop_progress import (
+    FETCHING_MODULE,
+    TrainingProgress,
+    resume_exactly,
+    training_loaders,
+)
+from lightning_hetero.plugin.data import loader_kinds as loaders
+from lightning_hetero.plugin.data.loader_state import ResumedLoaders, state_of
+from lightning_hetero.plugin.data.slices import StepSlices
+from lightning_hetero.plugin.step.batch_size import samples_in
+
+if TYPE_CHECKING:
+    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+
+__all__ = ["TrainingData"]
+
+
+class TrainingData:
+    """Divides the training loaders of a strategy.
+
+    Loaders are processed one by one, and only when all are does Lightning say which belong together. They are therefore
+    first looked at together when the first batch is drawn or somebody asks for the schedule.
+
+    Args:
+        strategy: whose loaders they are.
+
+    Attributes:
+        part: this rank's part of the step at hand; None where its loader is not divided.
+    """
+
+    def __init__(self, strategy: HeteroDDPStrategy) -> None:
+        self._strategy = strategy
+        self._schedule: PlanSchedule | None = None
+        self._samplers: tuple[ShareBatchSampler, ...] | None = None
+        self._mode = ""
+        self._slices = StepSlices()
+        self._stays_equal = False
+        self._resumed = ResumedLoaders()
+        self.part: BatchSlice | None = None
+
+    # ---- loaders ---------------------------------------------------------------------------------------------------
+
+    def process(self, dataloader: object) -> object:
+        """Return the loader that takes the place of ``dataloader``; every rank has to call this at the same point."""
+        self._samplers = self.part = None
+        self._stays_equal = False
+        self._slices.clear()
+        strategy = self._strategy
+        within_epoch = self._progress.resumed_position > 0
+        order = self._resumed.next_order() if within_epoch else None
+        loader = loaders.examine(dataloader, strategy.world_size, self._progress.epoch, order)
+        if isinstance(loader, loaders.Divisible):
+            return self._divided(loader)
+        if strategy.world_size == 1:
+            return dataloader
+        if isinstance(loader, loaders.Unbatched):
+            self._say_undivided(dataloader, "its dataset makes the batches (`batch_size=None`)")
+            return self._joined(loaders.deal_batches(loader, strategy.global_rank, strategy.world_size))
+        self._say_undivided(dataloader, loader.reason)
+        return self._joined(dataloader)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint has to hold of the loaders; plain values."""
+        return state_of(sampler for sampler in self._samplers or ())
+
+    def load(self, state: Any) -> None:
+        """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
+        self._resumed = ResumedLoaders(state)
+
+    def _divided(self, loader: loaders.Divisible) -> DataLoader[Any]:
+        strategy = self._strategy
+        if loader.lists is None and not isinstance(loader.order, AgreedOrder):  # the order follows from the epoch
+            resume_exactly()
+        sampler = ShareBatchSampler(
+            self._global_batches(loader),
+            batch_size=loader.batch_size,
+            drop_last=loader.drop_last,
+            rank=strategy.global_rank,
+            plan_of=lambda cursor, size: self._plan_of(sampler, cursor, size),
+            begin=lambda: self._begin(sampler),
+            original=loaders.original_batch_sampler(loader.loader),
+        )
+        return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
+
+    def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
+        strategy = self._strategy
+        if loader.lists is None:
+            size = strategy.global_batch_size or (loader.batch_size or 1) * strategy.world_size
+            return CutBatches(loader.order, size, drop_last=loader.drop_last)
+        name = loader.batch_sampler
+        if strategy.global_batch_size is None:
+            raise UnsupportedFeatureError(
+                f"`global_batch_size` must be given with a batch sampler of your own, got None with {name!r}: under"
+                f" `ddp` each rank makes batches of its own, which `hetero_ddp` cannot divide. It takes each batch of"
+                f" {name!r} as a global batch and divides it among the ranks. If that is what you want, pass"
+                f" HeteroDDPStrategy(global_batch_size=<size of its batches>); otherwise pass `batch_size` and a"
+                f" sampler of single samples, or divide the data yourself with Trainer(use_distributed_sampler=False)."
+            )
+        return ListedBatches(loader.lists, strategy.global_batch_size)
+
+    def _joined(self, dataloader: Any) -> Any:
+        strategy = self._strategy
+        slices = partial(self._slices.note, id(dataloader))
+        count = (lambda _: 1) if strategy.num_loss_terms is not None else samples_in
+        loader = join_loader(
+            dataloader,
+            Joint(strategy.root_device, count, lambda: self._begin_joined(loader), slices, FETCHING_MODULE),
+        )
+        return loader
+
+    def _say_undivided(self, dataloader: object, reason: str) -> None:
+        name = type(dataloader).__name__
+        if self._strategy.shares != "auto":
+            raise UnsupportedFeatureError(
+                f"`shares` cannot be honoured for the training loader {name!r}: {reason}. Give each rank its part"
+                f' yourself and use shares="auto", or use a DataLoader with `batch_size` over a dataset with a length.'
+            )
+        rank_zero_warn(
+            f"`hetero_ddp` leaves the training loader {name!r} as it is, because {reason}: every rank trains on the"
+            f" batches of its own loader, whatever their sizes, and nothing is balanced."
+        )
+
+    def check(self, training_step: Callable[..., Any]) -> None:
+        """Check that the weight of a step's loss follows from the batches that it is given.
+
+        Raises:
+            UnsupportedFeatureError: it does not.
+        """
+        self._resolve()
+        if self._strategy.world_size > 1 and "dataloader_iter" in inspect.signature(training_step).parameters:
+            raise UnsupportedFeatureError(
+                "`hetero_ddp` has to know the batch of a step before the step begins, got a `training_step` that takes"
+                ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
+            )
+
+    # ---- the schedule ----------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> PlanSchedule | None:
+        """Which plan holds at which training step; None where the training loaders are not divided, or only equally."""
+        return self._schedule if self._resolve() and not self._stays_equal else None
+
+    @schedule.setter
+    def schedule(self, schedule: PlanSchedule) -> None:
+        self._schedule = schedule
+
+    @property
+    def may_be_unequal(self) -> bool:
+        """Whether the ranks have mini-batches of different sizes, now or after tuning."""
+        schedule = self.schedule
+        if schedule is None or self._strategy.world_size == 1:
+            return False
+        return self._strategy.shares == "auto" or not schedule.at(self._progress.step + 1).is_equal
+
+    def keep_equal(self) -> None:
+        """The step at hand gathers its samples: from here on the plan does not change."""
+        if not self._stays_equal and self._strategy.world_size > 1 and self._strategy.trainer.training:
+            self._stays_equal = True
+            warn_of_inexact([GATHERED])
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What every plan has to respect, in units of the schedule's plans: samples, or with several loaders more."""
+        strategy, samplers = self._strategy, self._resolve()
+        of_ranks = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+        if of_ranks is None:
+            return BatchLimits(None, strategy.batch_multiple)
+        samples = sum(sampler.batches.size for sampler in samplers)
+        units = self._units(samplers)
+        return BatchLimits(tuple(cap * units // max(samples, 1) for cap in of_ranks), strategy.batch_multiple)
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        return len(self._resolve()) == 1
+
+    @property
+    def fetched_through(self) -> int:
+        """The latest training step for which this rank has drawn its samples; -1 before the first."""
+        return max((sampler.fetched_through for sampler in self._resolve()), default=-1)
+
+    def plan_in_proportion(self, shares: Sequence[float]) -> BatchPlan:
+        """Return the plan that divides the present global batch in proportion to ``shares``."""
+        return self._plan(shares, self._units(self._resolve()))
+
+    def plan_at_next_step(self) -> BatchPlan | None:
+        """Return the plan that holds now, if there is any."""
+        return None if self._schedule is None else self._schedule.at(self._progress.step + 1)
+
+    def _units(self, samplers: Sequence[ShareBatchSampler]) -> int:
+        """Return the global batch size of the schedule's plans."""
+        return common_unit([sampler.batches.size for sampler in samplers])
+
+    def _resolve(self) -> tuple[ShareBatchSampler, ...]:
+        """Return the samplers of the divided loaders; make or adapt the schedule where they are new."""
+        if self._samplers is not None:
+            return self._samplers
+        present, self._mode = training_loaders(self._strategy.trainer)
+        divided = [loader.batch_sampler for loader in present if _is_divided(loader)]
+        joined = [loader for loader in present if isinstance(loader, JoinedLoader)]
+        if divided and joined:
+            raise UnsupportedFeatureError(
+                f"`hetero_ddp` divides either all training loaders or none, got {len(divided)} that it can divide and"
+                f" {len(joined)} that it cannot (streams, `batch_size=None`, or samplers of your own with"
+                f' `use_distributed_sampler=False`): one weight for the loss would not be exact. Use strategy="ddp".'
+            )
+        if len(joined) > 1 and not all(loader.has_length for loader in joined):
+            raise UnsupportedFeatureError(
+                f"`hetero_ddp` needs to know the length of each of several training loaders that it cannot divide, got"
+                f" {[loader.has_length for loader in joined]}. Give their datasets a `__len__`, or combine them into"
+                f" one."
+            )
+        if len(divided) > 1 and self._strategy.global_batch_size is not None:
+            raise ConfigurationError(
+                f"`global_batch_size` must be None with several training loaders, got"
+                f" {self._strategy.global_batch_size} with {len(divided)}. Set the `batch_size` of each loader."
+            )
+        if not present:  # not all are processed yet
+            return ()
+        self._samplers = tuple(divided)
+        self._resumed.check(self._samplers, self._progress.resumed_position)
+        if self._samplers:
+            self._prepare_schedule(self._units(self._samplers))
+            if len(self._samplers) > 1:
+                self._check_ends(self._samplers)
+        return self._samplers
+
+    def _prepare_schedule(self, global_batch_size: int) -> None:
+        """Begin a schedule, or adapt the one there is to loaders of another batch size."""
+        schedule, step = self._schedule, self._progress.step + 1
+        if schedule is None or schedule.at(step).world_size != self._strategy.world_size:
+            shares = arguments.shares_of_ranks(self._strategy.shares, self._strategy.profiles)
+            self._schedule = PlanSchedule.constant(self._plan(shares, global_batch_size))
+        elif schedule.at(step).global_batch_size != global_batch_size or not keeps_limits(
+            schedule.at(step), self.limits
+        ):
+            # the loader has another batch size, or the run is resumed under other limits
+            self._schedule = schedule.with_change(step, self._plan(schedule.at(step).shares, global_batch_size))
+
+    def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
+        return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
+
+    # ---- drawing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _progress(self) -> TrainingProgress:
+        return TrainingProgress(self._strategy.trainer)
+
+    def _begin(self, sampler: ShareBatchSampler) -> Cursor:
+        self._resolve()
+        progress = self._progress
+        block = blocks_before(progress.position, len(sampler.batches), self._mode)
+        return Cursor(progress.step + 1, progress.position, block)
+
+    def _begin_joined(self, loader: JoinedLoader) -> Cursor:
+        self._resolve()
+        progress = self._progress
+        position = progress.position if loader.has_length else progress.resumed_position
+        block = blocks_before(position, len(loader) if loader.has_length else None, self._mode)
+        return Cursor(progress.step + 1, position, block)
+
+    def _plan_of(self, sampler: ShareBatchSampler, cursor: Cursor, size: int) -> BatchPlan:
+        samplers = self._resolve()
+        assert self._schedule is not None
+        plan = self._schedule.at(cursor.step)
+        if len(samplers) < 2:
+            return plan_for_block(plan, size)
+        sizes = self._sizes_in_step(samplers, cursor.position)
+        plans = divide_together(plan, list(sizes.values()))
+        return dict(zip(sizes, plans, strict=True))[sampler]
+
+    def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[ShareBatchSampler, int]:
+        blocks = {s: block_in_step(position, len(s.batches), self._mode) for s in samplers}
+        return {s: s.batches.size_at(block) for s, block in blocks.items() if block is not None}
+
+    def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
+        """Look at the steps in which a loader's last batch is not full: few samples are divided coarsely."""
+        assert self._schedule is not None
+        strategy, plan = self._strategy, self._schedule.at(self._progress.step + 1)
+        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers])
+        for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
+            samples = _samples_of_ranks(plan, sizes)
+            caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+            rank = max(range(len(samples)), key=lambda r: samples[r])
+            situation = (
+                f"in steps whose batches have {list(sizes)} samples rank {rank} gets {samples[rank]} of them, because"
+                f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
+            )
+            if caps is not None and any(n > cap for n, cap in zip(samples, caps, strict=True)):
+                raise InfeasiblePlanError(
+                    f"`max_batch_size` must allow for the last batches of several loaders, got"
+                    f" {strategy.max_batch_size}; but {situation}. Use `drop_last=True`."
+                )
+            if samples[rank] > max(whole):
+                rank_zero_warn(f"`hetero_ddp`: {situation}. `drop_last=True` avoids that.")
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Find out which part of its global batch the step at hand has."""
+        step = self._progress.step
+        parts = self._slices.of(step)
+        if not parts and self._strategy.world_size > 1:
+            raise UnsupportedFeatureError(
+                f"`hetero_ddp` needs the batch of training step {step} from the training loader, got one from"
+                f" elsewhere: how many samples the other ranks have is unknown."
+                f' Use strategy="ddp" to fetch batches yourself.'
+            )
+        self.part = merge_slices(parts) if parts else None
+
+
+def _is_divided(loader: Any) -> bool:
+    return isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
+
+
+def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int]) -> list[int]:
+    """Return how many samples of all loaders together each rank has, shape ``(world_size,)``."""
+    return [sum(parts) for parts in zip(*(part.samples for part in divide_together(plan, sizes)), strict=True)]

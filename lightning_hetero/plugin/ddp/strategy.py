@@ -1,0 +1,377 @@
+"""``hetero_ddp``: data-parallel training in which a device twice as fast gets a mini-batch twice as large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hetero.balance.tuning.prior import nominal_shares
+from lightning_hetero.balance.types import (
+    BatchLimits,
+    BatchPlan,
+    BatchSlice,
+    DeviceProfile,
+    PlanSchedule,
+    weight_in_mean,
+)
+from lightning_hetero.distributed.collectives import gather, gather_counts
+from lightning_hetero.distributed.group.failure import failure_of_peers
+from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.hardware.memory import MemoryMeter, meter_of
+from lightning_hetero.hardware.probe import TorchDeviceProbe
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.base_strategy import BaseStrategy
+from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
+from lightning_hetero.plugin.data.evaluation_data import EvaluationData
+from lightning_hetero.plugin.data.training_data import TrainingData
+from lightning_hetero.plugin.ddp.micro_batches import Passes
+from lightning_hetero.plugin.ddp.reduction import to_reduce
+from lightning_hetero.plugin.ddp.stand_in import muted_gradients, stand_in
+
+__all__ = ["HeteroDDPStrategy"]
+
+
+class HeteroDDPStrategy(BaseStrategy):
+    """DDP for devices of unequal speed: the same training as ``ddp``, in which faster ranks get more samples.
+
+    Every step trains on the global batch that plain DDP would train on, divided unequally; each rank's loss is
+    weighted by its number of samples, so the combined gradient is that of the mean over the global batch.
+
+    Args:
+        shares: How the samples are divided. "auto" measures the ranks and finds the division by itself; a list has
+            one positive number a rank, so that [1, 2] gives rank 1 twice the samples of rank 0; a mapping gives a
+            number to each device name, for example {"Tesla K80": 1, "Tesla V100-SXM2-16GB": 2}. Given numbers are
+            fixed, or, with a LoadBalancer among the callbacks, where its tuning starts.
+        global_batch_size: Samples of all ranks in one training step. By default the training loader's batch size
+            times the number of ranks, as under DDP. With a batch sampler of your own: the size of its batches, which
+            are then taken as global batches.
+        max_batch_size: Most training samples a rank gets in one step: one number for all ranks, one a rank, or one for
+            each device name.
+        batch_multiple: Every rank's number of samples is a multiple of this, but for one rank that takes what is
+            left over.
+        loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum. A sum is left
+            unweighted: like plain DDP, the gradient is that of the sum over the global batch divided by the number
+            of ranks.
+        num_loss_terms: Counts the terms that the training loss averages over, given the batch, where that is not
+            the number of samples: tokens that are not padding, boxes. Costs one small all-reduce a step. In YAML it is
+            an import path, for example my_package.count_tokens.
+        micro_batch_size: Most samples that a rank processes in one pass, a number for all ranks, one a rank, or one for
+            each device name. A larger part of a step is processed in several passes whose gradients are added up on the
+            rank, so a fast device with little memory still gets the share that its speed deserves.
+        **ddp_kwargs: Arguments of Lightning's DDPStrategy and of torch's DistributedDataParallel.
+
+    Raises:
+        ConfigurationError: an argument breaks its rule; what depends on the number of ranks is checked when the
+            Trainer is constructed.
+    """
+
+    strategy_name = "hetero_ddp"
+
+    def __init__(
+        self,
+        shares: Literal["auto"] | list[float] | dict[str, float] = "auto",
+        global_batch_size: int | None = None,
+        max_batch_size: int | list[int] | dict[str, int] | None = None,
+        batch_multiple: int = 1,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        num_loss_terms: Callable[[Any], int] | None = None,
+        micro_batch_size: int | list[int] | dict[str, int] | None = None,
+        **ddp_kwargs: Any,
+    ) -> None:
+        arguments.check_at_least("batch_multiple", batch_multiple, 1)
+        arguments.check_shares(shares)
+        arguments.check_global_batch_size(global_batch_size, batch_multiple)
+        arguments.check_caps("max_batch_size", max_batch_size, batch_multiple)
+        arguments.check_caps("micro_batch_size", micro_batch_size)
+        arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
+        self._check_keywords(ddp_kwargs)
+        super().__init__(**ddp_kwargs)
+        self.shares: str | Sequence[float] | Mapping[str, float] = shares
+        self.global_batch_size = global_batch_size
+        self.max_batch_size = max_batch_size
+        self.batch_multiple = batch_multiple
+        self.loss_reduction = loss_reduction
+        self.num_loss_terms = num_loss_terms
+        self.micro_batch_size = micro_batch_size
+        self.timer = StepTimer(HostClock())
+        self.profiles: tuple[DeviceProfile, ...] = ()
+        self.training = TrainingData(self)
+        self.evaluation = EvaluationData(self)
+        self.passes = Passes(self)
+        self.memory: MemoryMeter | None = None
+        self.loss_weight = 1.0
+        self._part_of_step: BatchSlice | None = None
+        self._weight_in_step = 1.0
+
+    # ---- what a balancer needs -------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> PlanSchedule | None:
+        """Which plan holds at which training step; None where the training loaders are not divided."""
+        return self.training.schedule
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What every plan has to respect."""
+        return self.training.limits
+
+    @property
+    def fetched_through(self) -> int:
+        """The latest training step for which this rank has drawn its samples; -1 before the first."""
+        return self.training.fetched_through
+
+    @property
+    def training_slice(self) -> BatchSlice | None:
+        """This rank's part of the latest global batch; None before the first."""
+        return self.training.part
+
+    def nominal_plan(self) -> BatchPlan | None:
+        """Return the plan that the devices' data suggest before anything is measured; None where they suggest none."""
+        shares = nominal_shares(self.profiles) if self.shares == "auto" and self.schedule is not None else None
+        return None if shares is None else self.training.plan_in_proportion(shares)
+
+    def change_plan(self, first_step: int, plan: BatchPlan) -> None:
+        """Follow ``plan`` from training step ``first_step`` on.
+
+        Args:
+            first_step: a step that no rank has fetched yet, the same on all ranks.
+            plan: a plan of the present global batch.
+
+        Raises:
+            ConfigurationError: this rank has already drawn samples of that step under another plan, the plan is of
+                another number of ranks or samples, or there is no training to change it in.
+        """
+        arguments.check_at_least("first_step", first_step, 0)
+        if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
+            raise ConfigurationError(f"`plan` must be a BatchPlan, got {plan!r}. For example BatchPlan((32, 96)).")
+        schedule = self.schedule if self.lightning_module is not None else None
+        if schedule is None:
+            raise ConfigurationError("`change_plan` needs a training loader that this strategy divides; there is none.")
+        if first_step <= self.fetched_through:
+            raise ConfigurationError(
+                f"`first_step` must be a step that no rank has fetched, got {first_step}, but rank {self.global_rank}"
+                f" has fetched step {self.fetched_through}. Use a later step."
+            )
+        current = schedule.at(first_step)
+        if (plan.world_size, plan.global_batch_size) != (current.world_size, current.global_batch_size):
+            raise ConfigurationError(
+                f"`plan` must divide {current.global_batch_size} samples among {current.world_size} ranks, got {plan}."
+            )
+        self.training.schedule = schedule.with_change(first_step, plan)
+
+    def restore_schedule(self, schedule: PlanSchedule) -> None:
+        """Continue with the schedule of an earlier run, before any training batch is drawn."""
+        self.training.schedule = schedule
+
+    @override
+    def loaders_state(self) -> Any:
+        return self.training.state()
+
+    @override
+    def load_loaders_state(self, state: Any) -> None:
+        self.training.load(state)
+
+    # ---- set-up ----------------------------------------------------------------------------------------------------
+
+    @override
+    def check_world_size(self, world_size: int) -> None:
+        arguments.check_shares(self.shares, world_size)
+        arguments.check_global_batch_size(self.global_batch_size, self.batch_multiple, world_size)
+        arguments.check_caps("max_batch_size", self.max_batch_size, self.batch_multiple, world_size)
+        arguments.check_sum_of_caps(self.max_batch_size, world_size, self.global_batch_size, self.batch_multiple)
+        arguments.check_caps("micro_batch_size", self.micro_batch_size, 1, world_size)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # one replica: Lightning injects a sampler over the whole epoch, whose order this strategy divides
+        return {"num_replicas": 1, "rank": 0} if self.world_size > 1 else super().distributed_sampler_kwargs
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        trainer = model.trainer
+        if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
+            from lightning_hetero.plugin.balancing.load_balancer import (
+                add_default_balancer,  # which knows this strategy
+            )
+
+            add_default_balancer(trainer)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.root_device.type == "cuda":
+            self.timer = StepTimer(CudaClock())
+        self.memory = meter_of(self.root_device)
+        self.profiles = tuple(gather(TorchDeviceProbe().profile(self.root_device)))
+        # raises where a mapping does not know a device; every rank sees all devices, so all raise
+        arguments.shares_of_ranks(self.shares, self.profiles)
+        arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
+        micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
+        self.passes.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        self.training.check(self.lightning_module.training_step)
+        self.passes.begin()
+        if self.training.may_be_unequal:
+            warn_of_inexact(inexact_parts(self.lightning_module, self))
+        super().on_train_start()
+
+    @override
+    def on_validation_start(self) -> None:
+        assert self.lightning_module is not None
+        self.evaluation.begin(self.lightning_module.validation_step)
+        super().on_validation_start()
+
+    @override
+    def on_test_start(self) -> None:
+        assert self.lightning_module is not None
+        self.evaluation.begin(self.lightning_module.test_step)
+        super().on_test_start()
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs this strategy."""
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self.trainer.training:
+            return self.training.process(dataloader)
+        return self.evaluation.process(dataloader, predicting=self.trainer.predicting)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
+        self.timer.pause()
+        self.training.begin_step()
+        self.loss_weight = self._weight_of_loss(args[0] if args else None)
+        part = self.training.part
+        weight = self.loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
+        forward = partial(super().training_step, **kwargs)
+        with self._as_part(part, weight), failure_of_peers():
+            return self.passes.training_step(forward, partial(self._backward, super().backward), args, part)
+
+    def _weight_of_loss(self, batch: Any) -> float:
+        part = self.training.part
+        if self.num_loss_terms is not None:
+            terms = 0 if _stands_in(part) else self.num_loss_terms(batch)
+            return weight_in_mean(terms, sum(gather_counts(terms, self.root_device)), self.world_size)
+        if part is None or (self.loss_reduction == "sum" and not _stands_in(part)):
+            return 1.0
+        return part.loss_weight
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        part = self.evaluation.part_of_step(args)
+        with self._as_part(part, 1.0 if part is None else part.loss_weight):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        part = self.evaluation.part_of_step(args)
+        with self._as_part(part, 1.0 if part is None else part.loss_weight):
+            return super().test_step(*args, **kwargs)
+
+    @contextmanager
+    def _as_part(self, part: BatchSlice | None, weight: float) -> Iterator[None]:
+        """Run a step on this rank's part of a global batch: what it logs counts accordingly."""
+        assert self.lightning_module is not None
+        self._part_of_step, self._weight_in_step = part, weight
+        try:
+            with stand_in(self.lightning_module) if _stands_in(part) else nullcontext():
+                yield
+        finally:
+            self._part_of_step, self._weight_in_step = None, 1.0
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with failure_of_peers():
+            return self.passes.backward(
+                partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
+            )
+
+    def _backward(
+        self, backward: Callable[..., Tensor], loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        weight = self.loss_weight
+        # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
+        # to the precision of the loss it would cost nine digits.
+        loss = loss if weight == 1.0 else loss * weight
+        self.timer.watch_backward(loss)
+        with self._muted() if weight == 0.0 else nullcontext():
+            loss = backward(loss, optimizer, *args, **kwargs)
+        self.timer.resume()  # the gradients of all ranks are combined, on CUDA in the order of the stream
+        return loss
+
+    def _muted(self) -> AbstractContextManager[None]:
+        assert self.model is not None
+        return muted_gradients(self.model.parameters())
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        self.passes.refuse_to_communicate("all_gather")
+        self.passes.communicates()
+        with self.timer.waiting():
+            self._check_gathered(tensor)
+            return super().all_gather(tensor, group, sync_grads)
+
+    def _check_gathered(self, tensor: Tensor) -> None:
+        # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
+        if self._shapes_may_differ:
+            shapes = gather(tuple(tensor.shape))
+            if len(set(shapes)) > 1:
+                raise UnsupportedFeatureError(
+                    f"`all_gather` needs tensors of one shape, got {shapes} on the ranks: their mini-batches differ in"
+                    f" size. Pad them to one size before, use `drop_last=True` if this is an epoch's last batch, or use"
+                    f' strategy="ddp".'
+                )
+        elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
+            self.training.keep_equal()
+
+    @property
+    def _shapes_may_differ(self) -> bool:
+        if self.world_size == 1:
+            return False
+        part = self._part_of_step or (self.training.part if self.trainer.training else None)
+        return part is None or not part.plan.is_equal
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        self.passes.communicates()
+        if isinstance(tensor, Tensor):
+            tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
+        with self.timer.waiting():
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self.timer.waiting():
+            return super().broadcast(obj, src)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with self.timer.waiting():
+            super().barrier(*args, **kwargs)
+
+
+def _stands_in(part: BatchSlice | None) -> bool:
+    """Whether the rank has no sample of its own in the step."""
+    return part is not None and part.samples == 0

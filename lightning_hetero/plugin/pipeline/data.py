@@ -1,0 +1,69 @@
+"""What a pipeline trains on: the batches of rank 0, and where in them a checkpoint was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_hetero.balance.batch.blocks import blocks_before
+from lightning_hetero.distributed.data.skipping import length_of
+from lightning_hetero.distributed.random_state import random_state, restore_random_state
+from lightning_hetero.plugin.common.loop_progress import TrainingProgress, resume_exactly, training_loaders
+from lightning_hetero.plugin.pipeline.rank_zero_batches import RankZeroBatches, TrainingBatches
+
+__all__ = ["PipelineData"]
+
+
+class PipelineData:
+    """The loaders of one Trainer.
+
+    Lightning saves how many batches of an epoch were trained on, not in which order they came. With one device and a
+    loader that shuffles it resumes an epoch with samples of another order, some for the second time. Here the order is
+    saved with the checkpoint, as the state of the random numbers that it was drawn from.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._saved: list[Any] = []
+
+    def process(self, dataloader: object) -> RankZeroBatches:
+        """Return what Lightning iterates in the place of a loader."""
+        if not self._trainer.training:
+            return RankZeroBatches(dataloader)
+        resume_exactly()  # or TrainingBatches warns
+        return TrainingBatches(dataloader, self._beginning)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint has to hold, one entry a training loader; rank 0 knows it."""
+        return [{"pass": loader.random_state, "now": random_state(loader)} for loader in self._loaders]
+
+    def load(self, state: Any) -> None:
+        """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
+        self._saved = list(state) if isinstance(state, list | tuple) else []
+
+    def go_on(self) -> None:
+        """Have random numbers go on as in the earlier run; to be called on rank 0, when the training begins."""
+        for loader in self._loaders:
+            now = self._saved_of(loader, "now")
+            if now is not None:
+                restore_random_state(loader, now)
+
+    def _beginning(self, loader: TrainingBatches) -> tuple[int, Any]:
+        position = TrainingProgress(self._trainer).resumed_position
+        _, mode = training_loaders(self._trainer)
+        return blocks_before(position, length_of(loader), mode), self._saved_of(loader, "pass")
+
+    def _saved_of(self, loader: TrainingBatches, name: str) -> Any:
+        """Return what was saved of a loader, or None."""
+        loaders = self._loaders
+        saved = self._saved[loaders.index(loader)] if len(self._saved) == len(loaders) else None
+        return saved.get(name) if isinstance(saved, dict) else None
+
+    @property
+    def _loaders(self) -> list[TrainingBatches]:
+        loaders, _ = training_loaders(self._trainer)
+        return [loader for loader in loaders if isinstance(loader, TrainingBatches)]

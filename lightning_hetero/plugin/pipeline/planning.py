@@ -1,0 +1,98 @@
+"""Find the stages of a pipeline from what each rank takes for each layer of the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import nn
+
+from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
+from lightning_hetero.balance.pipeline.plan import plan_pipeline
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.distributed.collectives import agree
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.placement import Placement
+from lightning_hetero.plugin.pipeline.step import Example
+
+__all__ = ["PipelineFindings", "find_stages"]
+
+
+@dataclass(frozen=True)
+class PipelineFindings:
+    """What was measured, and what follows.
+
+    Attributes:
+        plan: the stages.
+        costs: what each rank takes for each layer and one micro-batch.
+        transfer_s: what a transfer between stages takes.
+        advice: what is predicted.
+        training: whether that is of training steps.
+    """
+
+    plan: StagePlan
+    costs: LayerCosts
+    transfer_s: float
+    advice: PipelineAdvice
+    training: bool
+
+
+def find_stages(
+    placement: Placement,
+    layers: Sequence[nn.Module],
+    example: Example,
+    schedule: Schedule,
+    device: torch.device,
+    budget_bytes: float | None,
+    state_per_parameter: float,
+) -> PipelineFindings:
+    """Return the best stages; every rank has to call this at the same point.
+
+    Args:
+        placement: where the layers live now.
+        layers: all layers.
+        example: a micro-batch.
+        schedule: the order of passes.
+        device: where this rank computes.
+        budget_bytes: what this rank may hold; None where nothing is known.
+        state_per_parameter: numbers that the optimisers keep for each that they train.
+
+    Raises:
+        InfeasiblePlanError: the layers do not fit into the memories, on every rank.
+    """
+    profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
+    numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
+    return agree(numbers, _decision(placement.plan, example, schedule, state_per_parameter), device)
+
+
+def _decision(
+    current: StagePlan, example: Example, schedule: Schedule, state_per_parameter: float
+) -> Callable[[list[list[float]]], PipelineFindings]:
+    def decide(rows: list[list[float]]) -> PipelineFindings:
+        profiles = [LayerProfile.from_numbers(row[1:]) for row in rows]
+        backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
+        costs = LayerCosts(tuple(p.forward_s for p in profiles), tuple(backward))
+        budgets = tuple(row[0] for row in rows)
+        memory = None
+        if min(budgets) < inf:
+            kept = profiles[0]
+            memory = StageMemory(
+                weights_bytes=tuple(
+                    trained * (2 + state_per_parameter) + constant
+                    for trained, constant in zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
+                ),
+                activations_bytes=tuple(float(n) for n in kept.activations_bytes),
+                budgets_bytes=budgets,
+                micro_batches=example.micro_batches,
+                schedule=schedule,
+            )
+        transfer_s = profiles[0].transfer_s
+        last_rank = current.ranks[-1]
+        plan = plan_pipeline(costs, example.micro_batches, schedule, transfer_s, memory, last_rank)
+        advice = advise_pipeline(costs, plan, example.micro_batches, schedule, transfer_s, example.samples, memory)
+        return PipelineFindings(plan, costs, transfer_s, advice, example.training)
+
+    return decide

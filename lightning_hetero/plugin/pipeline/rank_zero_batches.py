@@ -1,0 +1,176 @@
+"""Every rank of a pipeline sees the batches that rank 0 loads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DistributedSampler, SequentialSampler
+
+from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.skipping import can_skip, is_stateful
+from lightning_hetero.distributed.random_state import random_state, restore_random_state
+from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.plugin.common.loop_progress import FETCHING_MODULE
+
+__all__ = ["RankZeroBatches", "TrainingBatches"]
+
+_BATCH, _END, _ERROR = range(3)
+
+
+class RankZeroBatches:
+    """A loader in the place of the user's.
+
+    Stages need the same samples in the same order, and ranks draw random numbers of their own; only rank 0 loads.
+
+    Args:
+        loader: the user's.
+
+    Attributes:
+        original: the user's; of an earlier fit, it may come back in the user's ``CombinedLoader``.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.original: Any = loader.original if isinstance(loader, RankZeroBatches) else loader
+        self._loader = self.original
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_loader", "original"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if dist.get_rank() != 0:
+            return self._receive()
+        reader = sys._getframe(1).f_globals["__name__"]  # tells a loop of Lightning's from a callback
+        try:
+            # at once, as on one device: of several loaders each draws its seed before the first is read
+            return self._send(self._begin(in_loop=reader == FETCHING_MODULE))
+        except Exception as error:
+            return self._send(_raise(error))
+
+    def _begin(self, *, in_loop: bool) -> Iterator[Any]:  # noqa: ARG002
+        return iter(self._loader)
+
+    def _send(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            for batch in batches:
+                _tell(_BATCH, batch)
+                yield batch
+        except Exception as error:
+            _tell(_ERROR, f"{type(error).__name__}: {error}")
+            raise
+        _tell(_END, None)
+
+    def _receive(self) -> Iterator[Any]:
+        while True:
+            received: list[Any] = [None]
+            dist.broadcast_object_list(received, src=0)
+            kind, value = received[0]
+            if kind == _END:
+                return
+            if kind == _ERROR:
+                raise RankFailedError(f"Rank 0 could not load a batch: {value}")
+            yield value
+
+
+def _tell(kind: int, value: Any) -> None:
+    if dist.get_world_size() > 1:  # batches are not pickled for nobody
+        dist.broadcast_object_list([(kind, value)], src=0)
+
+
+def _raise(error: Exception) -> Iterator[Any]:
+    yield from ()
+    raise error
+
+
+class TrainingBatches(RankZeroBatches):
+    """A loader that a resumed run goes on with where the earlier run ended: the same order, behind what it has read.
+
+    The order is drawn anew from the random numbers of then. A loader with a position of its own, as torchdata's
+    ``StatefulDataLoader``, is left to it.
+
+    Args:
+        loader: the user's.
+        beginning: returns how many batches an earlier run has trained on in the pass that begins, and the state that
+            the random numbers had when that run drew its order, None where that is not known.
+
+    Attributes:
+        random_state: of the order of the present pass, see :func:`random_state`; None before the first. Only rank 0
+            knows it.
+    """
+
+    def __init__(self, loader: Any, beginning: Callable[[TrainingBatches], tuple[int, Any]]) -> None:
+        super().__init__(loader)
+        self._beginning = beginning
+        self._by_indices = can_skip(self.original) and not is_stateful(self.original)
+        self._in_loop = False
+        self.random_state: dict[str, Any] | None = None
+        if self._by_indices:
+            order = _Order(self.original.batch_sampler, self._order_of_indices)
+            self._loader = changed_loader(self.original, None, batch_sampler=order)
+
+    def _begin(self, *, in_loop: bool) -> Iterator[Any]:
+        self._in_loop = in_loop  # for _order_of_indices, which `iter` comes to
+        if self._by_indices or is_stateful(self._loader) or not in_loop:
+            return iter(self._loader)
+        return self._drawn(lambda: iter(self._loader), *self._beginning(self))
+
+    def _order_of_indices(self, draw: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        if not self._in_loop:
+            return draw()
+        beginning = self._beginning(self)  # where the loop stands now, not where it stands at the first batch
+
+        def order() -> Iterator[Any]:
+            yield from self._drawn(draw, *beginning)
+
+        return order()
+
+    def _drawn(self, draw: Callable[[], Iterator[Any]], skip: int, then: Any) -> Iterator[Any]:
+        """Begin what is drawn from random numbers: the batches of indices, or where there are none the batches."""
+        now = random_state(self._loader)
+        known = bool(skip) and then is not None and restore_random_state(self._loader, then)
+        self.random_state = then if known else now
+        drawn = islice(draw(), skip, None)
+        if known:
+            first = list(islice(drawn, 1))  # samplers draw when they are first asked
+            restore_random_state(self._loader, now)
+            return chain(first, drawn)
+        if skip and not _has_fixed_order(self._loader):
+            rank_zero_warn(
+                "`hetero_pipeline` resumes within an epoch, and the checkpoint does not tell in which order its samples"
+                f" came: the remaining batches may repeat some of the first {skip} and leave out others. Resume from"
+                " the end of an epoch, or use a sampler that draws its order from the epoch."
+            )
+        return drawn
+
+
+class _Order:
+    """A batch sampler whose passes :class:`TrainingBatches` begins."""
+
+    def __init__(self, batches: Any, begin: Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]) -> None:
+        self._batches = batches
+        self._begin = begin
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._begin(lambda: iter(self._batches))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_batches", "_begin"):
+            raise AttributeError(name)
+        return getattr(self._batches, name)
+
+
+def _has_fixed_order(loader: Any) -> bool:
+    """Return whether the order of an epoch depends on nothing but the epoch."""
+    return isinstance(getattr(loader, "sampler", None), SequentialSampler | DistributedSampler)

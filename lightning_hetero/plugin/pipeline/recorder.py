@@ -1,0 +1,147 @@
+"""The callback that notes who computes what when in a step of a pipeline."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from typing_extensions import override
+
+from lightning_hetero.balance.pipeline.simulation import Timeline
+from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunStages
+from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.hardware.probe import TorchDeviceProbe
+from lightning_hetero.plugin.balancing.reporter import reason_of, record_directory, run_header
+from lightning_hetero.plugin.common import arguments
+from lightning_hetero.plugin.common.loop_progress import TrainingProgress
+from lightning_hetero.plugin.common.run_writer import RunWriter
+from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
+
+__all__ = ["PipelineRecorder"]
+
+
+class PipelineRecorder(Callback):
+    """Records one training step of ``hetero_pipeline``: which stage computes which micro-batch when.
+
+    Args:
+        step: The training step to record, from 0 on. The first ones prepare the stages.
+        record: Whether to keep the record that `lightning-hetero report` turns into a page: true keeps a small file
+            hetero_run.jsonl in the logger's directory, and none where there is no logger; a text names a directory.
+
+    Raises:
+        ConfigurationError: an argument breaks its rule.
+
+    Attributes:
+        timeline: What was recorded, on every rank; None before. Seconds count from the start of the step.
+    """
+
+    def __init__(self, step: int = 2, record: bool | str = True) -> None:
+        arguments.check_at_least("step", step, 0)
+        arguments.check_record(record)
+        super().__init__()
+        self.step = step
+        self.record = record
+        self.timeline: Timeline | None = None
+        self._started_s = 0.0
+        self._writer: RunWriter | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._strategy_of(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started_s = time.monotonic()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.total_batch_idx == self.step:
+            self._strategy_of(trainer).record_step()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx == self.step:
+            self.timeline = self._strategy_of(trainer).recorded_step()
+            self._write(trainer, self.timeline, _samples_in(batch) if trainer.is_global_zero else 0)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer, "finished")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end(trainer, reason_of(exception))
+
+    def _write(self, trainer: Trainer, timeline: Timeline, samples: int) -> None:
+        directory = record_directory(trainer, self.record)
+        strategy = self._strategy_of(trainer)
+        profiles = tuple(gather(TorchDeviceProbe().profile(strategy.root_device)))
+        if directory is None or not trainer.is_global_zero:
+            return
+        self._writer = RunWriter(directory, run_header("hetero_pipeline", profiles, samples))
+        self._writer.add(_stages(strategy, self._time_s))
+        passes = timeline.passes
+        self._writer.add(
+            RunPasses(
+                step=self.step,
+                time_s=self._time_s,
+                stages=tuple(p.stage for p in passes),
+                backward=tuple(p.kind == "backward" for p in passes),
+                micro_batches=tuple(p.micro_batch for p in passes),
+                start_s=tuple(p.start_s for p in passes),
+                end_s=tuple(p.end_s for p in passes),
+            )
+        )
+
+    @property
+    def _time_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def _end(self, trainer: Trainer, reason: str) -> None:
+        if self._writer is not None:
+            self._writer.add(RunEnd(TrainingProgress(trainer).step, self._time_s, reason))
+        self._writer = None
+
+    @staticmethod
+    def _strategy_of(trainer: Trainer) -> HeteroPipelineStrategy:
+        strategy = trainer.strategy
+        if not isinstance(strategy, HeteroPipelineStrategy):
+            raise UnsupportedFeatureError(
+                f"`PipelineRecorder` needs stages to record, got {type(strategy).__name__}."
+                f' Use Trainer(strategy="hetero_pipeline") or remove the callback.'
+            )
+        return strategy
+
+
+def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
+    """Return what the record says of the stages; of what was not measured, nothing."""
+    plan, found = strategy.plan, strategy.findings
+    assert plan is not None
+    times = None if found is None else found.costs.of_stages(plan)
+    return RunStages(
+        step=0,
+        time_s=time_s,
+        ranks=plan.ranks,
+        ends=plan.ends,
+        forward_s=() if times is None else times.forward_s,
+        backward_s=() if times is None else times.backward_s,
+        micro_batches=strategy.num_microbatches,
+        schedule=strategy.schedule,
+        transfer_s=0.0 if found is None else found.transfer_s,
+        step_s=0.0 if found is None else found.advice.step_s,
+        uniform_step_s=0.0 if found is None else found.advice.uniform_step_s,
+        sentences=() if found is None else tuple(found.advice.sentences()),
+    )
+
+
+def _samples_in(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 0

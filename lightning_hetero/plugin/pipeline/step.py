@@ -1,0 +1,380 @@
+"""Run a user's steps on a model that is split over ranks.
+
+The step is the user's own and calls the model once.  On the first stage it runs until that call, whose arguments enter
+the pipeline; on the last stage it runs from its beginning, and the call returns what comes out.  In training that is
+done for each micro-batch, in validation, test and prediction with the outputs of the whole batch put together.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from torchmetrics import Metric
+
+from lightning_hetero.distributed.collectives import lend
+from lightning_hetero.distributed.pipeline.pipeline import Pipeline
+from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
+from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
+from lightning_hetero.plugin.step.batch_size import samples_in
+from lightning_hetero.plugin.step.log_capture import PassLog, in_place_of_log, silent_log
+from lightning_hetero.plugin.step.seeded import seeded
+from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
+from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
+
+__all__ = ["Example", "PipelineStep"]
+
+Step = Callable[..., Any]
+
+_USED_BEFORE = (
+    "`hetero_pipeline` needs all parameters and buffers that are used before the model's call to be in its layers, got"
+    " one that is on the last stage. Make what uses it the model's first layer."
+)
+
+
+class _Called(BaseException):
+    """The model was called; nothing behind the call is to run."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.given = args
+
+
+@dataclass(frozen=True)
+class Example:
+    """The first micro-batch of a step.
+
+    Attributes:
+        inputs: what the model is called with.
+        loss_of: returns the loss, given the model's output; None on ranks that compute none.
+        samples: of the whole step.
+        micro_batches: of the whole step.
+        training: whether the step has backward passes.
+    """
+
+    inputs: tuple[Any, ...]
+    loss_of: Callable[[Any], Tensor] | None
+    samples: int
+    micro_batches: int
+    training: bool
+
+
+@dataclass(frozen=True)
+class _MetricOf:
+    """Stands for a metric of the module on its way to another rank.
+
+    Attributes:
+        name: in the module.
+        in_step: its value of the latest step, which it has where it was updated.
+    """
+
+    name: str
+    in_step: Any
+
+
+class PipelineStep:
+    """The steps of one rank.
+
+    Args:
+        module: the user's.
+        called: what its steps call.
+        pipeline: runs the layers.
+        micro_batches: of a step.
+        loss_weights: returns what each micro-batch's loss counts, given the micro-batches and their samples.
+        metrics: those of the module.
+        seed: of the random numbers of the user's step, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        called: nn.Module,
+        pipeline: Pipeline,
+        micro_batches: int,
+        loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
+        metrics: PipelineMetrics,
+        seed: int,
+    ) -> None:
+        self._module = module
+        self._called = called
+        self._pipeline = pipeline
+        self._micro_batches = micro_batches
+        self._loss_weights = loss_weights
+        # batch normalisation refuses a single sample in training
+        normalises = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+        self._fewest_samples = 2 if normalises else 1
+        self._metrics = metrics
+        self._seed = seed
+        self._times_run = 0
+
+    def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
+        """Run a training step; gradients are accumulated on the parameters.
+
+        Returns:
+            What the step would have returned.
+        """
+        batch, *rest = args
+        self._times_run += 1
+        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = [size for count, size in groups for _ in range(count)]
+        parts = self._split(batch, sizes)
+        weights = self._loss_weights(parts, sizes)
+        outputs: list[Any] = []
+        calls: list[dict[str, Any]] = []
+        log = PassLog(lambda *given, **named: calls.append(_named_arguments(given, named)))
+        first = 0
+        with in_place_of_log(self._module, log) if self._pipeline.is_last else nullcontext():
+            for count, size in groups:
+                inputs = [
+                    self._inputs(step, parts[i], rest, i)
+                    for i in (range(first, first + count) if self._pipeline.is_first else ())
+                ]
+
+                def loss_of_part(number: int, output: Any, first: int = first, size: int = size) -> Tensor:
+                    i = first + number
+                    log.samples, log.weight = size, weights[i]
+                    returned = self._finished(step, parts[i], rest, output, i)
+                    loss = loss_of(returned)
+                    log.told_loss(loss)
+                    outputs.append(detached_output(returned))
+                    return loss * (weights[i] / accumulated_batches)
+
+                self._pipeline.train(_kind(parts[first]), count, inputs, loss_of_part)
+                first += count
+        if not self._pipeline.is_last:
+            return self._hear()
+        log.hand_on()
+        return self._tell(combined_output(outputs, sizes, weights), calls)
+
+    def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
+        """Run a step without gradients.
+
+        Args:
+            step: the user's.
+            args: what it is given; the batch first.
+            logs: whether it may log.
+
+        Returns:
+            What it returns.
+        """
+        batch, *rest = args
+        self._times_run += 1
+        groups = _groups(samples_in(batch), self._micro_batches)
+        sizes = [size for count, size in groups for _ in range(count)]
+        parts = self._split(batch, sizes)
+        found: list[Any] = []
+        first = 0
+        for count, _ in groups:
+            inputs = [
+                self._inputs(step, parts[i], rest, i)
+                for i in (range(first, first + count) if self._pipeline.is_first else ())
+            ]
+            found += self._pipeline.evaluate(_kind(parts[first]), count, inputs)
+            first += count
+        if not self._pipeline.is_last:
+            return self._hear()
+        calls: list[dict[str, Any]] = []
+        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        with recorded if logs else nullcontext():
+            returned = self._finished(step, batch, rest, _joined(found, sizes), 0)
+        return self._tell(returned, calls)
+
+    def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
+        """Return the first micro-batch of a step, on every rank, which is to call this at the same point."""
+        batch, *rest = args
+        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = [size for count, size in groups for _ in range(count)]
+        part = self._split(batch, sizes)[0]
+        inputs = self._inputs(step, part, rest, 0) if self._pipeline.is_first else None
+        inputs = move_data_to_device(lend(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
+
+        def loss_of_output(output: Any) -> Tensor:
+            with discarded_metrics(self._module), silent_log(self._module):
+                return loss_of(self._finished(step, part, rest, output, 0))
+
+        loss = loss_of_output if training and self._pipeline.is_last else None
+        return Example(inputs, loss, sum(sizes), len(sizes), training)
+
+    @contextmanager
+    def collected(self) -> Iterator[bool]:
+        """Run what follows a whole epoch where the steps were run; elsewhere, log what it has logged.
+
+        Yields:
+            Whether this is the rank to run it.
+        """
+        if not self._pipeline.is_last:
+            yield False
+            self._hear()
+            return
+        calls: list[dict[str, Any]] = []
+        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        with recorded, self._metrics.alone():
+            yield True
+        self._tell(None, calls)
+
+    # ---- the user's step -------------------------------------------------------------------------------------------
+
+    def _seeded(self, number: int) -> AbstractContextManager[None]:
+        """Let the step draw the same random numbers for a micro-batch wherever it is run."""
+        return seeded(self._seed, self._times_run, number)
+
+    def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            if kwargs:
+                raise UnsupportedFeatureError(
+                    f"`hetero_pipeline` needs the model to be called with positional arguments, got {sorted(kwargs)}."
+                )
+            raise _Called(args)
+
+        with ExitStack() as stack:
+            if not self._pipeline.is_last:
+                stack.enter_context(discarded_metrics(self._module))
+            stack.enter_context(self._seeded(number))
+            stack.enter_context(self._metrics.alone())
+            for context in (silent_log(self._module), _in_place_of_forward(self._called, note)):
+                stack.enter_context(context)
+            try:
+                step(part, *rest)
+            except _Called as call:
+                return self._checked(call.given)
+            except RuntimeError as error:
+                if re.search(r"\bmeta\b", str(error)) is None:  # the device of tensors without memory
+                    raise
+                raise UnsupportedFeatureError(_USED_BEFORE) from error
+        raise UnsupportedFeatureError(_no_call(step))
+
+    @staticmethod
+    def _checked(inputs: Any) -> Any:
+        if any(tensor.requires_grad or tensor.is_meta for tensor in flatten(inputs)[0]):
+            raise UnsupportedFeatureError(_USED_BEFORE)
+        return inputs
+
+    def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any, number: int) -> Any:
+        calls = 0
+
+        def returned(*_: Any, **__: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise UnsupportedFeatureError(
+                    f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got a second call."
+                )
+            return output
+
+        with _in_place_of_forward(self._called, returned), self._seeded(number), self._metrics.alone():
+            finished = step(part, *rest)
+        if not calls:
+            raise UnsupportedFeatureError(_no_call(step))
+        return finished
+
+    def _split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
+        if len(sizes) == 1:
+            return [batch]
+        loader = self._module.trainer.train_dataloader
+        return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
+
+    # ---- what other ranks see --------------------------------------------------------------------------------------
+
+    def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
+        """Have every rank know what a step has returned, and log what it has logged."""
+        told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
+        lend((_on_cpu(returned), told), self._pipeline.last_rank)
+        for call in calls:
+            self._module.log(**call)
+        return returned
+
+    def _hear(self) -> Any:
+        told: Any = lend(None, self._pipeline.last_rank)
+        returned, calls = told
+        for call in calls:
+            if not call.get("rank_zero_only"):
+                self._module.log(**{**call, "value": self._local(call["value"])})
+        return move_data_to_device(returned, self._module.device)
+
+    def _local(self, value: Any) -> Any:
+        if isinstance(value, _MetricOf):
+            metric: Any = self._module.get_submodule(value.name)
+            # where Lightning looks for what a metric is on a step; see `stand_in`
+            metric._forward_cache = move_data_to_device(value.in_step, self._module.device)
+            return metric
+        if isinstance(value, Mapping):
+            return {key: self._local(entry) for key, entry in value.items()}
+        return value
+
+
+def _portable(value: Any, names: dict[int, str]) -> Any:
+    if isinstance(value, Metric):
+        return _MetricOf(names[id(value)], _on_cpu(value._forward_cache))
+    if isinstance(value, Mapping):
+        return {key: _portable(entry, names) for key, entry in value.items()}
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _on_cpu(value: Any) -> Any:
+    return move_data_to_device(value, torch.device("cpu"))
+
+
+def _no_call(step: Step) -> str:
+    return f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got no call."
+
+
+def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of ``self.log`` by name; every rank will log the same, so nothing is reduced."""
+    arguments = dict(inspect.signature(LightningModule.log).bind(None, *given, **named).arguments)
+    del arguments["self"]
+    return {**arguments, "sync_dist": False}
+
+
+def _groups(samples: int, micro_batches: int, least: int = 1) -> list[tuple[int, int]]:
+    """Return how many micro-batches of how many samples there are; sizes differ by one at most.
+
+    Args:
+        samples: of the batch.
+        micro_batches: most that there may be.
+        least: fewest samples of each, where the batch has as many.
+    """
+    count = max(min(micro_batches, samples // least), 1)
+    size, larger = divmod(samples, count)
+    return [group for group in ((larger, size + 1), (count - larger, size)) if group[0]]
+
+
+def _kind(part: Any) -> Hashable:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(part))
+
+
+def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return the output of the whole batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    flat, structures = zip(*(flatten(output) for output in outputs), strict=True)
+    for tensors, size in zip(flat, sizes, strict=True):
+        for tensor in tensors:
+            if tensor.dim() == 0 or len(tensor) != size:
+                raise UnsupportedFeatureError(
+                    f"`num_microbatches` must be 1 here, because the model's output is no tensor of one entry a sample:"
+                    f" got shape {tuple(tensor.shape)} for {size} samples."
+                )
+    return unflatten([torch.cat(tensors) for tensors in zip(*flat, strict=True)], structures[0])
+
+
+@contextmanager
+def _in_place_of_forward(called: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = called.__dict__.get("forward")
+    called.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del called.__dict__["forward"]
+        if before is not None:
+            called.__dict__["forward"] = before

@@ -1,0 +1,1 @@
+"""Parts of a user's step: batches, outputs, logs, metrics, gradients."""

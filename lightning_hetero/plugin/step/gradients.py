@@ -1,0 +1,102 @@
+"""Gradients and buffers of a module that are read, kept or added up beside DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["accumulate_as_backward", "added", "kept_buffers", "mark", "put_back", "reduces_at_the_end", "taken_aside"]
+
+Gradients = list[tuple[nn.Parameter, Tensor]]
+
+
+@contextmanager
+def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[Gradients]:
+    """Collect the gradients of this context in a list, and leave those from before it in their place.
+
+    Where the context ends in an error, nothing is collected.
+    """
+    before = [(p, p.grad) for p in parameters]
+    for parameter, _ in before:
+        parameter.grad = None
+    found: Gradients = []
+    try:
+        yield found
+        found += [(p, p.grad) for p, _ in before if p.grad is not None]
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def put_back(gradients: Gradients) -> None:
+    """Add what was taken aside to the gradients of the parameters."""
+    for parameter, gradient in gradients:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, the first one's memory included; None stands for none."""
+    if old is None or new is None:
+        return new if old is None else old
+    return old.add_(new)
+
+
+def mark(parameter: nn.Parameter) -> tuple[int, int] | None:
+    """Return what changes as soon as a gradient is accumulated."""
+    gradient = parameter.grad
+    return None if gradient is None else (id(gradient), gradient._version)
+
+
+def reduces_at_the_end(model: Any) -> bool:
+    """Return whether DDP will combine gradients only behind its next backward pass, the first of a static graph."""
+    # nothing public tells; the drawn shortages with `static_graph` in tests/plugin/ddp/test_micro_batches.py fail
+    # without it
+    return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
+
+
+def accumulate_as_backward(gradients: Gradients, reduced_at_the_end: Any = None) -> None:
+    """Accumulate ``gradients`` as an interrupted backward pass would have done, DDP's hooks included.
+
+    Args:
+        gradients: at least one.
+        reduced_at_the_end: the DDP module, if it was to combine gradients behind the interrupted pass; torch has
+            forgotten that with the pass.
+    """
+    parameters, values = zip(*gradients, strict=True)
+
+    def combine(_: Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(reduced_at_the_end.reducer._delay_all_reduce)
+
+    with _without_hooks(parameters):
+        handle = parameters[0].register_hook(combine) if reduced_at_the_end is not None else None
+        torch.autograd.backward(parameters, values)
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep the user's hooks from seeing gradients that they have seen."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics as they were: the samples of this context were counted before."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)

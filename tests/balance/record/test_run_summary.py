@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunHeader, RunRecord, RunWindow
+from lightning_hetero.balance.record.run_summary import (
+    StepParts,
+    bound_samples_per_s,
+    compare,
+    efficiency,
+    plans_over_steps,
+    samples_per_s,
+    slowest_and_fastest,
+    state_of,
+    step_parts,
+    step_s,
+    thinned,
+    wait_fractions,
+)
+from lightning_hetero.balance.types import DeviceProfile
+
+HEADER = RunHeader("hetero_ddp", "", 128, (DeviceProfile("a", "cpu", "x"), DeviceProfile("b", "cpu", "y")))
+
+
+def window(
+    samples: tuple[int, ...] = (64, 64),
+    own_s: tuple[float, ...] = (0.25, 0.5),
+    waiting_s: tuple[float, ...] = (0.375, 0.125),
+    step: int = 5,
+    tuning: bool = True,
+    communication_s: float = 0.125,
+) -> RunWindow:
+    return RunWindow(
+        step, 1.0, tuning, samples, own_s, waiting_s, (0.0,) * len(samples), communication_s=communication_s
+    )
+
+
+BEFORE = window()
+AFTER = window((86, 42), (0.375, 0.375), (0.125, 0.125), 20, tuning=False)
+UNMEASURED = window(own_s=(0.0, 0.5))
+
+
+def test_a_window_by_hand() -> None:
+    assert step_s(BEFORE) == 0.625
+    assert samples_per_s(BEFORE) == 128 / 0.625
+    assert bound_samples_per_s(BEFORE) == 64 / 0.25 + 64 / 0.5
+    assert efficiency(BEFORE) == pytest.approx((128 / 0.625) / (64 / 0.25 + 64 / 0.5))
+    assert step_parts(BEFORE) == [StepParts(0.25, 0.125, 0.25), StepParts(0.5, 0.125, 0.0)]
+    assert wait_fractions(BEFORE) == [0.6, 0.2]
+
+
+def test_what_was_not_measured_is_not_made_up() -> None:
+    assert efficiency(UNMEASURED) is None
+    assert bound_samples_per_s(UNMEASURED) is None
+    assert wait_fractions(UNMEASURED) == [None, 0.2]
+    nothing = window(own_s=(0.0, 0.0))
+    assert [step_s(nothing), samples_per_s(nothing)] == [0.0, 0.0]
+    # a rank without samples has nothing to measure
+    assert bound_samples_per_s(window((128, 0), (0.5, 0.0))) == 256
+
+
+SECONDS = st.floats(1e-6, 1e3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), SECONDS, SECONDS), min_size=1, max_size=8))
+def test_no_run_exceeds_the_bound(ranks: list[tuple[int, float, float]]) -> None:
+    samples, own_s, waiting_s = zip(*ranks, strict=True)
+    part = efficiency(window(samples, own_s, waiting_s))
+    assert part is not None
+    assert 0 < part <= 1 + 1e-12
+
+
+@given(st.lists(st.tuples(SECONDS, st.floats(0, 1e3)), min_size=1, max_size=8), st.floats(0, 10))
+def test_the_parts_of_a_step_add_up(ranks: list[tuple[float, float]], communication_s: float) -> None:
+    own_s, waiting_s = zip(*ranks, strict=True)
+    parts = step_parts(window((1,) * len(ranks), own_s, waiting_s, communication_s=communication_s))
+    for part, own, waiting in zip(parts, own_s, waiting_s, strict=True):
+        assert min(part.communication_s, part.waiting_s) >= 0
+        assert part.own_s + part.communication_s + part.waiting_s == pytest.approx(own + waiting)
+
+
+def test_the_speed_up_is_that_of_the_tuning_whatever_happens_later() -> None:
+    slowed = replace(AFTER, own_s=(0.75, 0.375), step=900)
+    record = RunRecord(HEADER, (UNMEASURED, BEFORE, AFTER, replace(AFTER, step=30), slowed))
+    found = compare(record)
+    assert found is not None
+    assert (found.before, found.after) == (BEFORE, slowed)
+    assert found.speed_up == pytest.approx(0.625 / 0.5)
+    assert found.from_equal_shares
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ((), None),
+        ((window(own_s=(0.0, 0.0)),), None),
+        ((UNMEASURED,), (UNMEASURED, UNMEASURED)),
+        ((BEFORE,), (BEFORE, BEFORE)),
+        ((AFTER, replace(AFTER, step=30)), (AFTER, replace(AFTER, step=30))),
+    ],
+    ids=["none", "no times", "one rank measured", "still tuning", "never tuned"],
+)
+def test_without_a_tuning_there_is_no_speed_up(
+    windows: tuple[RunWindow, ...], expected: tuple[RunWindow, RunWindow] | None
+) -> None:
+    found = compare(RunRecord(HEADER, windows))
+    assert (None if found is None else (found.before, found.after)) == expected
+    assert found is None or found.speed_up is None
+
+
+def test_unequal_first_shares_are_told_apart() -> None:
+    found = compare(RunRecord(HEADER, (window((65, 63)), AFTER)))
+    assert found is not None
+    assert not found.from_equal_shares
+
+
+@pytest.mark.parametrize(
+    ("record", "going_on", "expected"),
+    [
+        (RunRecord(HEADER), False, "no end recorded"),
+        (RunRecord(HEADER), True, "tuning"),
+        (RunRecord(HEADER, (BEFORE,)), True, "tuning"),
+        (RunRecord(HEADER, (BEFORE, AFTER)), True, "watching"),
+        (RunRecord(HEADER, advice=RunAdvice(1, 1.0, 1.0, 1.0, 1.0, ())), True, "watching"),
+        (RunRecord(HEADER, end=RunEnd(1, 1.0, "finished")), True, "finished"),
+        (RunRecord(HEADER, end=RunEnd(1, 1.0, "ValueError: x")), True, "failed"),
+    ],
+)
+def test_state(record: RunRecord, going_on: bool, expected: str) -> None:
+    assert state_of(record, going_on) == expected
+
+
+def test_plans_follow_the_changes() -> None:
+    changes = tuple(RunChange(step, 1.0, plan, "") for step, plan in ((10, (80, 48)), (30, (90, 38)), (20, (86, 42))))
+    # the change at 20 was decided last and replaces what was due at 30
+    assert plans_over_steps(RunRecord(HEADER, (BEFORE,), changes)) == [(0, (64, 64)), (10, (80, 48)), (20, (86, 42))]
+    # nothing is known of what was before the first change
+    assert plans_over_steps(RunRecord(HEADER, (AFTER,), changes[:1])) == [(10, (80, 48))]
+    assert plans_over_steps(RunRecord(HEADER)) == []
+
+
+def test_the_slowest_and_the_fastest_of_many_ranks() -> None:
+    own_s = (5.0, 1.0, 4.0, 0.0, 2.0, 3.0)
+    many = window((10,) * 6, own_s, (0.0,) * 6)
+    assert slowest_and_fastest(many, 6) == ((0, 1, 2, 3, 4, 5), ())
+    assert slowest_and_fastest(many, 4) == ((0, 2), (1, 4))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=5, max_size=12))
+def test_no_rank_is_both_slow_and_fast(own_s: list[float]) -> None:
+    slow, fast = slowest_and_fastest(window((1,) * len(own_s), tuple(own_s), (0.0,) * len(own_s)), 4)
+    assert len(slow) == 2
+    assert len({*slow, *fast}) == len(slow) + len(fast) <= 4
+
+
+@given(st.integers(0, 500), st.integers(2, 50))
+def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
+    kept = thinned(range(length), most)
+    assert kept == sorted(set(kept))
+    assert len(kept) == min(length, most)
+    assert not length or [kept[0], kept[-1]] == [0, length - 1]

@@ -1,0 +1,28 @@
+"""The first guess compares only what can be compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_hetero.balance.tuning.prior import nominal_shares
+from lightning_hetero.balance.types import DeviceProfile
+
+K80 = DeviceProfile("a", "cuda:0", "Tesla K80", 2187.0)
+V100 = DeviceProfile("b", "cuda:0", "Tesla V100", 7834.0)
+UNKNOWN = DeviceProfile("c", "cpu", "EPYC")
+
+
+@pytest.mark.parametrize(
+    ("profiles", "shares"),
+    [
+        ([K80, V100, K80], [2187.0, 7834.0, 2187.0]),
+        ([K80, UNKNOWN], None),
+        ([UNKNOWN, UNKNOWN], None),
+        # of one model: a clock that differs by a setting is for the measurement to tell
+        ([K80, DeviceProfile("a", "cuda:1", "Tesla K80", 1400.0)], None),
+    ],
+)
+def test_guesses_where_the_speeds_of_different_models_are_known(
+    profiles: list[DeviceProfile], shares: list[float] | None
+) -> None:
+    assert nominal_shares(profiles) == shares

@@ -1,0 +1,380 @@
+"""The balancer on virtual devices of known speed: what it finds, when, and what it leaves alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from harness import RankError, RankPools
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
+
+from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.batch.batch_solver import solve_batch
+from lightning_hetero.balance.tuning.advice import Advice
+from lightning_hetero.balance.types import BatchPlan, StepTime
+from lightning_hetero.testing import SlowDown
+
+BATCH_SIZE = 32
+STEPS_AN_EPOCH = 12
+
+
+@dataclass
+class Outcome:
+    """What a balanced run did on one rank."""
+
+    changes: list[tuple[int, BatchPlan]]
+    finished: bool
+    speed_up: float | None
+    sizes: list[int]
+    parameters: list[float]
+    waiting_s: list[float]
+    advice: Advice | None
+    own_s: list[float]
+
+
+def balanced_run(
+    factors: list[float],
+    seconds_per_sample: float,
+    overhead_s: float = 0.0,
+    steps: int = 45,
+    shares: Any = "auto",
+    loader: dict[str, Any] | None = None,
+    balancer: LoadBalancer | None = None,
+    steps_an_epoch: int = STEPS_AN_EPOCH,
+) -> Outcome:
+    world_size = dist.get_world_size()
+    model = SmallModule()
+    callbacks: list[Callback] = [SlowDown(factors, seconds_per_sample, overhead_s)]
+    if balancer is not None:
+        callbacks.append(balancer)
+    trainer = make_trainer(HeteroDDPStrategy(shares=shares), world_size, callbacks, max_steps=steps)
+    # the last batch of each epoch is ragged
+    size = BATCH_SIZE * world_size * (steps_an_epoch - 1) + 17
+    trainer.fit(model, DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True, **(loader or {})))
+    found = [c for c in trainer.callbacks if isinstance(c, LoadBalancer)]  # type: ignore[attr-defined]
+    assert len(found) <= 1
+    done = found[0] if found else LoadBalancer()
+    return Outcome(
+        changes=done.changes,
+        finished=done.finished,
+        speed_up=done.measured_speed_up,
+        sizes=[len(samples) for samples in model.ledger],
+        parameters=flat(model.network),
+        waiting_s=[status.waiting_s for status in done.statuses_after],
+        advice=done.advice,
+        own_s=[status.own_s for status in done.statuses_after],
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "overhead_s"),
+    [([1.0, 2.0], 0.0), ([4.0, 1.0], 0.01), ([1.0, 1.0, 2.0], 0.01)],
+)
+def test_finds_the_optimum_and_trains_exactly(ranks: RankPools, factors: list[float], overhead_s: float) -> None:
+    """Within a sample of the optimum in at most tune_steps + 5 steps, and the parameters are those of one process."""
+    world_size, batch = len(factors), BATCH_SIZE * len(factors)
+    outcomes = ranks.run(world_size, balanced_run, factors, 0.002, overhead_s)
+    optimum = solve_batch([StepTime(f * overhead_s, f * 0.002) for f in factors], batch, min_samples=1)
+    assert all(outcome.changes == outcomes[0].changes and outcome.finished for outcome in outcomes)
+    step, plan = outcomes[0].changes[-1]
+    assert max(abs(a - b) for a, b in zip(plan.samples, optimum.samples, strict=True)) <= 1
+    assert step <= 20 + 5
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.sizes[0] == BATCH_SIZE
+        assert outcome.sizes[-1] == plan.samples[rank]
+        assert outcome.speed_up is not None
+        assert outcome.speed_up > 1.2
+    expected = reference_parameters(BATCH_SIZE * world_size * (STEPS_AN_EPOCH - 1) + 17, batch, 45)
+    for outcome in outcomes:
+        assert max(abs(a - b) for a, b in zip(outcome.parameters, expected, strict=True)) < 1e-10
+
+
+class SleepsThenLogs(SmallModule):
+    """Rank 0 is twice as slow in the forward pass, behind which ranks communicate what they log."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep((0.004, 0.002)[self.global_rank] * len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def changes_where_steps_log() -> list[tuple[int, BatchPlan]]:
+    balancer = LoadBalancer(tune_steps=8)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=16)
+    trainer.fit(SleepsThenLogs(), DataLoader(Numbered(64 * 17), batch_size=32))
+    return balancer.changes
+
+
+def test_waiting_for_what_a_step_logs_is_not_own_time(ranks: RankPools) -> None:
+    for changes in ranks.run(2, changes_where_steps_log):
+        assert abs(changes[-1][1].samples[1] - 43) <= 2
+
+
+def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
+    loader = {"num_workers": 2, "prefetch_factor": 3}
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 40, "auto", loader, None, 40)
+    step, plan = outcomes[0].changes[0]
+    # the ranks speak to each other after 3 + 2 steps at the earliest, and six batches have been read ahead by then
+    assert step >= 5 + 6
+    assert outcomes[0].sizes[step - 1 : step + 1] == [BATCH_SIZE, plan.samples[0]]
+    expected = reference_parameters(BATCH_SIZE * 2 * 39 + 17, BATCH_SIZE * 2, 40)
+    assert max(abs(a - b) for a, b in zip(outcomes[0].parameters, expected, strict=True)) < 1e-10
+
+
+class Known(HeteroDDPStrategy):
+    """Devices of two models whose speeds the driver knows; on this machine there is no driver."""
+
+    nominal_speeds = (1000.0, 2000.0)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.profiles = tuple(
+            replace(profile, name=f"model {speed}", nominal_speed=speed)
+            for profile, speed in zip(self.profiles, self.nominal_speeds, strict=True)
+        )
+
+
+class Gathering(SmallModule):
+    """Gathers its samples in the training step, which needs equal shares."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.all_gather(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def guessed_run(factors: list[float], module: type[SmallModule]) -> tuple[list[tuple[int, BatchPlan]], bool, list[int]]:
+    model, balancer = module(), LoadBalancer()
+    trainer = make_trainer(Known(), 2, [SlowDown(factors, 0.002), balancer], max_steps=25)
+    trainer.fit(model, DataLoader(Numbered(64 * 30), batch_size=BATCH_SIZE))
+    return balancer.changes, balancer.finished, [len(samples) for samples in model.ledger]
+
+
+def test_begins_with_what_the_devices_data_suggest(ranks: RankPools) -> None:
+    """One step is equal, since it may show that shares must stay so; a right guess is kept, a wrong one mended."""
+    for right in ranks.run(2, guessed_run, [2.0, 1.0], SmallModule):
+        assert right[:2] == ([(1, BatchPlan((21, 43)))], True)
+    for wrong in ranks.run(2, guessed_run, [1.0, 1.0], SmallModule):
+        assert wrong[0][0] == (1, BatchPlan((21, 43)))
+        assert wrong[0][-1][1].is_equal
+        assert wrong[2][0] == wrong[2][-1] == BATCH_SIZE
+
+
+def test_guesses_nothing_where_a_step_gathers_its_samples(ranks: RankPools) -> None:
+    for changes, _, sizes in ranks.run(2, guessed_run, [2.0, 1.0], Gathering):
+        assert (changes, set(sizes)) == ([], {BATCH_SIZE})
+
+
+def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
+    """Rank 1 has an overhead that alone is more than the other needs for the whole batch."""
+    outcome = ranks.run(2, balanced_run, [1.0, 12.0], 0.0005, 0.01, 40)[0]
+    assert outcome.advice is not None
+    assert outcome.advice.ranks_to_drop == (1,)
+    assert outcome.advice.speed_up_without > 1.5
+    assert outcome.sizes[-1] >= 2 * BATCH_SIZE - 3
+
+
+def test_equal_devices_keep_equal_shares(ranks: RankPools) -> None:
+    for outcome in ranks.run(2, balanced_run, [1.0, 1.0], 0.002):
+        assert (outcome.changes, outcome.finished) == ([], True)
+
+
+def test_fixed_shares_are_not_tuned(ranks: RankPools) -> None:
+    for outcome in ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 30, [1, 1]):
+        assert (outcome.changes, outcome.finished) == ([], False)
+
+
+def test_shares_beside_a_balancer_are_where_it_starts(ranks: RankPools) -> None:
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 45, [1, 3], None, LoadBalancer(verbose=False))
+    assert outcomes[0].sizes[0] == 16
+    plan = outcomes[0].changes[-1][1]
+    assert max(abs(a - b) for a, b in zip(plan.samples, (43, 21), strict=True)) <= 1
+
+
+class Throttle(Callback):
+    """Changes the speed of a rank at given steps."""
+
+    def __init__(self, slow_down: SlowDown, factors: dict[int, float]) -> None:
+        self.slow_down, self.factors = slow_down, factors
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.slow_down.factors[0] = self.factors.get(trainer.global_step, self.slow_down.factors[0])
+
+
+def throttled_run(balancer: LoadBalancer) -> tuple[list[tuple[int, BatchPlan]], list[int], list[float]]:
+    """Rank 0 becomes twice as slow at step 40 and recovers at step 90."""
+    model, slow_down = SmallModule(), SlowDown([1.0, 1.0], 0.001)
+    callbacks = [slow_down, Throttle(slow_down, {40: 2.0, 90: 1.0}), balancer]
+    trainer = make_trainer(HeteroDDPStrategy(), dist.get_world_size(), callbacks, max_steps=140)
+    trainer.fit(model, DataLoader(Numbered(BATCH_SIZE * 2 * 200), batch_size=BATCH_SIZE, shuffle=True))
+    return balancer.changes, [len(samples) for samples in model.ledger], flat(model.network)
+
+
+def test_a_device_that_slows_down_and_recovers(ranks: RankPools) -> None:
+    """Both are answered by the same change at the same step on all ranks, and the parameters stay those of ddp."""
+    (changes, sizes, parameters), (others, _, _) = ranks.run(2, throttled_run, LoadBalancer(verbose=False))
+    assert changes == others
+    assert 40 < changes[0][0] <= 70
+    assert abs(sizes[75] - 21) <= 2
+    assert abs(sizes[125] - 32) <= 2
+    expected = reference_parameters(BATCH_SIZE * 2 * 200, BATCH_SIZE * 2, 140)
+    assert max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+
+
+def test_without_watching_what_the_tuning_found_stays(ranks: RankPools) -> None:
+    for changes, _, _ in ranks.run(2, throttled_run, LoadBalancer(verbose=False, watch_steps=0)):
+        assert changes == []
+
+
+def test_a_few_tuning_steps_correct_in_proportion(ranks: RankPools) -> None:
+    balancer = LoadBalancer(warmup_steps=2, tune_steps=4)
+    outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.002, 0.0, 20, "auto", None, balancer)
+    assert outcomes[0].changes[0][0] <= 6
+    assert max(abs(a - b) for a, b in zip(outcomes[0].changes[0][1].samples, (43, 21), strict=True)) <= 1
+    assert outcomes[0].finished
+
+
+class Growing(SmallModule):
+    """Its batches grow from epoch to epoch; its epochs have the given number of steps."""
+
+    def __init__(self, steps: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.steps, self.sizes = steps, sizes
+
+    def train_dataloader(self) -> Any:
+        size = self.sizes[min(self.current_epoch, len(self.sizes) - 1)]
+        return DataLoader(Numbered(size * 2 * self.steps), batch_size=size, shuffle=True)
+
+
+def run_of_epochs(steps: int, sizes: list[int], epochs: int) -> tuple[bool, list[BatchPlan], list[int]]:
+    model, balancer = Growing(steps, sizes), LoadBalancer(warmup_steps=1, tune_steps=8, verbose=False)
+    trainer = make_trainer(
+        HeteroDDPStrategy(),
+        dist.get_world_size(),
+        [SlowDown([1.0, 2.0], 0.002), balancer],
+        max_epochs=epochs,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(model)
+    return balancer.finished, [plan for _, plan in balancer.changes], [len(samples) for samples in model.ledger]
+
+
+def test_a_batch_size_that_changes_while_it_tunes_starts_it_anew(ranks: RankPools) -> None:
+    """What was found for the smaller batches is where it starts with the larger ones."""
+    for rank, (finished, _, sizes) in enumerate(ranks.run(2, run_of_epochs, 5, [8, 12, 24], 6)):
+        assert finished
+        assert abs(sizes[-1] - (32, 16)[rank]) <= 3  # of 24 under equal shares; a loaded machine adds noise
+
+
+def test_epochs_of_one_step_are_enough(ranks: RankPools) -> None:
+    for finished, plans, _ in ranks.run(2, run_of_epochs, 1, [24], 14):
+        assert finished
+        assert max(abs(a - b) for a, b in zip(plans[-1].samples, (32, 16), strict=True)) <= 1
+
+
+def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
+    """Tune, save, and go on in a new Trainer; then the same with devices of another name."""
+    world_size = dist.get_world_size()
+
+    def fit(
+        steps: int, path: Path | None, device: str = "the same", cap: int | None = None
+    ) -> tuple[SmallModule, LoadBalancer]:
+        model, balancer = SmallModule(), LoadBalancer(verbose=False)
+        checkpoint = ModelCheckpoint(folder, every_n_train_steps=30, save_top_k=-1)
+        slow_down = SlowDown([1.0, 2.0], seconds_per_sample)
+        trainer = make_trainer(
+            _Named(device, cap),
+            world_size,
+            [slow_down, balancer, checkpoint],
+            max_steps=steps,
+            enable_checkpointing=True,
+        )
+        size = BATCH_SIZE * world_size * STEPS_AN_EPOCH
+        loader = DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True)
+        trainer.fit(model, loader, ckpt_path=path, weights_only=False)
+        return model, balancer
+
+    _, first = fit(36, None)
+    path = folder / "epoch=2-step=30.ckpt"
+    assert path.exists()
+    model, second = fit(40, path)
+    other_model, third = fit(33, path, "another")
+    capped, _ = fit(33, path, cap=36)
+    return {
+        "found": first.changes[-1][1].samples,
+        "resumed": [len(samples) for samples in model.ledger],
+        "tuned_again": second.changes,
+        "finished": second.finished,
+        "step_times": (first.step_times, second.step_times),
+        "elsewhere": [len(samples) for samples in other_model.ledger],
+        "finished_elsewhere": third.finished,
+        "capped": {len(samples) for samples in capped.ledger},
+    }
+
+
+class _Named(HeteroDDPStrategy):
+    """A strategy whose devices have a given name."""
+
+    def __init__(self, name: str, cap: int | None) -> None:
+        super().__init__(max_batch_size=cap)
+        self._name = name
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.profiles = tuple(replace(profile, name=self._name) for profile in self.profiles)
+
+
+def test_a_resumed_run_keeps_its_shares_and_does_not_tune_again(ranks: RankPools, tmp_path: Path) -> None:
+    for rank, result in enumerate(ranks.run(2, resumed_run, tmp_path, 0.001)):
+        assert set(result["resumed"]) == {result["found"][rank]}
+        assert result["tuned_again"] == []
+        assert result["finished"]
+        # what was learned is where the resumed run goes on learning from
+        before, after = ([time.seconds(BATCH_SIZE) for time in times] for times in result["step_times"])
+        assert before == pytest.approx(after, rel=0.2)
+        assert before
+        # on other devices it begins anew
+        assert result["elsewhere"][0] == BATCH_SIZE
+        assert not result["finished_elsewhere"]
+        # under a lower limit what was found is kept as far as the limit allows
+        assert result["capped"] == {(36, 28)[rank]}
+
+
+def run_with_balancer_under_ddp() -> None:
+    trainer = make_trainer("ddp", dist.get_world_size(), [LoadBalancer()], max_steps=1)
+    trainer.fit(SmallModule(), DataLoader(Numbered(8), batch_size=2))
+
+
+def test_the_balancer_needs_a_strategy_that_can_divide(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="`LoadBalancer` needs a strategy that can divide batches unequally, got DDPSt"):
+        ranks.run(2, run_with_balancer_under_ddp)
+
+
+def default_callbacks(shares: Any, own: LoadBalancer | None) -> list[str]:
+    """Return the names of the callbacks that a run has, in their order."""
+    checkpoint = ModelCheckpoint(save_top_k=0)
+    callbacks: list[Callback] = [checkpoint] if own is None else [own, checkpoint]
+    trainer = make_trainer(
+        HeteroDDPStrategy(shares=shares), dist.get_world_size(), callbacks, max_steps=1, enable_checkpointing=True
+    )
+    for _ in range(2):
+        trainer.fit(SmallModule(), DataLoader(Numbered(8), batch_size=2))
+    return [
+        type(callback).__name__ + ("*" if callback is own else "")
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    ]
+
+
+def test_a_default_balancer_is_added_where_it_is_needed(ranks: RankPools) -> None:
+    assert ranks.run(2, default_callbacks, "auto", None)[0] == ["LoadBalancer", "ModelCheckpoint"]
+    own = LoadBalancer(tune_steps=8)
+    assert [name.rstrip("*") for name in ranks.run(2, default_callbacks, "auto", own)[0]] == [
+        "LoadBalancer",
+        "ModelCheckpoint",
+    ]
+    assert ranks.run(2, default_callbacks, [1, 2], None)[0] == ["ModelCheckpoint"]

@@ -1,0 +1,171 @@
+"""Shares follow what fits into memory: as predicted, and as learned the hard way; devices are scripted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankPools
+from torch.utils.data import DataLoader
+from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
+
+from lightning_hetero import HeteroDDPStrategy, LargestBatchFinder, LoadBalancer
+from lightning_hetero.balance.batch.batch_solver import solve_batch
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
+from lightning_hetero.hardware.memory import CudaMemoryMeter, MemoryUse
+from lightning_hetero.testing import SlowDown
+
+GB = 10**9
+RESIDENT = 2 * GB
+A_SAMPLE = GB // 4
+BATCH_SIZE = 32
+STEPS = 40
+
+
+class Memory:
+    """A device of known memory: what is resident, and what each sample of a pass takes besides."""
+
+    def __init__(self, total: int, tells: bool) -> None:
+        self.total, self.tells = total, tells
+        self.peak = self.highest = RESIDENT
+
+    def restart(self) -> None:
+        self.peak = RESIDENT
+
+    def read(self) -> MemoryUse | None:
+        return MemoryUse(RESIDENT, self.peak, self.total) if self.tells else None
+
+    def allocate(self, samples: int) -> None:
+        if RESIDENT + A_SAMPLE * samples > self.total:
+            raise torch.OutOfMemoryError(f"{samples} samples")
+        self.peak = max(self.peak, RESIDENT + A_SAMPLE * samples)
+        self.highest = max(self.highest, self.peak)
+
+
+class Scripted(HeteroDDPStrategy):
+    """Devices with scripted memory."""
+
+    def __init__(self, totals: list[int], tells: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.totals, self.tells = totals, tells
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.memory = Memory(self.totals[dist.get_rank()], self.tells)
+
+
+class Allocating(SmallModule):
+    """Takes memory for each pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trainer.strategy.memory.allocate(len(batch[0]))  # type: ignore[attr-defined]
+        return super().training_step(batch, batch_idx)
+
+
+def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list[BatchPlan], int, int, list[float]]:
+    """Train where rank 1 is twice as fast as rank 0; return the plans, the highest peak, how often memory ran out."""
+    model, balancer, strategy = Allocating(), LoadBalancer(), Scripted(totals, tells, **options)
+    trainer = make_trainer(strategy, 2, [SlowDown([2.0, 1.0], 0.002), balancer], max_steps=STEPS)
+    trainer.fit(model, DataLoader(Numbered(2 * BATCH_SIZE * (STEPS + 1)), batch_size=BATCH_SIZE, shuffle=True))
+    assert isinstance(strategy.memory, Memory)
+    plans = [plan for _, plan in balancer.changes]
+    return plans, strategy.memory.highest, strategy.passes.times_out_of_memory, flat(model.network)
+
+
+def exact(parameters: list[float]) -> bool:
+    expected = reference_parameters(2 * BATCH_SIZE * (STEPS + 1), 2 * BATCH_SIZE, STEPS)
+    return max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+
+
+def test_no_plan_is_proposed_that_would_not_fit(ranks: RankPools) -> None:
+    """The fast device has half the memory: its share is what fits, and the throughput the optimum under that."""
+    budget = 0.92 * 12 * GB
+    cap = int((budget - RESIDENT) / A_SAMPLE)
+    best = solve_batch([StepTime(0, 0.004), StepTime(0, 0.002)], 64, BatchLimits((64, cap)), min_samples=1)
+    assert best.samples[1] == cap < 43, "without the limit it would get 43"
+    for plans, highest, times_out_of_memory, parameters in ranks.run(2, train, [24 * GB, 12 * GB], True, {}):
+        assert plans[-1] == best
+        assert all(RESIDENT + A_SAMPLE * plan.samples[1] <= budget for plan in plans)
+        assert (highest <= 0.92 * 24 * GB, times_out_of_memory) == (True, 0)
+        assert exact(parameters)
+
+
+def test_a_share_that_did_not_fit_is_lowered(ranks: RankPools) -> None:
+    """Nothing is known of the memory until it runs out, on rank 1 with 32 samples; 28 would have fitted, 16 do."""
+    outcomes = ranks.run(2, train, [24 * GB, 9 * GB], False, {})
+    assert [outcome[2] for outcome in outcomes] == [0, 1]
+    for plans, _, _, parameters in outcomes:
+        assert plans[0] == plans[-1] == BatchPlan((48, 16))
+        assert exact(parameters)
+
+
+def test_passes_let_a_device_with_little_memory_keep_the_share_of_its_speed(ranks: RankPools) -> None:
+    for plans, highest, times_out_of_memory, parameters in ranks.run(
+        2, train, [6 * GB, 6 * GB], False, {"micro_batch_size": [16, 12]}
+    ):
+        assert abs(plans[-1].samples[1] - 43) <= 2
+        assert (highest <= 6 * GB, times_out_of_memory) == (True, 0)
+        assert exact(parameters)
+
+
+def test_a_global_batch_larger_than_all_memories_trains(ranks: RankPools) -> None:
+    for plans, _, _, parameters in ranks.run(2, train, [5 * GB, 6 * GB], True, {}):
+        assert exact(parameters)
+        assert sum(plans[-1].samples) == 64
+
+
+def search(totals: list[int]) -> tuple[tuple[int, ...], list[float], int, BatchPlan]:
+    model, finder, balancer, strategy = Allocating(), LargestBatchFinder(), LoadBalancer(), Scripted(totals, False)
+    trainer = make_trainer(strategy, 2, [SlowDown([2.0, 1.0], 0.002), finder, balancer], max_steps=STEPS)
+    trainer.fit(model, DataLoader(Numbered(2 * BATCH_SIZE * (STEPS + 1)), batch_size=BATCH_SIZE, shuffle=True))
+    return finder.found, flat(model.network), strategy.passes.times_out_of_memory, balancer.changes[-1][1]
+
+
+def test_the_largest_batch_of_each_rank_is_found_and_respected(ranks: RankPools) -> None:
+    """12 GB hold 40 samples, and 24 GB the whole global batch; nothing of the search remains in the training."""
+    for found, parameters, times_out_of_memory, plan in ranks.run(2, search, [24 * GB, 12 * GB]):
+        assert (found, times_out_of_memory) == ((64, 40), 0)
+        assert exact(parameters)
+        assert plan.samples == (24, 40), "the fast rank would get 43"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_device_tells_its_memory() -> None:
+    meter = CudaMemoryMeter(torch.device("cuda", 0))
+    meter.restart()
+    before = meter.read()
+    kept = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del kept
+    after = meter.read()
+    assert after.peak_bytes - before.peak_bytes >= 2**28
+    assert after.available_bytes > 2**28
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_shortage_of_memory_is_survived() -> None:
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Hungry(LightningModule):
+        """Takes a fifth of the device for each sample, until the backward pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            free = torch.cuda.mem_get_info()[1] // 5
+            held = self.layer(batch[0]).expand(-1, free // 4).clone()
+            loss: torch.Tensor = held.square().mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    strategy = HeteroDDPStrategy()
+    trainer = Trainer(
+        accelerator="gpu", devices=1, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False
+    )
+    trainer.fit(Hungry(), DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 4)), batch_size=8))
+    assert strategy.passes.times_out_of_memory > 0
