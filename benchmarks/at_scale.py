@@ -85,7 +85,7 @@ def milliseconds(ranks: int = 10_000) -> dict[str, float]:
     return {
         "solver": _milliseconds(lambda: solve_batch(times, batch, min_samples=1)),
         "look-up in a schedule of a hundred plans": _milliseconds(lambda: schedule.at(500)),
-        "a whole judgement of a window": _milliseconds(lambda: judge.judge(windows)),
+        "a whole judgement of a window": _milliseconds(lambda: judge.update(windows)),
     }
 
 

@@ -15,15 +15,15 @@ import numpy.typing as npt
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = [
-    "array_of",
-    "entry_of",
-    "items_of",
-    "mapping_of",
-    "number_of",
-    "text_of",
-    "truth_of",
-    "whole_of",
-    "wholes_of",
+    "as_array",
+    "as_bool",
+    "as_float",
+    "as_int",
+    "as_ints",
+    "as_list",
+    "as_mapping",
+    "as_str",
+    "entry",
 ]
 
 # Whole numbers above are not exact as floating-point numbers, and none that is counted here comes near.
@@ -33,21 +33,21 @@ _MOST_NUMBER = 1e12
 _SHOWN = 80
 
 
-def mapping_of(value: Any, name: str) -> Mapping[str, Any]:
+def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
     """Return ``value``, which has to be a mapping."""
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"`{name}` must be a mapping, got {_shown(value)}.")
     return value
 
 
-def entry_of(values: Mapping[str, Any], name: str) -> Any:
+def entry(values: Mapping[str, Any], name: str) -> Any:
     """Return the entry of that name, which has to be there."""
     if name not in values:
         raise ConfigurationError(f"`{name}` must be there, got {_shown(sorted(map(str, values)))}.")
     return values[name]
 
 
-def items_of(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
+def as_list(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
     """Return ``value``, which has to be a list, of ``length`` entries where that is given."""
     if not isinstance(value, list | tuple):
         raise ConfigurationError(f"`{name}` must be a list, got {_shown(value)}.")
@@ -56,21 +56,21 @@ def items_of(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
     return value
 
 
-def text_of(value: Any, name: str) -> str:
+def as_str(value: Any, name: str) -> str:
     """Return ``value``, which has to be a text."""
     if not isinstance(value, str):
         raise ConfigurationError(f"`{name}` must be a text, got {_shown(value)}.")
     return value
 
 
-def truth_of(value: Any, name: str) -> bool:
+def as_bool(value: Any, name: str) -> bool:
     """Return ``value``, which has to be true or false."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"`{name}` must be true or false, got {_shown(value)}.")
     return value
 
 
-def whole_of(value: Any, name: str, least: int = 0) -> int:
+def as_int(value: Any, name: str, least: int = 0) -> int:
     """Return ``value``, which has to be an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_WHOLE:
         raise ConfigurationError(
@@ -79,12 +79,12 @@ def whole_of(value: Any, name: str, least: int = 0) -> int:
     return value
 
 
-def wholes_of(value: Any, name: str, length: int | None = None) -> tuple[int, ...]:
+def as_ints(value: Any, name: str, length: int | None = None) -> tuple[int, ...]:
     """Return ``value``, which has to be a list of integers that are not negative."""
-    return tuple(whole_of(item, name) for item in items_of(value, name, length))
+    return tuple(as_int(item, name) for item in as_list(value, name, length))
 
 
-def number_of(value: Any, name: str, least: float = -_MOST_NUMBER, most: float = _MOST_NUMBER) -> float:
+def as_float(value: Any, name: str, least: float = -_MOST_NUMBER, most: float = _MOST_NUMBER) -> float:
     """Return ``value``, which has to be a finite number of a sensible size."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         raise ConfigurationError(
@@ -93,15 +93,15 @@ def number_of(value: Any, name: str, least: float = -_MOST_NUMBER, most: float =
     return float(value)
 
 
-def array_of(value: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+def as_array(value: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Return nested lists of finite numbers of exactly that shape as an array."""
     return cast("npt.NDArray[np.float64]", np.array(_nested(value, name, shape), dtype=np.float64).reshape(shape))
 
 
 def _nested(value: Any, name: str, shape: tuple[int, ...]) -> Any:
     if not shape:
-        return number_of(value, name)
-    return [_nested(item, name, shape[1:]) for item in items_of(value, name, shape[0])]
+        return as_float(value, name)
+    return [_nested(item, name, shape[1:]) for item in as_list(value, name, shape[0])]
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, astuple, dataclass
 from itertools import pairwise
 from typing import Any
 
-from lightning_hetero.balance.checked import entry_of, items_of, mapping_of, number_of, wholes_of
+from lightning_hetero.balance.checked import as_float, as_ints, as_list, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = [
@@ -157,8 +157,8 @@ class StepTime:
         Raises:
             ConfigurationError: it is something else.
         """
-        values = mapping_of(state, "step_time")
-        return cls(*(number_of(entry_of(values, name), name) for name in ("overhead_s", "seconds_per_sample")))
+        values = as_mapping(state, "step_time")
+        return cls(*(as_float(entry(values, name), name) for name in ("overhead_s", "seconds_per_sample")))
 
 
 @dataclass(frozen=True)
@@ -304,8 +304,8 @@ class PlanSchedule:
         Raises:
             ConfigurationError: it is something else.
         """
-        values = mapping_of(state, "schedule")
-        first_steps = wholes_of(entry_of(values, "first_steps"), "first_steps")
-        plans = items_of(entry_of(values, "plans"), "plans", len(first_steps))
-        world_size = len(items_of(plans[0], "plans")) if plans else 0
-        return cls(first_steps, tuple(BatchPlan(wholes_of(samples, "plans", world_size)) for samples in plans))
+        values = as_mapping(state, "schedule")
+        first_steps = as_ints(entry(values, "first_steps"), "first_steps")
+        plans = as_list(entry(values, "plans"), "plans", len(first_steps))
+        world_size = len(as_list(plans[0], "plans")) if plans else 0
+        return cls(first_steps, tuple(BatchPlan(as_ints(samples, "plans", world_size)) for samples in plans))

@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 
-__all__ = ["AgreedOrder", "SizedOrder", "agree", "gather", "gather_counts", "lend"]
+__all__ = ["BroadcastOrder", "SizedOrder", "all_gather", "all_gather_counts", "broadcast_from", "decide_on_rank_zero"]
 
 Entry = TypeVar("Entry")
 Message = TypeVar("Message")
 Decision = TypeVar("Decision")
 
 
-def gather(message: Message) -> list[Message]:
+def all_gather(message: Message) -> list[Message]:
     """Return the messages of all ranks, in the order of ranks, on every rank.
 
     Args:
@@ -30,7 +30,7 @@ def gather(message: Message) -> list[Message]:
     return cast("list[Message]", gathered)
 
 
-def gather_counts(count: int, device: torch.device) -> list[int]:
+def all_gather_counts(count: int, device: torch.device) -> list[int]:
     """Return the whole numbers of all ranks, in the order of ranks, on every rank, in one small all-reduce.
 
     Args:
@@ -45,14 +45,16 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
     return counts.tolist()
 
 
-def lend(value: Message, lender: int) -> Message:
+def broadcast_from(value: Message, lender: int) -> Message:
     """Return the picklable value of rank ``lender`` on every rank; every rank has to call this at the same point."""
     values = [value]
     dist.broadcast_object_list(values, src=lender)
     return values[0]
 
 
-def agree(numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision], device: torch.device) -> Decision:
+def decide_on_rank_zero(
+    numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision], device: torch.device
+) -> Decision:
     """Gather some numbers of every rank, decide on rank zero, and return that decision on all ranks.
 
     One rank decides because floating-point results may differ in the last bit between processors, and ranks that
@@ -95,7 +97,7 @@ class SizedOrder(Protocol):
         ...
 
 
-class AgreedOrder(Generic[Entry]):
+class BroadcastOrder(Generic[Entry]):
     """The order of a sampler on rank zero, on all ranks.
 
     A sampler that draws from the global random generator gives another order on each rank as soon as the generators

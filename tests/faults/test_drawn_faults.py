@@ -20,7 +20,7 @@ from training import SEED, Numbered, SmallModule, flat, loss_of, make_trainer, s
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.types import BatchPlan
-from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.step_timer import HostClock, StepTimer
 
 SCHEDULES, EPOCHS, SIZE = 50, 3, 70
@@ -135,9 +135,9 @@ class Happenings(Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, HeteroDDPStrategy)
         if event.kind == "plan":
-            assert strategy.schedule is not None
-            first = max(gather(strategy.fetched_through)) + 1
-            batch, world = strategy.schedule.at(first).global_batch_size, trainer.world_size
+            assert strategy.plan_schedule is not None
+            first = max(all_gather(strategy.fetched_through)) + 1
+            batch, world = strategy.plan_schedule.at(first).global_batch_size, trainer.world_size
             cut = round(event.number * batch)
             strategy.change_plan(first, BatchPlan((cut, *[0] * (world - 2), batch - cut)))
         if event.kind == "evaluate":
@@ -218,8 +218,8 @@ def train(schedule: Schedule, folder: Path, crash: bool) -> tuple[list[float], d
         trainer.fit(model, ckpt_path=path if not crash and path.exists() else None, weights_only=False)
     except CrashError:
         assert crash
-    assert strategy.schedule is not None
-    return flat(model.network), model.steps, [list(plan.samples) for plan in strategy.schedule.plans]
+    assert strategy.plan_schedule is not None
+    return flat(model.network), model.steps, [list(plan.samples) for plan in strategy.plan_schedule.plans]
 
 
 def reference(schedule: Schedule) -> tuple[list[list[int]], list[float]]:

@@ -124,9 +124,9 @@ def train_with_clock(bad: int, clock: HostClock, steps: int) -> tuple[tuple[int,
         fit(model, strategy, [balancer, SlowDown([1, 3], seconds_per_sample=0.002)], steps)
     finally:
         log.removeHandler(said)
-    assert strategy.schedule is not None
+    assert strategy.plan_schedule is not None
     lines = [line for line in said.lines if "hetero_ddp" in line]
-    return strategy.schedule.plans[-1].samples, lines, flat(model.network), balancer.finished
+    return strategy.plan_schedule.plans[-1].samples, lines, flat(model.network), balancer.finished
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -167,10 +167,10 @@ class OwnPlan(Callback):
         if trainer.global_step == 20 and trainer.global_rank == self.bad:
             strategy = trainer.strategy
             assert isinstance(strategy, HeteroDDPStrategy)
-            assert strategy.schedule is not None
-            first, *rest = strategy.schedule.plans[-1].samples
+            assert strategy.plan_schedule is not None
+            first, *rest = strategy.plan_schedule.plans[-1].samples
             other = BatchPlan((first - 1, *rest[:-1], rest[-1] + 1))
-            strategy.training.schedule = strategy.schedule.with_change(strategy.fetched_through + 1, other)
+            strategy.train_data.plan_schedule = strategy.plan_schedule.with_change(strategy.fetched_through + 1, other)
 
 
 def train_diverging(bad: int) -> tuple[str, int]:

@@ -17,8 +17,8 @@ from simulation.fault_schedule import Fault, FaultKind, FaultSchedule
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.batch.blocks import Blocks
-from lightning_hetero.balance.batch.caps import limits_of_passes
-from lightning_hetero.balance.tuning.rebalancer import Rebalancer, Verdict
+from lightning_hetero.balance.batch.caps import limits_of_micro_batches
+from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
 from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule, StepTime, StepTiming
@@ -54,17 +54,17 @@ class DrawnStep:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and what its plan had to respect.
+    """A decision, and what its plan had to respect.
 
     Attributes:
         tick: when.
-        verdict: the verdict.
+        decision: the decision.
         limits: of its plan.
         global_batch_size: of its plan.
     """
 
     tick: int
-    verdict: Verdict
+    decision: Decision
     limits: BatchLimits
     global_batch_size: int
 
@@ -226,20 +226,20 @@ class _Training:
 
     def _end_window(self, tick: int, plan: BatchPlan) -> None:
         self._rebalancer.limit(self._limits)
-        verdict = self._rebalancer.judge([summarise(timings) for timings in self._timings])
+        decision = self._rebalancer.update([summarise(timings) for timings in self._timings])
         first_step = max(self._fetched_through) + 1
-        if verdict.plan != plan:
-            self._schedule = self._schedule.with_change(first_step, verdict.plan)
-        self._tuned = self._tuned or verdict.tuned
-        self._judgements.append(Judgement(tick, verdict, self._limits, self._batch))
-        self._start_window(first_step + verdict.window.skipped_steps, verdict.window.measured_steps)
+        if decision.plan != plan:
+            self._schedule = self._schedule.with_change(first_step, decision.plan)
+        self._tuned = self._tuned or decision.tuned
+        self._judgements.append(Judgement(tick, decision, self._limits, self._batch))
+        self._start_window(first_step + decision.window.skipped_steps, decision.window.measured_steps)
 
     # ---- beginnings ------------------------------------------------------------------------------------------------
 
     @property
     def _limits(self) -> BatchLimits:
         hard = BatchLimits(None, self._faults.batch_multiple)
-        return limits_of_passes(hard, self._passes[: len(self._truth)], self._batch)
+        return limits_of_micro_batches(hard, self._passes[: len(self._truth)], self._batch)
 
     def _plan(self, shares: Sequence[float]) -> BatchPlan:
         return proportional_plan(shares, self._batch, BatchLimits(None, self._faults.batch_multiple), min_samples=1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.tuning.rebalancer import Rebalancer, Verdict
+from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, StepTiming
 
@@ -57,12 +57,12 @@ class Run:
         efficiency: of each step, how long the best plan would take over how long the plan at hand takes, both without
             jitter.
         changes: the changes of plan, as pairs of the first step and the plan.
-        verdicts: every judgement.
+        decisions: every judgement.
     """
 
     efficiency: tuple[float, ...]
     changes: tuple[tuple[int, BatchPlan], ...]
-    verdicts: tuple[Verdict, ...]
+    decisions: tuple[Decision, ...]
 
     def steps_until(self, efficiency: float, first_step: int = 0) -> int:
         """Return the steps behind ``first_step`` after which it stays above ``efficiency`` for twenty steps.
@@ -108,7 +108,7 @@ def simulate(
     timings: list[list[StepTiming]] = [[] for _ in truth]
     efficiency: list[float] = []
     changes: list[tuple[int, BatchPlan]] = []
-    verdicts: list[Verdict] = []
+    decisions: list[Decision] = []
     optimum_s = _least_step_s(truth, global_batch_size, limits)
     for step in range(steps):
         if factors and step in factors:
@@ -126,14 +126,14 @@ def simulate(
         for timing, n, seconds in zip(timings, plan.samples, own_s, strict=True):
             timing.append(StepTiming(n, seconds, slowest_s - seconds))
         if step == first + window.measured_steps - 1:
-            verdict = rebalancer.judge([summarise(rank) for rank in timings])
+            decision = rebalancer.update([summarise(rank) for rank in timings])
             timings = [[] for _ in truth]
-            if verdict.plan != plan:
-                changes.append((step + 1, verdict.plan))
-            plan, window = verdict.plan, verdict.window
+            if decision.plan != plan:
+                changes.append((step + 1, decision.plan))
+            plan, window = decision.plan, decision.window
             first = step + 1 + window.skipped_steps
-            verdicts.append(verdict)
-    return Run(tuple(efficiency), tuple(changes), tuple(verdicts))
+            decisions.append(decision)
+    return Run(tuple(efficiency), tuple(changes), tuple(decisions))
 
 
 def _least_step_s(truth: Sequence[StepTime], global_batch_size: int, limits: BatchLimits) -> float:

@@ -28,7 +28,7 @@ def world_size_of(seed: int) -> int:
 
 def check_plans(run: FaultRun) -> None:
     for judgement in run.judgements:
-        plan = judgement.verdict.plan
+        plan = judgement.decision.plan
         assert plan.global_batch_size == judgement.global_batch_size
         assert min(plan.samples) >= 1
         assert keeps_limits(plan, judgement.limits), judgement  # the simulation asks for limits that can be kept

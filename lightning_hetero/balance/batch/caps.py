@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lightning_hetero.balance.types import BatchLimits
 
-__all__ = ["limits_of_passes"]
+__all__ = ["halved", "limits_of_micro_batches", "micro_batch_sizes"]
 
 
-def limits_of_passes(limits: BatchLimits, passes: Sequence[int | None], global_batch_size: int) -> BatchLimits:
+def limits_of_micro_batches(limits: BatchLimits, passes: Sequence[int | None], global_batch_size: int) -> BatchLimits:
     """Limit each rank to what fits in one pass; where that does not hold the global batch, to as few passes as do.
 
     Args:
@@ -21,9 +21,9 @@ def limits_of_passes(limits: BatchLimits, passes: Sequence[int | None], global_b
         Limits under which the global batch can be divided, if it can under ``limits``.
 
     Example:
-        >>> limits_of_passes(BatchLimits(), [16, None], 64).max_samples
+        >>> limits_of_micro_batches(BatchLimits(), [16, None], 64).max_samples
         (16, 64)
-        >>> limits_of_passes(BatchLimits(), [16, 8], 64).max_samples
+        >>> limits_of_micro_batches(BatchLimits(), [16, 8], 64).max_samples
         (48, 24)
     """
     if all(most is None for most in passes):
@@ -39,3 +39,26 @@ def limits_of_passes(limits: BatchLimits, passes: Sequence[int | None], global_b
         if whole >= global_batch_size or caps == hard:
             break
     return BatchLimits(caps, limits.batch_multiple)
+
+
+def micro_batch_sizes(samples: int, most: int | None) -> tuple[int, ...]:
+    """Return the sizes of as few passes as possible, as equal as possible, the larger ones first.
+
+    Args:
+        samples: what is divided.
+        most: most samples of a pass, at least 1; None for no limit.
+
+    Example:
+        >>> micro_batch_sizes(10, 4), micro_batch_sizes(10, None), micro_batch_sizes(0, 4)
+        ((4, 3, 3), (10,), ())
+    """
+    if samples == 0:
+        return ()
+    passes = 1 if most is None else -(-samples // most)
+    size, larger = divmod(samples, passes)
+    return (size + 1,) * larger + (size,) * (passes - larger)
+
+
+def halved(size: int) -> int:
+    """Return the next smaller limit behind a pass of ``size`` samples, at least 2, that did not fit."""
+    return -(-size // 2)

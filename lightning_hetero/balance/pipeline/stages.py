@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from lightning_hetero.balance.checked import entry_of, mapping_of, wholes_of
+from lightning_hetero.balance.checked import as_ints, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes"]
@@ -70,9 +70,9 @@ class StagePlan:
         Raises:
             ConfigurationError: it is something else.
         """
-        state = mapping_of(values, "stages")
-        ends = wholes_of(entry_of(state, "ends"), "ends")
-        return cls(wholes_of(entry_of(state, "ranks"), "ranks", len(ends)), ends)
+        state = as_mapping(values, "stages")
+        ends = as_ints(entry(state, "ends"), "ends")
+        return cls(as_ints(entry(state, "ranks"), "ranks", len(ends)), ends)
 
 
 @dataclass(frozen=True)

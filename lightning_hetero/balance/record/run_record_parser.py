@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from lightning_hetero.balance.checked import items_of, mapping_of, number_of, text_of, truth_of, whole_of
+from lightning_hetero.balance.checked import as_bool, as_float, as_int, as_list, as_mapping, as_str
 from lightning_hetero.balance.record.run_record import (
     EVENTS,
     RECORD_FORMAT,
@@ -98,21 +98,21 @@ def _header(row: str, name: str) -> RunHeader:
             f" lightning_hetero that wrote it ({values.get('package')!r})."
         )
     with _located(f"{name}, line 1"):
-        devices = items_of(values.get("devices"), "devices")
+        devices = as_list(values.get("devices"), "devices")
         if not devices:
             raise ConfigurationError("`devices` must list what each rank runs on, got none.")
         return RunHeader(
-            strategy=text_of(values.get("strategy"), "strategy"),
-            started=text_of(values.get("started"), "started"),
-            global_batch_size=whole_of(values.get("global_batch_size"), "global_batch_size"),
+            strategy=as_str(values.get("strategy"), "strategy"),
+            started=as_str(values.get("started"), "started"),
+            global_batch_size=as_int(values.get("global_batch_size"), "global_batch_size"),
             devices=tuple(_device(device) for device in devices),
-            package=text_of(values.get("package"), "package"),
+            package=as_str(values.get("package"), "package"),
         )
 
 
 def _device(value: Any) -> DeviceProfile:
-    values = mapping_of(value, "devices")
-    host, device, name = (text_of(values.get(key), key) for key in ("host", "device", "name"))
+    values = as_mapping(value, "devices")
+    host, device, name = (as_str(values.get(key), key) for key in ("host", "device", "name"))
     return DeviceProfile(host, device, name)
 
 
@@ -157,24 +157,24 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
 
 
 def _number_of(value: Any, name: str) -> float:
-    return number_of(value, name, least=0, most=1e300)
+    return as_float(value, name, least=0, most=1e300)
 
 
 _T = TypeVar("_T")
 
 
 def _several(one: Callable[[Any, str], _T]) -> Callable[[Any, str], tuple[_T, ...]]:
-    return lambda value, name: tuple(one(item, name) for item in items_of(value, name))
+    return lambda value, name: tuple(one(item, name) for item in as_list(value, name))
 
 
 # what the annotations of the events say
 _READERS: dict[str, Callable[[Any, str], Any]] = {
-    "str": text_of,
-    "int": whole_of,
+    "str": as_str,
+    "int": as_int,
     "float": _number_of,
-    "bool": truth_of,
-    "tuple[int, ...]": _several(whole_of),
+    "bool": as_bool,
+    "tuple[int, ...]": _several(as_int),
     "tuple[float, ...]": _several(_number_of),
-    "tuple[bool, ...]": _several(truth_of),
-    "tuple[str, ...]": _several(text_of),
+    "tuple[bool, ...]": _several(as_bool),
+    "tuple[str, ...]": _several(as_str),
 }

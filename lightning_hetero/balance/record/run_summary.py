@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import dropwhile, takewhile
-from statistics import median
+from statistics import fmean, median
 from typing import Literal, TypeVar
 
 from lightning_hetero.balance.record.run_record import RunRecord, RunWindow
+from lightning_hetero.balance.types import WindowTiming
 
 __all__ = [
     "Comparison",
@@ -16,11 +17,13 @@ __all__ = [
     "StepParts",
     "bound_samples_per_s",
     "compare",
-    "efficiency",
+    "measured_efficiency",
+    "measured_speed_up",
     "plans_over_steps",
+    "run_status",
     "samples_per_s",
+    "scalars_of",
     "slowest_and_fastest",
-    "state_of",
     "step_parts",
     "step_s",
     "thinned",
@@ -34,9 +37,11 @@ _T = TypeVar("_T")
 _LEAST_S = 1e-9
 # so many windows tell how fast the shares found are
 _TUNED_WINDOWS = 5
+# Of more ranks a logger gets the extremes and the mean: thousands of curves help nobody.
+_MOST_LOGGED_RANKS = 32
 
 
-def state_of(record: RunRecord, going_on: bool = False) -> State:
+def run_status(record: RunRecord, going_on: bool = False) -> State:
     """Return how far the run is.
 
     Args:
@@ -53,18 +58,35 @@ def state_of(record: RunRecord, going_on: bool = False) -> State:
 
 
 def step_s(window: RunWindow) -> float:
-    """Return the seconds of a step; 0 where nothing was measured.
-
-    All ranks are done together, so what they say differs by noise only.
-    """
-    both = zip(window.own_s, window.waiting_s, strict=True)
-    return max((own_s + waiting_s for own_s, waiting_s in both if own_s >= _LEAST_S), default=0.0)
+    """Return the seconds of a step; 0 where nothing was measured."""
+    return _slowest_s(window.own_s, window.waiting_s)
 
 
 def samples_per_s(window: RunWindow) -> float:
-    """Return the samples that all ranks together process in a second; 0 where nothing was measured."""
+    """Return the samples that all ranks together process per second; 0 where nothing was measured."""
     seconds = step_s(window)
     return sum(window.samples) / seconds if seconds else 0.0
+
+
+def measured_speed_up(before: Sequence[WindowTiming], after: Sequence[WindowTiming]) -> float:
+    """Return how many times as many samples per second are processed after as before.
+
+    Args:
+        before: one window per rank, shape ``(world_size,)``.
+        after: the same later.
+    """
+    rates = [
+        sum(window.samples for window in windows)
+        / max(_slowest_s([w.own_s for w in windows], [w.waiting_s for w in windows]), _LEAST_S)
+        for windows in (before, after)
+    ]
+    return rates[1] / rates[0]
+
+
+def _slowest_s(own_s: Sequence[float], waiting_s: Sequence[float]) -> float:
+    """Return the seconds of a step, in which all ranks finish together: what they measure differs by noise only."""
+    both = zip(own_s, waiting_s, strict=True)
+    return max((own + waiting for own, waiting in both if own >= _LEAST_S), default=0.0)
 
 
 def bound_samples_per_s(window: RunWindow) -> float | None:
@@ -75,7 +97,7 @@ def bound_samples_per_s(window: RunWindow) -> float | None:
     return sum(n / own_s for n, own_s in zip(window.samples, window.own_s, strict=True) if n)
 
 
-def efficiency(window: RunWindow) -> float | None:
+def measured_efficiency(window: RunWindow) -> float | None:
     """Return the samples a second as a part of the bound, at most 1; None unless all ranks were measured."""
     bound = bound_samples_per_s(window)
     return samples_per_s(window) / bound if bound else None
@@ -220,3 +242,33 @@ def thinned(items: Sequence[_T], most: int) -> list[_T]:
     if len(items) <= most:
         return list(items)
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
+
+
+def scalars_of(window: RunWindow) -> dict[str, float]:
+    """Return what to log.
+
+    Args:
+        window: in which every rank has measured steps.
+
+    Returns:
+        ``hetero/step_time_s``, ``hetero/samples_per_s`` and ``hetero/efficiency``; and for each rank
+        ``hetero/share/rank_0`` (its part of the global batch), ``hetero/own_s/rank_0`` and
+        ``hetero/waiting_fraction/rank_0``, or ``.../min``, ``.../mean`` and ``.../max`` where there are more than 32
+        ranks. They are the figures of a report.
+    """
+    batch = sum(window.samples)
+    scalars = {"hetero/step_time_s": step_s(window), "hetero/samples_per_s": samples_per_s(window)}
+    part_of_bound = measured_efficiency(window)
+    if part_of_bound is not None:
+        scalars["hetero/efficiency"] = part_of_bound
+    _add_scalars(scalars, "hetero/share", [n / batch for n in window.samples])
+    _add_scalars(scalars, "hetero/own_s", window.own_s)
+    _add_scalars(scalars, "hetero/waiting_fraction", [part for part in wait_fractions(window) if part is not None])
+    return scalars
+
+
+def _add_scalars(scalars: dict[str, float], name: str, values: Sequence[float]) -> None:
+    if len(values) <= _MOST_LOGGED_RANKS:
+        scalars.update({f"{name}/rank_{rank}": value for rank, value in enumerate(values)})
+    else:
+        scalars.update({f"{name}/min": min(values), f"{name}/mean": fmean(values), f"{name}/max": max(values)})

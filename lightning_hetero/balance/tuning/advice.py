@@ -13,7 +13,7 @@ from lightning_hetero.balance.batch.batch_solver import predicted_step_s, propor
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["Advice", "advise", "efficiency", "enough_global_batch_size", "rounding_loss"]
+__all__ = ["Advice", "advise", "enough_global_batch_size", "predicted_efficiency", "rounding_loss"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def advise(
     return Advice(
         step_s=step_s,
         speed_up=(predicted_step_s(step_times, equal) + communication_s) / step_s,
-        efficiency=efficiency(step_times, plan, communication_s),
+        efficiency=predicted_efficiency(step_times, plan, communication_s),
         ranks_to_drop=dropped if worth_it else (),
         speed_up_without=step_s / without_s if worth_it else 1.0,
         rounding=rounding,
@@ -98,7 +98,7 @@ def advise(
     )
 
 
-def efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
+def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
     """Return the samples a second under a plan over the sum of what each rank would process alone.
 
     Args:

@@ -21,12 +21,12 @@ from statistics import NormalDist
 from typing import Any
 
 from lightning_hetero.balance.batch.batch_solver import keeps_limits, predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.checked import entry_of, mapping_of, wholes_of
-from lightning_hetero.balance.tuning.shrinkage import pool
+from lightning_hetero.balance.checked import as_ints, as_mapping, entry
+from lightning_hetero.balance.tuning.shrinkage import shrink
 from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 
-__all__ = ["Rebalancer", "Verdict", "Window"]
+__all__ = ["Decision", "Rebalancer", "Window"]
 
 # Of all looks at all ranks together, so many may find a difference where there is none.
 _FALSE_ALARMS = 0.001
@@ -64,7 +64,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What all ranks do next.
 
     Attributes:
@@ -133,7 +133,7 @@ class Rebalancer:
         """Return the first window to measure."""
         return Window(0, self._length_of_window())
 
-    def judge(self, windows: Sequence[WindowTiming | None]) -> Verdict:
+    def update(self, windows: Sequence[WindowTiming | None]) -> Decision:
         """Learn from the latest window of each rank, shape ``(world_size,)``, and decide."""
         self.model.observe(windows)
         self._learn_communication(windows)
@@ -142,7 +142,7 @@ class Rebalancer:
         if not self.model.ready:
             return self._without_times()
         equal_size = self.initial.global_batch_size / self.initial.world_size
-        step_times, self._deviations = pool(self.model, equal_size, self._doubt)
+        step_times, self._deviations = shrink(self.model, equal_size, self._doubt)
         target = self._best(step_times)
         gain = self._gain(step_times, target)
         has_to = not keeps_limits(self.current, self._limits)
@@ -152,18 +152,18 @@ class Rebalancer:
             return self._change(target, step_times, gain)
         if self._settled(gain):
             self._tune_steps_left = 0
-        return self._verdict(self.current, step_times, 0.0)
+        return self._decision(self.current, step_times, 0.0)
 
-    def _change(self, target: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Verdict:
+    def _change(self, target: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Decision:
         self.current = target
         self._windows_since_change = 0
         self._tune_steps_left -= _SETTLE_STEPS
-        return self._verdict(target, step_times, gain)
+        return self._decision(target, step_times, gain)
 
-    def _without_times(self) -> Verdict:
+    def _without_times(self) -> Decision:
         """Judge before every rank was measured: the present shares, as far as limits allow."""
         if keeps_limits(self.current, self._limits):
-            return self._verdict(self.current, (), 0.0)
+            return self._decision(self.current, (), 0.0)
         batch = self.current.global_batch_size
         return self._change(proportional_plan(self.current.shares, batch, self._limits, min_samples=1), (), 0.0)
 
@@ -229,7 +229,7 @@ class Rebalancer:
             return self._watch_steps
         return min(_FIRST_WINDOW + self._observed // 2, 5, self._tune_steps_left)
 
-    def _verdict(self, plan: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Verdict:
+    def _decision(self, plan: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Decision:
         tuned = self._tune_steps_left <= 0
         skipped = _SETTLE_STEPS if self._windows_since_change == 0 else 0
         if tuned and step_times and not skipped:
@@ -237,7 +237,7 @@ class Rebalancer:
             apart = math.ceil(look_s / max(self._step_s(step_times, plan), 1e-9))
             skipped = min(max(apart - self._watch_steps, 0), _LONGEST_PAUSE * self._watch_steps)
         window = Window(skipped, self._length_of_window())
-        return Verdict(plan, step_times, self._communication_s, gain, tuned, window)
+        return Decision(plan, step_times, self._communication_s, gain, tuned, window)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Rebalancer:
         Raises:
             ConfigurationError: it is something else.
         """
-        return StepTimeModel.from_dict(entry_of(mapping_of(state, "balance"), "model"))
+        return StepTimeModel.from_dict(entry(as_mapping(state, "balance"), "model"))
 
     @staticmethod
     def initial_of(state: Any) -> BatchPlan:
@@ -261,4 +261,4 @@ class Rebalancer:
         Raises:
             ConfigurationError: it is something else.
         """
-        return BatchPlan(wholes_of(entry_of(mapping_of(state, "balance"), "initial"), "initial"))
+        return BatchPlan(as_ints(entry(as_mapping(state, "balance"), "initial"), "initial"))

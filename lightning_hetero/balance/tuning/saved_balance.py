@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_hetero.balance.checked import entry_of, items_of, mapping_of, text_of, truth_of
+from lightning_hetero.balance.checked import as_bool, as_list, as_mapping, as_str, entry
 from lightning_hetero.balance.tuning.rebalancer import Rebalancer
 from lightning_hetero.balance.types import PlanSchedule, StepTime
 from lightning_hetero.exceptions import ConfigurationError
@@ -38,12 +38,12 @@ class SavedBalance:
             ConfigurationError: the state is damaged, of another version, or its parts are of different numbers of
                 ranks.
         """
-        values = mapping_of(state, "state")
-        if not truth_of(values.get("finished", False), "finished"):
+        values = as_mapping(state, "state")
+        if not as_bool(values.get("finished", False), "finished"):
             return None
-        devices = tuple(text_of(name, "devices") for name in items_of(entry_of(values, "devices"), "devices"))
-        schedule = PlanSchedule.from_dict(entry_of(values, "schedule"))
-        times = tuple(StepTime.from_dict(time) for time in items_of(entry_of(values, "step_times"), "step_times"))
+        devices = tuple(as_str(name, "devices") for name in as_list(entry(values, "devices"), "devices"))
+        schedule = PlanSchedule.from_dict(entry(values, "schedule"))
+        times = tuple(StepTime.from_dict(time) for time in as_list(entry(values, "step_times"), "step_times"))
         balance = values.get("balance")
         ranks = {len(devices), schedule.plans[0].world_size, len(times) or len(devices)}
         if balance is not None:

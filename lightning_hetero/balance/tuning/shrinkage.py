@@ -24,7 +24,7 @@ import numpy.typing as npt
 from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import StepTime
 
-__all__ = ["pool"]
+__all__ = ["shrink"]
 
 # Sizes of like ranks are within this factor of each other.
 _ALIKE = 1.25
@@ -33,7 +33,7 @@ _FARTHEST_MEMBER = 4.0
 _FARTHEST_SHIFT = 2.0
 
 
-def pool(model: StepTimeModel, samples: float, doubt: float) -> tuple[tuple[StepTime, ...], tuple[float, ...]]:
+def shrink(model: StepTimeModel, samples: float, doubt: float) -> tuple[tuple[StepTime, ...], tuple[float, ...]]:
     """Return the step times of a model, those of like ranks drawn towards each other.
 
     Args:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_hetero.balance.checked import array_of, entry_of, items_of, mapping_of
+from lightning_hetero.balance.checked import as_array, as_list, as_mapping, entry
 from lightning_hetero.balance.types import StepTime, WindowTiming
 from lightning_hetero.exceptions import ConfigurationError
 
@@ -228,10 +228,10 @@ class StepTimeModel:
         Raises:
             ConfigurationError: it is something else, or no model can have come to it.
         """
-        values = mapping_of(state, "model")
-        model = cls(len(items_of(entry_of(values, "_scale_n"), "_scale_n")))
+        values = as_mapping(state, "model")
+        model = cls(len(as_list(entry(values, "_scale_n"), "_scale_n")))
         for name, blank in vars(model).items():
-            setattr(model, name, array_of(entry_of(values, name), name, blank.shape))
+            setattr(model, name, as_array(entry(values, name), name, blank.shape))
         model._check()
         return model
 

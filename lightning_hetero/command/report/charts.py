@@ -14,7 +14,7 @@ from lightning_hetero.balance.record.run_record import RunChange, RunWindow
 from lightning_hetero.balance.record.run_summary import (
     Comparison,
     bound_samples_per_s,
-    efficiency,
+    measured_efficiency,
     samples_per_s,
     step_parts,
     thinned,
@@ -120,7 +120,7 @@ def efficiency_chart(windows: Sequence[RunWindow]) -> Markup | None:
     points = [
         (window.step, samples_per_s(window), bound, reached, window.tuning)
         for window in thinned(windows, _MOST_POINTS)
-        if (bound := bound_samples_per_s(window)) and (reached := efficiency(window)) is not None
+        if (bound := bound_samples_per_s(window)) and (reached := measured_efficiency(window)) is not None
     ]
     if not points:
         return None

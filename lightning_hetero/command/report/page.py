@@ -15,10 +15,10 @@ from lightning_hetero.balance.record.run_record import RunRecord, RunStages
 from lightning_hetero.balance.record.run_summary import (
     Comparison,
     compare,
-    efficiency,
+    measured_efficiency,
     plans_over_steps,
+    run_status,
     samples_per_s,
-    state_of,
     thinned,
     wait_fractions,
 )
@@ -67,12 +67,12 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
     return template.render(
         record=record,
         header=record.header,
-        state=state_of(record, going_on=refresh_s is not None),
+        state=run_status(record, going_on=refresh_s is not None),
         refresh_s=None if refresh_s is None else max(1, round(refresh_s)),
         comparison=comparison,
         rates=None if comparison is None else (samples_per_s(comparison.before), samples_per_s(comparison.after)),
         tuned_rate=None if comparison is None else comparison.tuned_samples_per_s,
-        efficiency=None if comparison is None else efficiency(comparison.after),
+        efficiency=None if comparison is None else measured_efficiency(comparison.after),
         charts=_batch_charts(record, comparison, shown) | _stage_charts(record),
         shown=shown,
         ranks=_rank_rows(record, comparison),

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from lightning_hetero.balance.batch.blocks import Blocks
-from lightning_hetero.distributed.collectives import AgreedOrder, SizedOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder, SizedOrder
 
 __all__ = ["CutBatches", "GlobalBatches", "ListedBatches"]
 
@@ -83,7 +83,7 @@ class ListedBatches:
         join: how many consecutive batches make one global batch.
     """
 
-    def __init__(self, batches: AgreedOrder[list[int]], size: int, join: int = 1) -> None:
+    def __init__(self, batches: BroadcastOrder[list[int]], size: int, join: int = 1) -> None:
         self.order = batches
         self.size = size
         self._join = join

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hetero.balance.batch.blocks import Cursor
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
-from lightning_hetero.distributed.collectives import gather, gather_counts, lend
+from lightning_hetero.distributed.collectives import all_gather, all_gather_counts, broadcast_from
 from lightning_hetero.distributed.data.changed_loader import changed_loader
 from lightning_hetero.distributed.data.skipping import SkippingSampler, can_skip, is_stateful, length_of
 from lightning_hetero.exceptions import RankFailedError
@@ -65,7 +65,7 @@ def join_loader(loader: Any, joint: Joint) -> Any:
     """
     if isinstance(loader, _JoinedIterable):  # of an earlier fit
         loader = loader._loader
-    lengths = gather(length_of(loader))
+    lengths = all_gather(length_of(loader))
     longest = None if any(length is None for length in lengths) else max(length or 0 for length in lengths)
     own: dict[str, Any] = {"_joint": joint, "_longest": longest}
     if not isinstance(loader, DataLoader):
@@ -187,7 +187,7 @@ class _JoinedIterator:
             pass
         except Exception as raised:
             samples, error = _FAILED, raised
-        counts = gather_counts(samples, self._joint.device)
+        counts = all_gather_counts(samples, self._joint.device)
         if error is not None:
             raise error
         if _FAILED in counts:
@@ -218,7 +218,7 @@ class _JoinedIterator:
         exhausted = {rank for rank, count in enumerate(counts) if count == _EXHAUSTED}
         if exhausted - self._exhausted:
             lender = next(rank for rank, count in enumerate(counts) if count != _EXHAUSTED)
-            lent = lend(batch if _rank() == lender else None, lender)
+            lent = broadcast_from(batch if _rank() == lender else None, lender)
             if _rank() in exhausted:
                 self._stand_in = lent
         self._exhausted = exhausted

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_hetero.distributed.pipeline.placement import Placement
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.hardware.timed_call import timed_call
 
@@ -72,7 +72,7 @@ class _Timing:
 
 
 def profile_layers(
-    placement: Placement,
+    placement: TensorPlacement,
     layers: Sequence[nn.Module],
     inputs: tuple[Any, ...],
     loss_of: Callable[[Any], Tensor] | None,
@@ -97,7 +97,7 @@ def profile_layers(
     cuda = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
         for number, layer in enumerate(layers):
-            lent = placement.lend_layer(number)
+            lent = placement.broadcast_layer(number)
             timing, value = _timed(layer, lent, value, device, first=number == 0)
             timings.append(timing)
             sizes.append(_bytes_of(lent))

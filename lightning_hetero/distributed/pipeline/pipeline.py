@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lightning_hetero.balance.pipeline.simulation import Pass, Timeline
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StagePlan
-from lightning_hetero.distributed.collectives import gather
-from lightning_hetero.distributed.pipeline.structure import Border, flatten, unflatten
+from lightning_hetero.distributed.collectives import all_gather
+from lightning_hetero.distributed.pipeline.structure import StageBoundary, flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
 
@@ -109,7 +109,7 @@ class Pipeline:
     def stop_recording(self) -> Timeline:
         """Return what all ranks have noted; every rank has to call it at the same point."""
         own, self._recorded = self._recorded or [], None
-        passes = [one for part in gather(own) for one in part]
+        passes = [one for part in all_gather(own) for one in part]
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
     def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ class Pipeline:
         # importing it takes a while, which those who train otherwise need not wait
         from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
-        before, behind = self._borders(inputs[0] if inputs else None)
+        before, behind = self._boundaries(inputs[0] if inputs else None)
         module = _Stage(self._layers, before, behind if training or not self.is_last else None, first=self.is_first)
         stage = _observed_stage()(
             module,
@@ -176,7 +176,7 @@ class Pipeline:
             self._kinds.popitem(last=False)
         return self._kinds[key]
 
-    def _borders(self, example: Any) -> tuple[Border, Border]:
+    def _boundaries(self, example: Any) -> tuple[StageBoundary, StageBoundary]:
         """Find what crosses the borders, by one forward pass of a micro-batch through all stages."""
         ranks, stage = self._plan.ranks, self._stage
         if not self.is_first:
@@ -192,13 +192,15 @@ class Pipeline:
         if not self.is_last:
             sent = ([t.detach().cpu() for t in tensors], structure, [t.requires_grad for t in tensors])
             dist.send_object_list([sent], dst=ranks[stage + 1], device=self._device)
-        return Border.of(() if self.is_first else example), Border.of(output)
+        return StageBoundary.of(() if self.is_first else example), StageBoundary.of(output)
 
 
 class _Stage(nn.Module):
     """The layers of a stage, between flat tensors."""
 
-    def __init__(self, layers: Sequence[nn.Module], before: Border, behind: Border | None, *, first: bool) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], before: StageBoundary, behind: StageBoundary | None, *, first: bool
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.before = before

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
 
-__all__ = ["Placement", "gather_on_zero"]
+__all__ = ["TensorPlacement", "gather_on_rank_zero"]
 
 
-class Placement:
+class TensorPlacement:
     """Keeps on this rank what its stage needs.
 
     Parameters and buffers that are in no layer belong to the last stage, where losses are computed. Those that several
@@ -84,7 +84,7 @@ class Placement:
         """Return whether this rank is the one that counts ``parameter`` in a sum over all."""
         return self._source(parameter) == self._rank
 
-    def lend_layer(self, number: int) -> dict[str, Tensor]:
+    def broadcast_layer(self, number: int) -> dict[str, Tensor]:
         """Return the parameters and buffers of a layer, on every rank, which is to call this at the same point.
 
         They are copies: what is done to them changes no layer.
@@ -136,7 +136,7 @@ class Placement:
         if self._is_complete:
             return {name: _on_cpu(value) for name, value in self._module.state_dict().items()}
         own = {name: _on_cpu(value) for name, value in self._module.state_dict().items() if not _is_meta(value)}
-        parts = gather_on_zero(own)
+        parts = gather_on_rank_zero(own)
         if parts is None:
             return {}
         merged = {name: value for part in reversed(parts) for name, value in part.items()}
@@ -196,7 +196,7 @@ class Placement:
         yield from self._module.buffers()
 
 
-def gather_on_zero(value: Any) -> list[Any] | None:
+def gather_on_rank_zero(value: Any) -> list[Any] | None:
     """Return the values of all ranks on rank 0, None elsewhere."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, parts, dst=0)

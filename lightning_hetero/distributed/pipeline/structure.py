@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["Border", "flatten", "unflatten"]
+__all__ = ["StageBoundary", "flatten", "unflatten"]
 
 
 @dataclass(frozen=True)
-class Border:
+class StageBoundary:
     """What crosses from one stage to the next.
 
     Attributes:
@@ -31,7 +31,7 @@ class Border:
     requires_grad: tuple[bool, ...]
 
     @classmethod
-    def of(cls, value: Any) -> Border:
+    def of(cls, value: Any) -> StageBoundary:
         """Return what has to be known of ``value`` to receive its like."""
         tensors, structure = flatten(value)
         return cls(

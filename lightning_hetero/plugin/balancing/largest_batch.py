@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_hetero.balance.batch.passes import pass_sizes
+from lightning_hetero.balance.batch.caps import micro_batch_sizes
 from lightning_hetero.balance.batch.search import Search
-from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
@@ -48,7 +48,7 @@ class LargestBatchFinder(Callback):
     """
 
     def __init__(self, verbose: bool = True) -> None:
-        arguments.check_truth("verbose", verbose)
+        arguments.check_bool("verbose", verbose)
         super().__init__()
         self.verbose = verbose
         self.found: tuple[int, ...] = ()
@@ -71,8 +71,8 @@ class LargestBatchFinder(Callback):
         assert isinstance(strategy, HeteroDDPStrategy)
         strategy.timer.pause()  # ranks wait for the one that searches longest
         own = self._largest(strategy, trainer, pl_module)
-        self.found = tuple(gather(own))
-        strategy.passes.limit = min(own, strategy.passes.limit or own)
+        self.found = tuple(all_gather(own))
+        strategy.micro_batches.limit = min(own, strategy.micro_batches.limit or own)
         if self.verbose:
             say(trainer, f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
 
@@ -84,7 +84,7 @@ class LargestBatchFinder(Callback):
                 f" of any size, got {type(loader).__name__}. Set `max_batch_size` instead."
             )
         # what has run in the step before, in passes if memory ran out
-        start = max(pass_sizes(part.samples, strategy.passes.most), default=1)
+        start = max(micro_batch_sizes(part.samples, strategy.micro_batches.most), default=1)
         search = Search(start, most=part.global_samples)
         while (size := search.next_size()) is not None:
             search.tell(self._fits(strategy, module, loader, size))
@@ -93,7 +93,7 @@ class LargestBatchFinder(Callback):
     def _fits(self, strategy: HeteroDDPStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
         with ExitStack() as stack:
             kept = (isolate_rng(), discarded_metrics(module), silent_log(module), kept_buffers(module))
-            for context in (*kept, strategy.passes.alone()):
+            for context in (*kept, strategy.micro_batches.alone()):
                 stack.enter_context(context)
             try:
                 _run_pass(strategy, module, loader, size)

@@ -13,20 +13,19 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s
-from lightning_hetero.balance.batch.caps import limits_of_passes
-from lightning_hetero.balance.batch.passes import pass_sizes
-from lightning_hetero.balance.record.summary import speed_up
-from lightning_hetero.balance.tuning.advice import Advice, advise, efficiency
+from lightning_hetero.balance.batch.caps import limits_of_micro_batches, micro_batch_sizes
+from lightning_hetero.balance.record.run_summary import measured_speed_up
+from lightning_hetero.balance.tuning.advice import Advice, advise, predicted_efficiency
 from lightning_hetero.balance.tuning.change_reason import change_reason
 from lightning_hetero.balance.tuning.memory_model import MemoryModel
-from lightning_hetero.balance.tuning.rebalancer import Rebalancer, Verdict, Window
+from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer, Window
 from lightning_hetero.balance.tuning.saved_balance import SavedBalance
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
-from lightning_hetero.distributed.collectives import agree
+from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.balancing.rank_report import RankReport, check_agreement, fingerprint_of, run_window
-from lightning_hetero.plugin.balancing.reporter import BalanceLog, reason_of
+from lightning_hetero.plugin.balancing.reporter import RunReporter, reason_of
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
@@ -40,13 +39,13 @@ _REPORT_STEPS = 10
 
 
 @dataclass(frozen=True)
-class _Decision:
+class _RankZeroDecision:
     """What all ranks do next; the windows of all ranks where somebody wants to see them."""
 
-    verdict: Verdict
+    decision: Decision
     first_step: int
     windows: tuple[WindowTiming, ...]
-    predicted_passes: tuple[int | None, ...]
+    predicted_micro_batches: tuple[int | None, ...]
 
 
 class LoadBalancer(Callback):
@@ -80,11 +79,11 @@ class LoadBalancer(Callback):
     Attributes:
         step_times: The expected step time of each rank; empty before the first window has ended.
         communication_s: What a step takes besides the slowest rank's own time, as measured.
-        statuses_before: Each rank under the plan that was measured first, as measured.
-        statuses_after: Each rank under the plan that was found, as measured.
+        windows_before: Each rank under the plan that was measured first, as measured.
+        windows_after: Each rank under the plan that was found, as measured.
         changes: The changes of plan, as pairs of the first training step and the plan.
         finished: Whether the tuning is over.
-        run_log: What is told of the run; None before it begins.
+        reporter: What is told of the run; None before it begins.
     """
 
     def __init__(
@@ -102,10 +101,10 @@ class LoadBalancer(Callback):
         arguments.check_at_least("tune_steps", tune_steps, 1)
         arguments.check_at_least("min_gain", min_gain, 0, whole=False)
         arguments.check_at_least("watch_steps", watch_steps, 0)
-        arguments.check_part("memory_fraction", memory_fraction)
+        arguments.check_fraction("memory_fraction", memory_fraction)
         arguments.check_record(record)
-        arguments.check_truth("verbose", verbose)
-        arguments.check_truth("progress_bar", progress_bar)
+        arguments.check_bool("verbose", verbose)
+        arguments.check_bool("progress_bar", progress_bar)
         super().__init__()
         self.memory_fraction = memory_fraction
         self.warmup_steps = warmup_steps
@@ -115,11 +114,11 @@ class LoadBalancer(Callback):
         self.watch_steps = watch_steps
         self.record = record
         self.progress_bar = progress_bar
-        self.run_log: BalanceLog | None = None
+        self.reporter: RunReporter | None = None
         self.step_times: tuple[StepTime, ...] = ()
         self.communication_s = 0.0
-        self.statuses_before: tuple[WindowTiming, ...] = ()
-        self.statuses_after: tuple[WindowTiming, ...] = ()
+        self.windows_before: tuple[WindowTiming, ...] = ()
+        self.windows_after: tuple[WindowTiming, ...] = ()
         self.changes: list[tuple[int, BatchPlan]] = []
         self.finished = False
         self._strategy: HeteroDDPStrategy | None = None
@@ -152,10 +151,10 @@ class LoadBalancer(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = self._the_strategy
-        if strategy.schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
+        if strategy.plan_schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
             return
-        batch = strategy.schedule.plans[-1].global_batch_size
-        self.run_log = BalanceLog(trainer, strategy.profiles, batch, self.record, self.verbose)
+        batch = strategy.plan_schedule.plans[-1].global_batch_size
+        self.reporter = RunReporter(trainer, strategy.profiles, batch, self.record, self.verbose)
         self._begin(trainer.fit_loop.total_batch_idx + 1)
         self._guess_is_due = not self.finished
         # the forward pass proper begins behind what DDP communicates before it
@@ -171,7 +170,7 @@ class LoadBalancer(Callback):
         strategy.timer.pause()
         if self.progress_bar and self._efficiency is not None:
             pl_module.log("hetero_efficiency", self._efficiency, prog_bar=True, logger=False)
-        part, schedule, step = strategy.training_slice, strategy.schedule, trainer.fit_loop.total_batch_idx
+        part, schedule, step = strategy.training_slice, strategy.plan_schedule, trainer.fit_loop.total_batch_idx
         if part is None or schedule is None:
             self._stop_measuring()  # the loader was replaced by one that the strategy does not divide
             return
@@ -208,13 +207,13 @@ class LoadBalancer(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_measuring()
-        if self.run_log is not None:
-            self.run_log.end("finished")
+        if self.reporter is not None:
+            self.reporter.end("finished")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.run_log is not None:
-            self.run_log.end(reason_of(exception))
+        if self.reporter is not None:
+            self.reporter.end(reason_of(exception))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,15 +227,15 @@ class LoadBalancer(Callback):
         return self._strategy
 
     @property
-    def _the_log(self) -> BalanceLog:
-        assert self.run_log is not None
-        return self.run_log
+    def _the_reporter(self) -> RunReporter:
+        assert self.reporter is not None
+        return self.reporter
 
     def _begin(self, first_step: int) -> None:
         """Start to tune, or to watch where a resumed run has tuned already, or start anew."""
         strategy = self._the_strategy
-        assert strategy.schedule is not None
-        current = strategy.schedule.at(first_step)
+        assert strategy.plan_schedule is not None
+        current = strategy.plan_schedule.at(first_step)
         state = self._restored
         if state is not None and sum(state["initial"]) != current.global_batch_size:
             state = self._restored = None
@@ -253,7 +252,7 @@ class LoadBalancer(Callback):
         self._memory_model = MemoryModel(strategy.world_size)
         self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
         if not self.finished:
-            self._the_log.say_progress(
+            self._the_reporter.say_progress(
                 f"tuning the shares in at most {self.warmup_steps + self.tune_steps} steps, the first"
                 f" {self.warmup_steps} to warm up; {list(current.samples)} samples a rank so far"
             )
@@ -267,7 +266,7 @@ class LoadBalancer(Callback):
         plan = strategy.nominal_plan()
         if plan is None or self._rebalancer is None or plan == self._rebalancer.current:
             return
-        first_step = agree([strategy.fetched_through], _step_behind_all, strategy.root_device)
+        first_step = decide_on_rank_zero([strategy.fetched_through], _step_behind_all, strategy.root_device)
         self._rebalancer.current = plan
         self._change(first_step, plan, "a first guess, from the devices' cores and clocks", self.tune_steps)
         self._start_window(max(first_step, next_step) + self.warmup_steps, self._rebalancer.first_window())
@@ -289,49 +288,51 @@ class LoadBalancer(Callback):
         current = self._rebalancer.current
         report = RankReport(
             summarise(strategy.timer.take()) or _NOTHING_MEASURED,
-            self._memory_of_pass(plan.samples[strategy.global_rank]),
-            strategy.passes.limit or 0,
+            self._memory_of_micro_batch(plan.samples[strategy.global_rank]),
+            strategy.micro_batches.limit or 0,
             strategy.fetched_through,
             self._fingerprint,
         )
-        decision = agree(report.to_numbers(), self._decide, strategy.root_device)
-        verdict = decision.verdict
-        strategy.passes.predicted = decision.predicted_passes[strategy.global_rank]
-        self.step_times, self.communication_s = verdict.step_times, verdict.communication_s
-        self._rebalancer.current = verdict.plan  # on rank zero it is already
+        outcome = decide_on_rank_zero(report.to_numbers(), self._decide, strategy.root_device)
+        decision = outcome.decision
+        strategy.micro_batches.predicted = outcome.predicted_micro_batches[strategy.global_rank]
+        self.step_times, self.communication_s = decision.step_times, decision.communication_s
+        self._rebalancer.current = decision.plan  # on rank zero it is already
         if self.progress_bar and self.step_times:
-            self._efficiency = efficiency(self.step_times, plan, self.communication_s)
+            self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
         self._tell_window(plan)
-        if not self.statuses_before:
-            self.statuses_before = decision.windows
+        if not self.windows_before:
+            self.windows_before = outcome.windows
         elif self.finished and self._reports:
-            self.statuses_after = decision.windows
+            self.windows_after = outcome.windows
             self._tell_result()
-        if verdict.plan != current:
+        if decision.plan != current:
             self._improved = True
             self._change(
-                decision.first_step,
-                verdict.plan,
-                change_reason(verdict.gain, current, self._times_before, verdict.step_times),
-                0 if self.finished or verdict.tuned else self._rebalancer.tune_steps_left,
+                outcome.first_step,
+                decision.plan,
+                change_reason(decision.gain, current, self._times_before, decision.step_times),
+                0 if self.finished or decision.tuned else self._rebalancer.tune_steps_left,
             )
             self._times_before = ()
-        if verdict.tuned and not self._times_before:
+        if decision.tuned and not self._times_before:
             # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
-            self._times_before = verdict.step_times
-        if verdict.tuned and not self.finished:
+            self._times_before = decision.step_times
+        if decision.tuned and not self.finished:
             self.finished = True
             if not self._improved:
-                self._the_log.say(f"the shares stay {list(verdict.plan.samples)}; {self._why_they_stay(verdict)}")
+                self._the_reporter.say(
+                    f"the shares stay {list(decision.plan.samples)}; {self._why_they_stay(decision)}"
+                )
                 self._give_advice()
-        self._start_window(decision.first_step, verdict.window)
+        self._start_window(outcome.first_step, decision.window)
         if self.finished and not (self.watch_steps or self._reports):
             self._stop_measuring()
-        elif verdict.window.skipped_steps > 2:
+        elif decision.window.skipped_steps > 2:
             strategy.timer.disable()
 
-    def _why_they_stay(self, verdict: Verdict) -> str:
-        if verdict.step_times:
+    def _why_they_stay(self, decision: Decision) -> str:
+        if decision.step_times:
             return f"no others are predicted to be more than {self.min_gain:.0%} faster"
         assert self._rebalancer is not None
         ranks = ", ".join(map(str, self._rebalancer.model.unmeasured))  # rank zero knows, and prints
@@ -340,23 +341,23 @@ class LoadBalancer(Callback):
     @property
     def _reports(self) -> bool:
         """Whether a table of what the tuning brought is still to come."""
-        return bool(self._improved and self.statuses_before and not self.statuses_after)
+        return bool(self._improved and self.windows_before and not self.windows_after)
 
     @property
     def _fingerprint(self) -> int:
         strategy = self._the_strategy
         progress = TrainingProgress(strategy.trainer)
-        assert strategy.schedule is not None
-        return fingerprint_of(strategy.schedule, progress.step, progress.epoch)
+        assert strategy.plan_schedule is not None
+        return fingerprint_of(strategy.plan_schedule, progress.step, progress.epoch)
 
-    def _memory_of_pass(self, samples: int) -> MemoryReading:
+    def _memory_of_micro_batch(self, samples: int) -> MemoryReading:
         strategy = self._the_strategy
-        use = strategy.memory.read() if strategy.memory is not None and strategy.training.counts_samples else None
+        use = strategy.memory.read() if strategy.memory is not None and strategy.train_data.counts_samples else None
         if use is None:
             return _NOTHING_READ
         assert strategy.memory is not None
         strategy.memory.restart()  # the next window may follow at once
-        largest = max(pass_sizes(samples, strategy.passes.most), default=0)
+        largest = max(micro_batch_sizes(samples, strategy.micro_batches.most), default=0)
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 
@@ -366,29 +367,29 @@ class LoadBalancer(Callback):
         assert self._rebalancer is not None
         self._memory_model.observe([report.memory if report.memory.samples else None for report in reports])
         predicted = tuple(self._memory_model.most_samples(rank) for rank in range(len(reports)))
-        if strategy.micro_batch_size is None and strategy.training.counts_samples:
+        if strategy.micro_batch_size is None and strategy.train_data.counts_samples:
             fit = [
-                min((n for n in (report.pass_limit or None, most) if n is not None), default=None)
+                min((n for n in (report.micro_batch_limit or None, most) if n is not None), default=None)
                 for report, most in zip(reports, predicted, strict=True)
             ]
             batch = self._rebalancer.current.global_batch_size
-            self._rebalancer.limit(limits_of_passes(strategy.limits, fit, batch))
+            self._rebalancer.limit(limits_of_micro_batches(strategy.limits, fit, batch))
         return predicted
 
-    def _decide(self, rows: list[list[float]]) -> _Decision:
+    def _decide(self, rows: list[list[float]]) -> _RankZeroDecision:
         reports = [RankReport.from_numbers(row) for row in rows]
         check_agreement(reports)
         windows = [report.window for report in reports]
         assert self._rebalancer is not None
         self._reports_of_ranks = tuple(reports)
-        predicted_passes = self._predict_memory(reports)
-        verdict = self._rebalancer.judge([window if window.steps else None for window in windows])
-        shown = all(window.steps for window in windows) and (not self.statuses_before or self._reports)
-        return _Decision(
-            verdict=verdict,
+        predicted_micro_batches = self._predict_memory(reports)
+        decision = self._rebalancer.update([window if window.steps else None for window in windows])
+        shown = all(window.steps for window in windows) and (not self.windows_before or self._reports)
+        return _RankZeroDecision(
+            decision=decision,
             first_step=_step_behind_all([[report.fetched_through] for report in reports]),
             windows=tuple(windows) if shown else (),
-            predicted_passes=predicted_passes,
+            predicted_micro_batches=predicted_micro_batches,
         )
 
     def _change(self, first_step: int, plan: BatchPlan, reason: str, steps_left: int) -> None:
@@ -402,18 +403,18 @@ class LoadBalancer(Callback):
         """
         self._the_strategy.change_plan(first_step, plan)
         self.changes.append((first_step, plan))
-        self._the_log.change(first_step, plan, reason)
+        self._the_reporter.change(first_step, plan, reason)
         message = f"{list(plan.samples)} samples a rank from training step {first_step} on ({reason})"
         if steps_left > 0:
             left_s = steps_left * (
                 predicted_step_s(self.step_times, plan) + self.communication_s if self.step_times else 0
             )
             about = f", about {left_s:.0f} s" if left_s >= 1 else ""
-            self._the_log.say_progress(f"{message}; tuning for at most {steps_left} more steps{about}")
+            self._the_reporter.say_progress(f"{message}; tuning for at most {steps_left} more steps{about}")
         elif self.finished:
-            self._the_log.say(message)
+            self._the_reporter.say(message)
         else:
-            self._the_log.say_progress(message)
+            self._the_reporter.say_progress(message)
 
     def _tell_window(self, plan: BatchPlan) -> None:
         """Hand on what was measured of all ranks; only rank zero knows it."""
@@ -426,34 +427,34 @@ class LoadBalancer(Callback):
             times,
             self.communication_s,
             step=TrainingProgress(self._the_strategy.trainer).step,
-            time_s=self._the_log.time_s,
+            time_s=self._the_reporter.time_s,
             tuning=not self.finished,
         )
-        self._the_log.window(told)
+        self._the_reporter.window(told)
 
     def _tell_result(self) -> None:
         strategy = self._the_strategy
-        if self.statuses_after and self.verbose and strategy.is_global_zero:
+        if self.windows_after and self.verbose and strategy.is_global_zero:
             from lightning_hetero.plugin.balancing.table import print_balance  # rich takes a while to import
 
-            print_balance(strategy.trainer, strategy.profiles, self.statuses_before, self.statuses_after)
+            print_balance(strategy.trainer, strategy.profiles, self.windows_before, self.windows_after)
         self._give_advice()
 
     def _give_advice(self) -> None:
         advice = self.advice
         if advice is None:
             return
-        self._the_log.advice(advice)
+        self._the_reporter.advice(advice)
         for sentence in advice.sentences():
-            self._the_log.say(sentence)
+            self._the_reporter.say(sentence)
 
     @property
     def advice(self) -> Advice | None:
         """What the present plan is worth, and what would be worth more; None before every rank was measured."""
         strategy = self._strategy
-        if strategy is None or strategy.schedule is None or not self.step_times:
+        if strategy is None or strategy.plan_schedule is None or not self.step_times:
             return None
-        plan = strategy.schedule.plans[-1]
+        plan = strategy.plan_schedule.plans[-1]
         return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
 
     def _stop_measuring(self) -> None:
@@ -469,21 +470,21 @@ class LoadBalancer(Callback):
     @property
     def measured_speed_up(self) -> float | None:
         """How many times as many samples/s as under the plan that was measured first; None before it is known."""
-        if not (self.statuses_before and self.statuses_after):
+        if not (self.windows_before and self.windows_after):
             return None
-        return speed_up(self.statuses_before, self.statuses_after)
+        return measured_speed_up(self.windows_before, self.windows_after)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
         strategy = self._strategy
-        if strategy is None or strategy.schedule is None:
+        if strategy is None or strategy.plan_schedule is None:
             return {}
         return {
             "devices": [profile.name for profile in strategy.profiles],
             "finished": self.finished,
-            "schedule": strategy.schedule.to_dict(),
+            "schedule": strategy.plan_schedule.to_dict(),
             "step_times": [time.to_dict() for time in self.step_times],
             "balance": self._restored if self._rebalancer is None else self._rebalancer.to_dict(),
         }

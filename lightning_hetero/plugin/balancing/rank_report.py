@@ -21,14 +21,15 @@ class RankReport:
     Attributes:
         window: what its steps took.
         memory: what its passes took.
-        pass_limit: most samples that its passes may have, as the user wants it or as it was learned; 0 for no limit.
+        micro_batch_limit: the largest micro-batch allowed on the rank, in samples, by the user or since memory ran
+            out; 0 for no limit.
         fetched_through: the latest step for which it has drawn its samples.
         fingerprint: of the plans and the position that the rank believes in; below 2^32.
     """
 
     window: WindowTiming
     memory: MemoryReading
-    pass_limit: int
+    micro_batch_limit: int
     fetched_through: int
     fingerprint: int
 
@@ -37,7 +38,7 @@ class RankReport:
         return [
             *self.window.to_numbers(),
             *self.memory.to_numbers(),
-            self.pass_limit,
+            self.micro_batch_limit,
             self.fetched_through,
             self.fingerprint,
         ]
@@ -45,9 +46,9 @@ class RankReport:
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> RankReport:
         """Return what :meth:`to_numbers` described."""
-        *rest, pass_limit, fetched_through, fingerprint = numbers
+        *rest, micro_batch_limit, fetched_through, fingerprint = numbers
         window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
-        return cls(window, memory, int(pass_limit), int(fetched_through), int(fingerprint))
+        return cls(window, memory, int(micro_batch_limit), int(fetched_through), int(fingerprint))
 
 
 def fingerprint_of(schedule: PlanSchedule, step: int, epoch: int) -> int:

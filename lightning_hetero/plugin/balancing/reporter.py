@@ -9,19 +9,19 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunHeader, RunWindow
-from lightning_hetero.balance.record.run_scalars import scalars_of
+from lightning_hetero.balance.record.run_summary import scalars_of
 from lightning_hetero.balance.tuning.advice import Advice
 from lightning_hetero.balance.types import BatchPlan, DeviceProfile
 from lightning_hetero.plugin.common.console import has_progress_bar, say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.common.run_writer import RunWriter
 
-__all__ = ["BalanceLog", "reason_of", "record_directory", "run_header"]
+__all__ = ["RunReporter", "reason_of", "record_directory", "run_header"]
 
 _LONGEST_REASON = 1000
 
 
-class BalanceLog:
+class RunReporter:
     """Does nothing on ranks other than zero, but every rank has to make one at the same point.
 
     Args:

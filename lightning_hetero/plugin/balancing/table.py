@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 
-from lightning_hetero.balance.record.summary import speed_up
+from lightning_hetero.balance.record.run_summary import measured_speed_up
 from lightning_hetero.balance.types import DeviceProfile, WindowTiming
 
 __all__ = ["balance_table", "print_balance"]
@@ -53,6 +53,6 @@ def print_balance(
     with console.capture() if bar is not None else nullcontext() as captured:
         console.print("hetero_ddp, a step of each rank: own time, and waiting for the other ranks")
         console.print(balance_table(profiles, before, after))
-        console.print(f"speed-up {speed_up(before, after):.2f} (samples/s after the change / before)")
+        console.print(f"speed-up {measured_speed_up(before, after):.2f} (samples/s after the change / before)")
     if bar is not None and captured is not None:
         bar.print(captured.get().rstrip())

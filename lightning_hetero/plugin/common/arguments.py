@@ -22,21 +22,21 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 __all__ = [
     "caps_of_ranks",
     "check_at_least",
+    "check_bool",
     "check_caps",
     "check_choice",
+    "check_fraction",
     "check_global_batch_size",
     "check_keywords",
     "check_launching",
     "check_num_loss_terms",
     "check_numbers",
     "check_optional_positive_integer",
-    "check_part",
     "check_positive",
     "check_record",
     "check_shares",
     "check_splits",
     "check_sum_of_caps",
-    "check_truth",
     "is_integer",
     "shares_of_ranks",
 ]
@@ -203,7 +203,7 @@ def check_optional_positive_integer(name: str, value: Any) -> None:
         check_at_least(name, value, 1)
 
 
-def check_part(name: str, value: Any) -> None:
+def check_fraction(name: str, value: Any) -> None:
     """Check that ``value`` is a part of something: above 0 and at most 1."""
     if not _is_number(value) or not 0 < value <= 1:
         raise ConfigurationError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
@@ -215,7 +215,7 @@ def check_record(record: Any) -> None:
         raise ConfigurationError(f"`record` must be true, false, or the path of a directory, got {record!r}.")
 
 
-def check_truth(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
     """Check that ``value`` is true or false."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"`{name}` must be true or false, got {value!r}.")

@@ -96,7 +96,7 @@ class EvaluationData:
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
-        plan = strategy.training.plan_at_next_step()
+        plan = strategy.train_data.plan_at_next_step()
         if plan is not None:
             return plan
         # only the proportions count: a plan is scaled to the loader's batches

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_hetero.distributed.collectives import AgreedOrder, SizedOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder, SizedOrder
 from lightning_hetero.distributed.data.changed_loader import changed_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 
@@ -40,7 +40,7 @@ class Divisible:
 
     loader: DataLoader[Any]
     order: SizedOrder
-    lists: AgreedOrder[list[int]] | None
+    lists: BroadcastOrder[list[int]] | None
     batch_size: int | None
     drop_last: bool
     batch_sampler: str
@@ -78,7 +78,7 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
         dataloader: what Lightning's ``process_dataloader`` hook is given.
         world_size: number of ranks.
         epoch: the epoch that the loader will begin with; where a run is resumed that is not the first.
-        resumed: see :class:`~lightning_hetero.distributed.collectives.AgreedOrder`.
+        resumed: see :class:`~lightning_hetero.distributed.collectives.BroadcastOrder`.
     """
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return Own("each rank reads a stream of its own")
@@ -97,7 +97,7 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
     return Divisible(
         loader=dataloader,
         order=order,
-        lists=None if torchs else AgreedOrder(_Lists(batch_sampler, sampler), epoch, resumed),
+        lists=None if torchs else BroadcastOrder(_Lists(batch_sampler, sampler), epoch, resumed),
         batch_size=getattr(batch_sampler, "batch_size", None),
         drop_last=getattr(batch_sampler, "drop_last", False),
         batch_sampler=type(batch_sampler).__name__,
@@ -132,7 +132,7 @@ def _not_divided_by_lightning() -> Own:
 
 def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> SizedOrder | None:
     """Return the order of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to give it."""
-    if isinstance(sampler, (AgreedOrder, _Head)):
+    if isinstance(sampler, (BroadcastOrder, _Head)):
         return sampler
     if isinstance(sampler, _EveryNth):
         return sampler.order
@@ -144,7 +144,7 @@ def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> Siz
         # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
         inner = getattr(sampler.dataset, "_sampler", None)
         known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
-        return sampler if known else AgreedOrder(sampler, epoch, resumed)
+        return sampler if known else BroadcastOrder(sampler, epoch, resumed)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
         # the user's own, which divides equally: the same order undivided
         whole: DistributedSampler[Any] = DistributedSampler(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_hetero.distributed.collectives import AgreedOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["ResumedLoaders", "state_of"]
+__all__ = ["ResumedLoaders", "loaders_state"]
 
 
-def state_of(samplers: Iterable[ShareBatchSampler]) -> list[dict[str, Any]]:
+def loaders_state(samplers: Iterable[ShareBatchSampler]) -> list[dict[str, Any]]:
     """Return plain values, one entry a loader: its global batch, and from what random numbers its order was drawn.
 
     Lightning counts the batches of an epoch, so a position means nothing under another global batch; and torch's own
@@ -20,7 +20,7 @@ def state_of(samplers: Iterable[ShareBatchSampler]) -> list[dict[str, Any]]:
     """
     orders = [(sampler.batches.size, sampler.batches.order) for sampler in samplers]
     return [
-        {"global_batch_size": size, "order": order.random_state if isinstance(order, AgreedOrder) else None}
+        {"global_batch_size": size, "order": order.random_state if isinstance(order, BroadcastOrder) else None}
         for size, order in orders
     ]
 
@@ -29,7 +29,7 @@ class ResumedLoaders:
     """The loaders of an earlier run.
 
     Args:
-        state: what :func:`state_of` has returned; anything else is taken for nothing.
+        state: what :func:`loaders_state` has returned; anything else is taken for nothing.
     """
 
     def __init__(self, state: Any = None) -> None:

@@ -22,7 +22,7 @@ from lightning_hetero.balance.batch.blocks import (
 )
 from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
-from lightning_hetero.distributed.collectives import AgreedOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder
 from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
@@ -37,7 +37,7 @@ from lightning_hetero.plugin.common.loop_progress import (
     training_loaders,
 )
 from lightning_hetero.plugin.data import loader_kinds as loaders
-from lightning_hetero.plugin.data.loader_state import ResumedLoaders, state_of
+from lightning_hetero.plugin.data.loader_state import ResumedLoaders, loaders_state
 from lightning_hetero.plugin.data.slices import StepSlices
 from lightning_hetero.plugin.step.batch_size import samples_in
 
@@ -93,7 +93,7 @@ class TrainingData:
 
     def state(self) -> list[dict[str, Any]]:
         """Return what a checkpoint has to hold of the loaders; plain values."""
-        return state_of(sampler for sampler in self._samplers or ())
+        return loaders_state(sampler for sampler in self._samplers or ())
 
     def load(self, state: Any) -> None:
         """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
@@ -101,7 +101,7 @@ class TrainingData:
 
     def _divided(self, loader: loaders.Divisible) -> DataLoader[Any]:
         strategy = self._strategy
-        if loader.lists is None and not isinstance(loader.order, AgreedOrder):  # the order follows from the epoch
+        if loader.lists is None and not isinstance(loader.order, BroadcastOrder):  # the order follows from the epoch
             resume_exactly()
         sampler = ShareBatchSampler(
             self._global_batches(loader),
@@ -168,18 +168,18 @@ class TrainingData:
     # ---- the schedule ----------------------------------------------------------------------------------------------
 
     @property
-    def schedule(self) -> PlanSchedule | None:
+    def plan_schedule(self) -> PlanSchedule | None:
         """Which plan holds at which training step; None where the training loaders are not divided, or only equally."""
         return self._schedule if self._resolve() and not self._stays_equal else None
 
-    @schedule.setter
-    def schedule(self, schedule: PlanSchedule) -> None:
+    @plan_schedule.setter
+    def plan_schedule(self, schedule: PlanSchedule) -> None:
         self._schedule = schedule
 
     @property
     def may_be_unequal(self) -> bool:
         """Whether the ranks have mini-batches of different sizes, now or after tuning."""
-        schedule = self.schedule
+        schedule = self.plan_schedule
         if schedule is None or self._strategy.world_size == 1:
             return False
         return self._strategy.shares == "auto" or not schedule.at(self._progress.step + 1).is_equal

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_hetero.balance.batch.passes import halved, pass_sizes
+from lightning_hetero.balance.batch.caps import halved, micro_batch_sizes
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.group.failure import announce
 from lightning_hetero.exceptions import HeteroError, RankOutOfMemoryError, UnsupportedFeatureError
@@ -42,7 +42,7 @@ from lightning_hetero.plugin.step.gradients import (
     reduces_at_the_end,
     taken_aside,
 )
-from lightning_hetero.plugin.step.log_capture import combined_log, silent_log
+from lightning_hetero.plugin.step.log_capture import captured_log, silent_log
 from lightning_hetero.plugin.step.out_of_memory import free_memory, is_out_of_memory
 from lightning_hetero.plugin.step.split_batch import split_batch
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
@@ -50,14 +50,14 @@ from lightning_hetero.plugin.step.step_output import combined_output, detached_o
 if TYPE_CHECKING:
     from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
 
-__all__ = ["Passes"]
+__all__ = ["MicroBatches"]
 
 Forward = Callable[..., Any]
 Backward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class _LastPass:
+class _LastMicroBatch:
     """The pass whose gradients are still to be computed.
 
     Attributes:
@@ -71,7 +71,7 @@ class _LastPass:
     weight: float
 
 
-class Passes:
+class MicroBatches:
     """The passes of one rank.
 
     Args:
@@ -89,7 +89,7 @@ class Passes:
         self.predicted: int | None = None
         self.times_out_of_memory = 0
         self._aside: Gradients = []
-        self._last: _LastPass | None = None
+        self._last: _LastMicroBatch | None = None
         self._finished_samples = 0
         self._is_in_several = False
         self._communicated = False
@@ -170,12 +170,12 @@ class Passes:
         self._buffers_are_broadcast = False
         # counted only where it matters: a stand-in has one sample
         samples = part.samples or 1 if part is not None else (samples_in(args[0]) if self.most is not None else 0)
-        sizes = pass_sizes(samples, self.most)
+        sizes = micro_batch_sizes(samples, self.most)
         reason = ""
         while True:
             try:
                 if len(sizes) < 2:
-                    self._last = _LastPass(args, samples, 1.0 / self._accumulated_batches)
+                    self._last = _LastMicroBatch(args, samples, 1.0 / self._accumulated_batches)
                     return self._forward(forward, *args)
                 return self._several(forward, backward, args, sizes)
             except RuntimeError as error:
@@ -197,19 +197,19 @@ class Passes:
         weights = self._weights(parts, sizes)
         ends = list(accumulate(sizes))
         outputs: list[Any] = []
-        with self.alone(), taken_aside(self._parameters) as aside, combined_log(self._module) as log:
+        with self.alone(), taken_aside(self._parameters) as aside, captured_log(self._module) as log:
             for part, size, weight, end in zip(parts, sizes, weights, ends, strict=True):
                 log.samples, log.weight = size, weight
                 last = end == ends[-1]
                 with self._counted_once(end):
                     output = self._forward(forward, part, *rest) if last else self._early_forward(forward, part, *rest)
-                log.told_loss(loss_of(output))
+                log.note_loss(loss_of(output))
                 self._finished_samples = max(self._finished_samples, end)
                 if not last:
                     self._early_backward(backward, output, weight / self._accumulated_batches)
                 outputs.append(output if last else detached_output(output))
         self._aside = aside
-        self._last = _LastPass((parts[-1], *rest), sizes[-1], weights[-1] / self._accumulated_batches)
+        self._last = _LastMicroBatch((parts[-1], *rest), sizes[-1], weights[-1] / self._accumulated_batches)
         return combined_output(outputs, sizes, weights)
 
     def _forward(self, forward: Forward, *args: Any) -> Any:
@@ -316,7 +316,7 @@ class Passes:
         self._strategy.post_backward(loss)
         return loss
 
-    def _repeated(self, last: _LastPass, parameters: Sequence[nn.Parameter], reason: str) -> Gradients:
+    def _repeated(self, last: _LastMicroBatch, parameters: Sequence[nn.Parameter], reason: str) -> Gradients:
         """Return the gradients that an interrupted backward pass has not computed, in passes that fit."""
         sizes: Sequence[int] = (last.samples or samples_in(last.args[0]),)
         while True:
@@ -331,7 +331,7 @@ class Passes:
                 return [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
 
     def _gradients(
-        self, last: _LastPass, sizes: Sequence[int], parameters: Sequence[nn.Parameter]
+        self, last: _LastMicroBatch, sizes: Sequence[int], parameters: Sequence[nn.Parameter]
     ) -> list[Tensor | None]:
         """Return the gradients of a pass with respect to some parameters, computed in smaller passes beside DDP."""
         module = self._module
@@ -372,7 +372,7 @@ class Passes:
             stacklevel=2,
         )
         free_memory(self._strategy.root_device)
-        return (*pass_sizes(finished, self.limit), *pass_sizes(sum(sizes) - finished, self.limit))
+        return (*micro_batch_sizes(finished, self.limit), *micro_batch_sizes(sum(sizes) - finished, self.limit))
 
     def _cannot_repeat(self, where: str, error: Exception, reason: str) -> Exception:
         """Return what to raise where a step that ran out of memory fails in another way when it is repeated."""

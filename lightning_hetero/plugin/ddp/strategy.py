@@ -22,7 +22,7 @@ from lightning_hetero.balance.types import (
     PlanSchedule,
     weight_in_mean,
 )
-from lightning_hetero.distributed.collectives import gather, gather_counts
+from lightning_hetero.distributed.collectives import all_gather, all_gather_counts
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
@@ -33,7 +33,7 @@ from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
-from lightning_hetero.plugin.ddp.micro_batches import Passes
+from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
 from lightning_hetero.plugin.ddp.stand_in import muted_gradients, stand_in
 
@@ -105,9 +105,9 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batch_size = micro_batch_size
         self.timer = StepTimer(HostClock())
         self.profiles: tuple[DeviceProfile, ...] = ()
-        self.training = TrainingData(self)
-        self.evaluation = EvaluationData(self)
-        self.passes = Passes(self)
+        self.train_data = TrainingData(self)
+        self.eval_data = EvaluationData(self)
+        self.micro_batches = MicroBatches(self)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
         self._part_of_step: BatchSlice | None = None
@@ -116,29 +116,29 @@ class HeteroDDPStrategy(BaseStrategy):
     # ---- what a balancer needs -------------------------------------------------------------------------------------
 
     @property
-    def schedule(self) -> PlanSchedule | None:
+    def plan_schedule(self) -> PlanSchedule | None:
         """Which plan holds at which training step; None where the training loaders are not divided."""
-        return self.training.schedule
+        return self.train_data.plan_schedule
 
     @property
     def limits(self) -> BatchLimits:
         """What every plan has to respect."""
-        return self.training.limits
+        return self.train_data.limits
 
     @property
     def fetched_through(self) -> int:
         """The latest training step for which this rank has drawn its samples; -1 before the first."""
-        return self.training.fetched_through
+        return self.train_data.fetched_through
 
     @property
     def training_slice(self) -> BatchSlice | None:
         """This rank's part of the latest global batch; None before the first."""
-        return self.training.part
+        return self.train_data.part
 
     def nominal_plan(self) -> BatchPlan | None:
         """Return the plan that the devices' data suggest before anything is measured; None where they suggest none."""
-        shares = nominal_shares(self.profiles) if self.shares == "auto" and self.schedule is not None else None
-        return None if shares is None else self.training.plan_in_proportion(shares)
+        shares = nominal_shares(self.profiles) if self.shares == "auto" and self.plan_schedule is not None else None
+        return None if shares is None else self.train_data.plan_in_proportion(shares)
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
         """Follow ``plan`` from training step ``first_step`` on.
@@ -154,7 +154,7 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.check_at_least("first_step", first_step, 0)
         if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
             raise ConfigurationError(f"`plan` must be a BatchPlan, got {plan!r}. For example BatchPlan((32, 96)).")
-        schedule = self.schedule if self.lightning_module is not None else None
+        schedule = self.plan_schedule if self.lightning_module is not None else None
         if schedule is None:
             raise ConfigurationError("`change_plan` needs a training loader that this strategy divides; there is none.")
         if first_step <= self.fetched_through:
@@ -167,19 +167,19 @@ class HeteroDDPStrategy(BaseStrategy):
             raise ConfigurationError(
                 f"`plan` must divide {current.global_batch_size} samples among {current.world_size} ranks, got {plan}."
             )
-        self.training.schedule = schedule.with_change(first_step, plan)
+        self.train_data.plan_schedule = schedule.with_change(first_step, plan)
 
     def restore_schedule(self, schedule: PlanSchedule) -> None:
         """Continue with the schedule of an earlier run, before any training batch is drawn."""
-        self.training.schedule = schedule
+        self.train_data.plan_schedule = schedule
 
     @override
     def loaders_state(self) -> Any:
-        return self.training.state()
+        return self.train_data.state()
 
     @override
     def load_loaders_state(self, state: Any) -> None:
-        self.training.load(state)
+        self.train_data.load(state)
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
@@ -214,32 +214,32 @@ class HeteroDDPStrategy(BaseStrategy):
         if self.root_device.type == "cuda":
             self.timer = StepTimer(CudaClock())
         self.memory = meter_of(self.root_device)
-        self.profiles = tuple(gather(TorchDeviceProbe().profile(self.root_device)))
+        self.profiles = tuple(all_gather(TorchDeviceProbe().profile(self.root_device)))
         # raises where a mapping does not know a device; every rank sees all devices, so all raise
         arguments.shares_of_ranks(self.shares, self.profiles)
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
-        self.passes.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+        self.micro_batches.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
 
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        self.training.check(self.lightning_module.training_step)
-        self.passes.begin()
-        if self.training.may_be_unequal:
+        self.train_data.check(self.lightning_module.training_step)
+        self.micro_batches.begin()
+        if self.train_data.may_be_unequal:
             warn_of_inexact(inexact_parts(self.lightning_module, self))
         super().on_train_start()
 
     @override
     def on_validation_start(self) -> None:
         assert self.lightning_module is not None
-        self.evaluation.begin(self.lightning_module.validation_step)
+        self.eval_data.begin(self.lightning_module.validation_step)
         super().on_validation_start()
 
     @override
     def on_test_start(self) -> None:
         assert self.lightning_module is not None
-        self.evaluation.begin(self.lightning_module.test_step)
+        self.eval_data.begin(self.lightning_module.test_step)
         super().on_test_start()
 
     @property
@@ -252,8 +252,8 @@ class HeteroDDPStrategy(BaseStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         dataloader = super().process_dataloader(dataloader)
         if self.trainer.training:
-            return self.training.process(dataloader)
-        return self.evaluation.process(dataloader, predicting=self.trainer.predicting)
+            return self.train_data.process(dataloader)
+        return self.eval_data.process(dataloader, predicting=self.trainer.predicting)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -261,32 +261,32 @@ class HeteroDDPStrategy(BaseStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
         self.timer.pause()
-        self.training.begin_step()
+        self.train_data.begin_step()
         self.loss_weight = self._weight_of_loss(args[0] if args else None)
-        part = self.training.part
+        part = self.train_data.part
         weight = self.loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
         forward = partial(super().training_step, **kwargs)
         with self._as_part(part, weight), failure_of_peers():
-            return self.passes.training_step(forward, partial(self._backward, super().backward), args, part)
+            return self.micro_batches.training_step(forward, partial(self._backward, super().backward), args, part)
 
     def _weight_of_loss(self, batch: Any) -> float:
-        part = self.training.part
+        part = self.train_data.part
         if self.num_loss_terms is not None:
             terms = 0 if _stands_in(part) else self.num_loss_terms(batch)
-            return weight_in_mean(terms, sum(gather_counts(terms, self.root_device)), self.world_size)
+            return weight_in_mean(terms, sum(all_gather_counts(terms, self.root_device)), self.world_size)
         if part is None or (self.loss_reduction == "sum" and not _stands_in(part)):
             return 1.0
         return part.loss_weight
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.evaluation.part_of_step(args)
+        part = self.eval_data.part_of_step(args)
         with self._as_part(part, 1.0 if part is None else part.loss_weight):
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.evaluation.part_of_step(args)
+        part = self.eval_data.part_of_step(args)
         with self._as_part(part, 1.0 if part is None else part.loss_weight):
             return super().test_step(*args, **kwargs)
 
@@ -304,7 +304,7 @@ class HeteroDDPStrategy(BaseStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         with failure_of_peers():
-            return self.passes.backward(
+            return self.micro_batches.backward(
                 partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
             )
 
@@ -327,8 +327,8 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        self.passes.refuse_to_communicate("all_gather")
-        self.passes.communicates()
+        self.micro_batches.refuse_to_communicate("all_gather")
+        self.micro_batches.communicates()
         with self.timer.waiting():
             self._check_gathered(tensor)
             return super().all_gather(tensor, group, sync_grads)
@@ -336,7 +336,7 @@ class HeteroDDPStrategy(BaseStrategy):
     def _check_gathered(self, tensor: Tensor) -> None:
         # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
         if self._shapes_may_differ:
-            shapes = gather(tuple(tensor.shape))
+            shapes = all_gather(tuple(tensor.shape))
             if len(set(shapes)) > 1:
                 raise UnsupportedFeatureError(
                     f"`all_gather` needs tensors of one shape, got {shapes} on the ranks: their mini-batches differ in"
@@ -344,18 +344,18 @@ class HeteroDDPStrategy(BaseStrategy):
                     f' strategy="ddp".'
                 )
         elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
-            self.training.keep_equal()
+            self.train_data.keep_equal()
 
     @property
     def _shapes_may_differ(self) -> bool:
         if self.world_size == 1:
             return False
-        part = self._part_of_step or (self.training.part if self.trainer.training else None)
+        part = self._part_of_step or (self.train_data.part if self.trainer.training else None)
         return part is None or not part.plan.is_equal
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.passes.communicates()
+        self.micro_batches.communicates()
         if isinstance(tensor, Tensor):
             tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
         with self.timer.waiting():

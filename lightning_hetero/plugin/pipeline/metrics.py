@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
-from lightning_hetero.distributed.collectives import lend
+from lightning_hetero.distributed.collectives import broadcast_from
 
 __all__ = ["PipelineMetrics"]
 
@@ -72,7 +72,7 @@ class PipelineMetrics:
             if self._is_last:
                 with self.alone():  # metrics made of others compute those
                     value = compute(*args, **kwargs)
-            heard = lend(move_data_to_device(value, torch.device("cpu")), self._last_rank)
+            heard = broadcast_from(move_data_to_device(value, torch.device("cpu")), self._last_rank)
             return value if self._is_last else move_data_to_device(heard, self._module.device)
 
         return told

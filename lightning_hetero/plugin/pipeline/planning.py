@@ -13,9 +13,9 @@ from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipe
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
-from lightning_hetero.distributed.collectives import agree
+from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
-from lightning_hetero.distributed.pipeline.placement import Placement
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.pipeline.step import Example
 
 __all__ = ["PipelineFindings", "find_stages"]
@@ -41,7 +41,7 @@ class PipelineFindings:
 
 
 def find_stages(
-    placement: Placement,
+    placement: TensorPlacement,
     layers: Sequence[nn.Module],
     example: Example,
     schedule: Schedule,
@@ -65,7 +65,7 @@ def find_stages(
     """
     profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    return agree(numbers, _decision(placement.plan, example, schedule, state_per_parameter), device)
+    return decide_on_rank_zero(numbers, _decision(placement.plan, example, schedule, state_per_parameter), device)
 
 
 def _decision(

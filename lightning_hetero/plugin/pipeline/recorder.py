@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunStages
-from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
 from lightning_hetero.plugin.balancing.reporter import reason_of, record_directory, run_header
@@ -81,7 +81,7 @@ class PipelineRecorder(Callback):
     def _write(self, trainer: Trainer, timeline: Timeline, samples: int) -> None:
         directory = record_directory(trainer, self.record)
         strategy = self._strategy_of(trainer)
-        profiles = tuple(gather(TorchDeviceProbe().profile(strategy.root_device)))
+        profiles = tuple(all_gather(TorchDeviceProbe().profile(strategy.root_device)))
         if directory is None or not trainer.is_global_zero:
             return
         self._writer = RunWriter(directory, run_header("hetero_pipeline", profiles, samples))

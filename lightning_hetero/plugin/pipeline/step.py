@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import Metric
 
-from lightning_hetero.distributed.collectives import lend
+from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.batch_size import samples_in
-from lightning_hetero.plugin.step.log_capture import PassLog, in_place_of_log, silent_log
+from lightning_hetero.plugin.step.log_capture import LogCapture, in_place_of_log, silent_log
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
@@ -132,7 +132,7 @@ class PipelineStep:
         weights = self._loss_weights(parts, sizes)
         outputs: list[Any] = []
         calls: list[dict[str, Any]] = []
-        log = PassLog(lambda *given, **named: calls.append(_named_arguments(given, named)))
+        log = LogCapture(lambda *given, **named: calls.append(_named_arguments(given, named)))
         first = 0
         with in_place_of_log(self._module, log) if self._pipeline.is_last else nullcontext():
             for count, size in groups:
@@ -146,7 +146,7 @@ class PipelineStep:
                     log.samples, log.weight = size, weights[i]
                     returned = self._finished(step, parts[i], rest, output, i)
                     loss = loss_of(returned)
-                    log.told_loss(loss)
+                    log.note_loss(loss)
                     outputs.append(detached_output(returned))
                     return loss * (weights[i] / accumulated_batches)
 
@@ -154,7 +154,7 @@ class PipelineStep:
                 first += count
         if not self._pipeline.is_last:
             return self._hear()
-        log.hand_on()
+        log.flush()
         return self._tell(combined_output(outputs, sizes, weights), calls)
 
     def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
@@ -197,7 +197,7 @@ class PipelineStep:
         sizes = [size for count, size in groups for _ in range(count)]
         part = self._split(batch, sizes)[0]
         inputs = self._inputs(step, part, rest, 0) if self._pipeline.is_first else None
-        inputs = move_data_to_device(lend(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
+        inputs = move_data_to_device(broadcast_from(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
 
         def loss_of_output(output: Any) -> Tensor:
             with discarded_metrics(self._module), silent_log(self._module):
@@ -289,13 +289,13 @@ class PipelineStep:
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Have every rank know what a step has returned, and log what it has logged."""
         told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
-        lend((_on_cpu(returned), told), self._pipeline.last_rank)
+        broadcast_from((_on_cpu(returned), told), self._pipeline.last_rank)
         for call in calls:
             self._module.log(**call)
         return returned
 
     def _hear(self) -> Any:
-        told: Any = lend(None, self._pipeline.last_rank)
+        told: Any = broadcast_from(None, self._pipeline.last_rank)
         returned, calls = told
         for call in calls:
             if not call.get("rank_zero_only"):

@@ -28,10 +28,10 @@ from typing_extensions import override
 from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.pipeline.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
-from lightning_hetero.distributed.collectives import lend
+from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
-from lightning_hetero.distributed.pipeline.placement import Placement, gather_on_zero
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement, gather_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, RankFailedError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import meter_of, state_per_parameter
 from lightning_hetero.plugin.common import arguments
@@ -129,7 +129,7 @@ class HeteroPipelineStrategy(BaseStrategy):
             raise ConfigurationError("`speeds` must be None where `splits` says how the layers are divided. Give one.")
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
-        arguments.check_truth("verbose", verbose)
+        arguments.check_bool("verbose", verbose)
         # not all of DDP's arguments: there is no DDP here that would follow them
         launching: dict[str, Any] = {
             "accelerator": accelerator,
@@ -155,7 +155,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         self.verbose = verbose
         self.plan: StagePlan | None = None
         self.findings: PipelineFindings | None = None
-        self._placement: Placement | None = None
+        self._placement: TensorPlacement | None = None
         self._metrics: PipelineMetrics | None = None
         self._pipeline: Pipeline | None = None
         self._steps: PipelineStep | None = None
@@ -228,15 +228,15 @@ class HeteroPipelineStrategy(BaseStrategy):
         module = self._module
         _, layers = layers_of(module)
         self.plan = self._first_plan(len(layers))
-        self._seed = lend(torch.initial_seed(), 0)
+        self._seed = broadcast_from(torch.initial_seed(), 0)
         self._batches = 0
-        self._placement = Placement(module, layers, self.plan, self.root_device)
+        self._placement = TensorPlacement(module, layers, self.plan, self.root_device)
         last_rank = self.plan.ranks[-1]
         self._metrics = PipelineMetrics(module, last_rank, is_last=self.global_rank == last_rank)
         self._run_stages_of(self._placement)
         self._run_where_steps_end(module)
 
-    def _run_stages_of(self, placement: Placement) -> None:
+    def _run_stages_of(self, placement: TensorPlacement) -> None:
         called, _ = layers_of(self._module)
         if self._pipeline is not None:
             self._pipeline.close()
@@ -488,7 +488,7 @@ class HeteroPipelineStrategy(BaseStrategy):
             return state
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         own = {i: value for i, value in state["state"].items() if self._the_placement.owns(parameters[i])}
-        parts = gather_on_zero(own)
+        parts = gather_on_rank_zero(own)
         if parts is None:
             return {}
         merged = {i: value for part in reversed(parts) for i, value in part.items()}
@@ -540,7 +540,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         return self._data
 
     @property
-    def _the_placement(self) -> Placement:
+    def _the_placement(self) -> TensorPlacement:
         assert self._placement is not None
         return self._placement
 

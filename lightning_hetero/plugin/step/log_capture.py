@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-__all__ = ["PassLog", "combined_log", "in_place_of_log", "silent_log"]
+__all__ = ["LogCapture", "captured_log", "in_place_of_log", "silent_log"]
 
 # among the arguments of `LightningModule.log` behind the value
 _REDUCE_FX = 4
@@ -26,7 +26,7 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-class PassLog:
+class LogCapture:
     """Collects what ``self.log`` is given in each pass, and hands on one value for all of them.
 
     Logged once, a value is synchronised over ranks once too, however many passes each of them has.
@@ -51,14 +51,14 @@ class PassLog:
         kept = value.detach() if isinstance(value, Tensor) else value
         self._calls.setdefault(name, []).append(_Call(kept, self.samples, self.weight, args, kwargs))
 
-    def told_loss(self, loss: Tensor) -> None:
+    def note_loss(self, loss: Tensor) -> None:
         """The pass at hand has returned ``loss``; what it logged and is the same adds up as losses do."""
         for name, calls in self._calls.items():
             value = calls[-1].value
             if isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr():
                 self._losses.add(name)
 
-    def hand_on(self) -> None:
+    def flush(self) -> None:
         """Log every value once."""
         for name, calls in self._calls.items():
             args, kwargs = calls[-1].args, calls[-1].kwargs
@@ -95,12 +95,12 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
 
 
 @contextmanager
-def combined_log(module: LightningModule) -> Iterator[PassLog]:
+def captured_log(module: LightningModule) -> Iterator[LogCapture]:
     """Collect what ``module`` logs in this context, and log it at its end unless it ends in an error."""
-    log = PassLog(module.log)
+    log = LogCapture(module.log)
     with in_place_of_log(module, log):
         yield log
-    log.hand_on()
+    log.flush()
 
 
 @contextmanager

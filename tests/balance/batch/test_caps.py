@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, solve_batch
-from lightning_hetero.balance.batch.caps import limits_of_passes
-from lightning_hetero.balance.batch.passes import halved, pass_sizes
+from lightning_hetero.balance.batch.caps import halved, limits_of_micro_batches, micro_batch_sizes
 from lightning_hetero.balance.tuning.memory_model import MemoryModel
 from lightning_hetero.balance.types import BatchLimits, MemoryReading, StepTime
 
@@ -20,7 +19,7 @@ GB = 1e9
 
 @given(st.integers(1, 500), st.none() | st.integers(1, 500))
 def test_passes_are_few_and_equal(samples: int, most: int | None) -> None:
-    sizes = pass_sizes(samples, most)
+    sizes = micro_batch_sizes(samples, most)
     assert sum(sizes) == samples
     assert max(sizes) - min(sizes) <= 1
     assert most is None or max(sizes) <= most
@@ -41,7 +40,7 @@ def test_halving_ends_at_one_sample(size: int) -> None:
 def test_what_fits_limits_the_shares_as_far_as_the_batch_allows(
     passes: list[int | None], batch: int, multiple: int, data: st.DataObject
 ) -> None:
-    limits = limits_of_passes(BatchLimits(None, multiple), passes, batch)
+    limits = limits_of_micro_batches(BatchLimits(None, multiple), passes, batch)
     times = data.draw(st.lists(step_times, min_size=len(passes), max_size=len(passes)))
     plan = solve_batch(times, batch, limits)  # never an error: there are no limits of the user's
     if sum(batch if n is None else n // multiple * multiple for n in passes) >= batch:
@@ -49,9 +48,9 @@ def test_what_fits_limits_the_shares_as_far_as_the_batch_allows(
 
 
 def test_limits_of_the_user_stay() -> None:
-    assert limits_of_passes(BatchLimits((10, 20)), [None, None], 30).max_samples == (10, 20)
-    assert limits_of_passes(BatchLimits((10, 20)), [4, 30], 24).max_samples == (4, 20)
-    assert limits_of_passes(BatchLimits((10, 20)), [4, 5], 30).max_samples == (10, 20)
+    assert limits_of_micro_batches(BatchLimits((10, 20)), [None, None], 30).max_samples == (10, 20)
+    assert limits_of_micro_batches(BatchLimits((10, 20)), [4, 30], 24).max_samples == (4, 20)
+    assert limits_of_micro_batches(BatchLimits((10, 20)), [4, 5], 30).max_samples == (10, 20)
 
 
 def reading(samples: int, memory: float, resident: float = 2.0, a_sample: float = 0.1) -> MemoryReading:
@@ -92,7 +91,7 @@ def test_the_fast_device_with_little_memory_gets_what_fits() -> None:
     model = MemoryModel(2)
     model.observe([reading(40, 24.0, a_sample=0.15), reading(40, 12.0, a_sample=0.15)])
     fit = [model.most_samples(rank) for rank in range(2)]
-    plan = solve_batch(times, batch, limits_of_passes(BatchLimits(), fit, batch))
+    plan = solve_batch(times, batch, limits_of_micro_batches(BatchLimits(), fit, batch))
     allowed = [
         pair
         for pair in itertools.product(range(batch + 1), repeat=2)

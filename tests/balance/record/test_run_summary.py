@@ -11,11 +11,12 @@ from lightning_hetero.balance.record.run_summary import (
     StepParts,
     bound_samples_per_s,
     compare,
-    efficiency,
+    measured_efficiency,
     plans_over_steps,
+    run_status,
     samples_per_s,
+    scalars_of,
     slowest_and_fastest,
-    state_of,
     step_parts,
     step_s,
     thinned,
@@ -48,13 +49,13 @@ def test_a_window_by_hand() -> None:
     assert step_s(BEFORE) == 0.625
     assert samples_per_s(BEFORE) == 128 / 0.625
     assert bound_samples_per_s(BEFORE) == 64 / 0.25 + 64 / 0.5
-    assert efficiency(BEFORE) == pytest.approx((128 / 0.625) / (64 / 0.25 + 64 / 0.5))
+    assert measured_efficiency(BEFORE) == pytest.approx((128 / 0.625) / (64 / 0.25 + 64 / 0.5))
     assert step_parts(BEFORE) == [StepParts(0.25, 0.125, 0.25), StepParts(0.5, 0.125, 0.0)]
     assert wait_fractions(BEFORE) == [0.6, 0.2]
 
 
 def test_what_was_not_measured_is_not_made_up() -> None:
-    assert efficiency(UNMEASURED) is None
+    assert measured_efficiency(UNMEASURED) is None
     assert bound_samples_per_s(UNMEASURED) is None
     assert wait_fractions(UNMEASURED) == [None, 0.2]
     nothing = window(own_s=(0.0, 0.0))
@@ -69,7 +70,7 @@ SECONDS = st.floats(1e-6, 1e3)
 @given(st.lists(st.tuples(st.integers(1, 1000), SECONDS, SECONDS), min_size=1, max_size=8))
 def test_no_run_exceeds_the_bound(ranks: list[tuple[int, float, float]]) -> None:
     samples, own_s, waiting_s = zip(*ranks, strict=True)
-    part = efficiency(window(samples, own_s, waiting_s))
+    part = measured_efficiency(window(samples, own_s, waiting_s))
     assert part is not None
     assert 0 < part <= 1 + 1e-12
 
@@ -131,7 +132,7 @@ def test_unequal_first_shares_are_told_apart() -> None:
     ],
 )
 def test_state(record: RunRecord, going_on: bool, expected: str) -> None:
-    assert state_of(record, going_on) == expected
+    assert run_status(record, going_on) == expected
 
 
 def test_plans_follow_the_changes() -> None:
@@ -163,3 +164,34 @@ def test_thinning_keeps_the_ends_and_the_order(length: int, most: int) -> None:
     assert kept == sorted(set(kept))
     assert len(kept) == min(length, most)
     assert not length or [kept[0], kept[-1]] == [0, length - 1]
+
+
+LOGGED = RunWindow(
+    step=9, time_s=1.0, tuning=False, samples=(30, 10), own_s=(0.3, 0.2), waiting_s=(0.1, 0.2), deviation_s=(0.0, 0.0)
+)
+
+
+def test_what_is_logged_of_two_ranks() -> None:
+    assert scalars_of(LOGGED) == pytest.approx(
+        {
+            "hetero/step_time_s": 0.4,
+            "hetero/samples_per_s": 100.0,
+            "hetero/efficiency": 100 / (30 / 0.3 + 10 / 0.2),
+            "hetero/share/rank_0": 0.75,
+            "hetero/share/rank_1": 0.25,
+            "hetero/own_s/rank_0": 0.3,
+            "hetero/own_s/rank_1": 0.2,
+            "hetero/waiting_fraction/rank_0": 0.25,
+            "hetero/waiting_fraction/rank_1": 0.5,
+        }
+    )
+
+
+def test_of_many_ranks_extremes_and_mean_are_logged() -> None:
+    n = 1000
+    own = tuple(0.001 * (rank + 1) for rank in range(n))
+    scalars = scalars_of(RunWindow(0, 0.0, False, (8,) * n, own, tuple(1 - s for s in own), (0.0,) * n))
+    assert len(scalars) == 3 + 3 * 3
+    assert scalars["hetero/own_s/min"] == pytest.approx(0.001)
+    assert scalars["hetero/own_s/max"] == pytest.approx(1.0)
+    assert scalars["hetero/share/mean"] == pytest.approx(1 / n)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, solve_batch
-from lightning_hetero.balance.tuning.advice import advise, efficiency
+from lightning_hetero.balance.tuning.advice import advise, predicted_efficiency
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 
 NO_LIMITS = BatchLimits()
@@ -25,7 +25,7 @@ def test_proportional_devices_are_fully_used() -> None:
 
 def test_a_rank_without_samples_adds_nothing_to_what_ranks_do_alone() -> None:
     times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.003)]
-    assert efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
+    assert predicted_efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
 
 
 def test_communication_counts_against_efficiency() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from simulation.simulation import Jitter, simulate
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.record.summary import speed_up
+from lightning_hetero.balance.record.run_summary import measured_speed_up
 from lightning_hetero.balance.tuning.rebalancer import Rebalancer
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 
@@ -37,19 +37,19 @@ CASES = [
 def test_steady_devices_are_balanced_within_twenty_steps(truth: list[StepTime], batch: int) -> None:
     run = simulate(truth, batch, 100)
     assert run.steps_until(0.97) <= 15
-    assert run.verdicts[-1].tuned
+    assert run.decisions[-1].tuned
     optimum = solve_batch(truth, batch, min_samples=1)
     assert max(abs(a - b) for a, b in zip(run.changes[-1][1].samples, optimum.samples, strict=True)) <= 2
     # the tuning included, a hundred steps last hardly longer than a hundred of the best division
     assert 100 / sum(1 / efficiency for efficiency in run.efficiency) >= 0.90
     # and what the model expects is what a step takes
-    assert predicted_step_s(run.verdicts[-1].step_times, run.changes[-1][1]) == pytest.approx(
+    assert predicted_step_s(run.decisions[-1].step_times, run.changes[-1][1]) == pytest.approx(
         predicted_step_s(truth, run.changes[-1][1]), rel=0.02
     )
 
 
 def test_the_tuning_ends_when_measuring_on_would_change_nothing() -> None:
-    ends = [next(i for i, v in enumerate(simulate(t, b, 60).verdicts) if v.tuned) for t, b in CASES]
+    ends = [next(i for i, v in enumerate(simulate(t, b, 60).decisions) if v.tuned) for t, b in CASES]
     assert max(ends) <= 4
     assert simulate(ranks((0, 0.001), (0, 0.001)), 64, 60).changes == ()
 
@@ -132,8 +132,8 @@ def test_limits_are_kept() -> None:
 def test_without_a_measurement_of_every_rank_nothing_changes() -> None:
     plan = BatchPlan((4, 4))
     rebalancer = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
-    verdict = rebalancer.judge([WindowTiming(4, 2, 0.1), None])
-    assert (verdict.plan, verdict.step_times) == (plan, ())
+    decision = rebalancer.update([WindowTiming(4, 2, 0.1), None])
+    assert (decision.plan, decision.step_times) == (plan, ())
 
 
 def test_time_spent_communicating_counts_against_the_gain() -> None:
@@ -143,13 +143,13 @@ def test_time_spent_communicating_counts_against_the_gain() -> None:
         rebalancer = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
         windows = [WindowTiming(30, 4, 0.030, 0.0, 0.030 + communication_s), WindowTiming(30, 4, 0.060, 0, 0.001)]
         windows[1] = WindowTiming(30, 4, 0.060, 0.0, communication_s)
-        assert (rebalancer.judge(windows).plan != plan) == changes
+        assert (rebalancer.update(windows).plan != plan) == changes
 
 
 def test_short_steps_and_many_ranks_are_looked_at_less_often() -> None:
     def apart(seconds_per_sample: float, world_size: int = 2) -> int:
         truth = ranks((0, seconds_per_sample)) * world_size
-        window = simulate(truth, 10 * world_size, 60).verdicts[-1].window
+        window = simulate(truth, 10 * world_size, 60).decisions[-1].window
         return window.skipped_steps + window.measured_steps
 
     assert (apart(0.01), apart(0.0005), apart(1e-6)) == (10, math.ceil(0.25 / 0.005), 210)
@@ -159,13 +159,13 @@ def test_short_steps_and_many_ranks_are_looked_at_less_often() -> None:
 def test_a_run_that_was_tuned_before_begins_where_that_one_ended() -> None:
     plan, tuned = BatchPlan((48, 48)), BatchPlan((64, 32))
     first = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
-    first.judge([WindowTiming(48, 5, 0.048), WindowTiming(48, 5, 0.096)])
-    first.judge([WindowTiming(64, 5, 0.064), WindowTiming(32, 5, 0.064)])
+    first.update([WindowTiming(48, 5, 0.048), WindowTiming(48, 5, 0.096)])
+    first.update([WindowTiming(64, 5, 0.064), WindowTiming(32, 5, 0.064)])
     model = Rebalancer.model_of(first.to_dict())
-    verdict = Rebalancer(plan, tuned, NO_LIMITS, 0.05, 20, model=model).judge(
+    decision = Rebalancer(plan, tuned, NO_LIMITS, 0.05, 20, model=model).update(
         [WindowTiming(64, 10, 0.064), WindowTiming(32, 10, 0.064)]
     )
-    assert (verdict.plan, verdict.tuned) == (tuned, True)
+    assert (decision.plan, decision.tuned) == (tuned, True)
 
 
 def test_a_wrong_start_is_left() -> None:
@@ -173,11 +173,11 @@ def test_a_wrong_start_is_left() -> None:
     rebalancer = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
     for _ in range(2):
         windows = [WindowTiming(n, 3, s * n) for n, s in zip(rebalancer.current.samples, (0.001, 0.002), strict=True)]
-        verdict = rebalancer.judge(windows)
-    assert verdict.plan.samples == (43, 21)
+        decision = rebalancer.update(windows)
+    assert decision.plan.samples == (43, 21)
 
 
 def test_summary_compares_samples_per_second() -> None:
     before = [WindowTiming(32, 6, 0.030, 0.0, 0.030), WindowTiming(32, 6, 0.060)]
     after = [WindowTiming(43, 6, 0.040), WindowTiming(21, 6, 0.040)]
-    assert speed_up(before, after) == pytest.approx(1.5)
+    assert measured_speed_up(before, after) == pytest.approx(1.5)

@@ -25,9 +25,9 @@ def judge(rebalancer: Rebalancer, windows: int) -> None:
     for _ in range(windows):
         plan = rebalancer.current
         measured = [WindowTiming(n, 4, 0.01 + c * n, 0.0003) for n, c in zip(plan.samples, COSTS, strict=True)]
-        verdict = rebalancer.judge(measured)
-        assert verdict.plan.global_batch_size == 96
-        assert min(verdict.plan.samples) >= 1
+        decision = rebalancer.update(measured)
+        assert decision.plan.global_batch_size == 96
+        assert min(decision.plan.samples) >= 1
 
 
 def saved_state() -> dict[str, Any]:

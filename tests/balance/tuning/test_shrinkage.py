@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightning_hetero.balance.tuning.shrinkage import pool
+from lightning_hetero.balance.tuning.shrinkage import shrink
 from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import WindowTiming
 
@@ -28,21 +28,21 @@ def spread(times: list[float]) -> float:
 def test_what_is_noise_goes_away() -> None:
     model = measured([0.1] * 64, jitter=0.1)
     single = [time.seconds(64) for time in model.step_times()]
-    times, deviations = pool(model, 64, DOUBT)
+    times, deviations = shrink(model, 64, DOUBT)
     assert spread([time.seconds(64) for time in times]) < 0.3 * spread(single)
     assert max(deviations) < max(model.deviations())
 
 
 def test_a_straggler_and_kinds_of_devices_keep_their_own_speed() -> None:
     truth = [0.1] * 30 + [0.2] * 30 + [0.5]
-    times, _ = pool(measured(truth, jitter=0.05), 64, DOUBT)
+    times, _ = shrink(measured(truth, jitter=0.05), 64, DOUBT)
     for time, seconds in zip(times, truth, strict=True):
         assert time.seconds(64) == pytest.approx(seconds, rel=0.1)
 
 
 def test_a_rank_that_is_well_known_speaks_for_itself() -> None:
     model = measured([0.1, 0.104, 0.096, 0.1], jitter=0.01, steps=10, windows=5)
-    times, deviations = pool(model, 64, DOUBT)
+    times, deviations = shrink(model, 64, DOUBT)
     for time, single in zip(times, model.step_times(), strict=True):
         assert time.seconds(64) == pytest.approx(single.seconds(64), rel=0.005)
     assert deviations == pytest.approx(model.deviations(), rel=0.2)
@@ -50,7 +50,7 @@ def test_a_rank_that_is_well_known_speaks_for_itself() -> None:
 
 def test_one_rank_has_nobody_to_lean_on() -> None:
     model = measured([0.1], jitter=0.1)
-    times, deviations = pool(model, 64, DOUBT)
+    times, deviations = shrink(model, 64, DOUBT)
     assert times == model.step_times()
     assert deviations == pytest.approx(model.deviations())
 
@@ -59,6 +59,6 @@ def test_ranks_of_very_different_sizes_are_not_compared() -> None:
     """What one takes at the size of the other is a guess; nothing is drawn towards guesses."""
     model = StepTimeModel(2)
     model.observe([WindowTiming(16, 2, 0.016), WindowTiming(48, 2, 0.096)])
-    times, deviations = pool(model, 32, DOUBT)
+    times, deviations = shrink(model, 32, DOUBT)
     assert times == model.step_times()
     assert deviations == pytest.approx(model.deviations())

@@ -67,9 +67,9 @@ def balanced_run(
         speed_up=done.measured_speed_up,
         sizes=[len(samples) for samples in model.ledger],
         parameters=flat(model.network),
-        waiting_s=[status.waiting_s for status in done.statuses_after],
+        waiting_s=[status.waiting_s for status in done.windows_after],
         advice=done.advice,
-        own_s=[status.own_s for status in done.statuses_after],
+        own_s=[status.own_s for status in done.windows_after],
     )
 
 

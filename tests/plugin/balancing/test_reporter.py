@@ -86,7 +86,7 @@ def run(
         logger=[CSVLogger("logs") if name == "csv" else remembers for name in loggers],
     )
     trainer.fit(SmallModule(), DataLoader(Numbered(2000), batch_size=32))
-    path = None if balancer.run_log is None else balancer.run_log.path
+    path = None if balancer.reporter is None else balancer.reporter.path
     dist.barrier()
     found = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
     records = list(folder.rglob("hetero_run*.jsonl"))

@@ -18,7 +18,7 @@ from training import Numbered, SmallModule, flat, loss_of, make_trainer, referen
 
 from lightning_hetero import HeteroDDPStrategy
 from lightning_hetero.balance.types import BatchPlan
-from lightning_hetero.distributed.collectives import gather
+from lightning_hetero.distributed.collectives import all_gather
 
 EPOCHS = 2
 
@@ -72,7 +72,7 @@ class ChangeBehind(Callback):
         if samples is not None and trainer.world_size > 1:
             strategy = trainer.strategy
             assert isinstance(strategy, HeteroDDPStrategy)
-            strategy.change_plan(max(gather(strategy.fetched_through)) + 1, BatchPlan(samples))
+            strategy.change_plan(max(all_gather(strategy.fetched_through)) + 1, BatchPlan(samples))
 
 
 class Counting(SmallModule):

@@ -394,8 +394,8 @@ class WeightedAsPlanned(HeteroDDPStrategy):
     """By the share of a whole batch, not by the samples that were really drawn."""
 
     def _weight_of_loss(self, batch: Any) -> float:
-        assert self.schedule is not None
-        plan = self.schedule.at(self.trainer.fit_loop.total_batch_idx)
+        assert self.plan_schedule is not None
+        plan = self.plan_schedule.at(self.trainer.fit_loop.total_batch_idx)
         return plan.samples[self.global_rank] * self.world_size / plan.global_batch_size
 
 

@@ -197,8 +197,8 @@ def train(case: Case) -> Outcome:
         losses=seen.losses,
         predictions=seen.predictions,
         passes=model.passes,
-        times_out_of_memory=strategy.passes.times_out_of_memory,
-        limit=strategy.passes.limit,
+        times_out_of_memory=strategy.micro_batches.times_out_of_memory,
+        limit=strategy.micro_batches.limit,
     )
 
 

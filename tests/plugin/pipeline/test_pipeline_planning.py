@@ -23,7 +23,7 @@ from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
 from lightning_hetero.balance.pipeline.simulation import Timeline, order_of_passes
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
-from lightning_hetero.distributed.pipeline.placement import Placement
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import InfeasiblePlanError
 from lightning_hetero.testing import SlowLayers
 
@@ -203,7 +203,7 @@ def move_about() -> list[bool]:
     module = nn.Sequential(shared, nn.Linear(2, 2), nn.BatchNorm1d(2), shared, nn.Linear(2, 2))
     expected = {name: value.clone() for name, value in module.state_dict().items()}
     layers = list(module)
-    placement = Placement(module, layers, StagePlan((1, 2, 0), (1, 3, 5)), torch.device("cpu"))
+    placement = TensorPlacement(module, layers, StagePlan((1, 2, 0), (1, 3, 5)), torch.device("cpu"))
     optimizer = torch.optim.Adam(module.parameters())
     for parameter in placement.parameters:
         optimizer.state[parameter] = {"exp_avg": parameter.detach().clone(), "step": torch.tensor(3.0)}
