@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-from simulation.simulation import Jitter, simulate
+from simulation.simulate import Jitter, simulate
 
 from lightning_hetero.balance.batch.batch_solver import solve_batch
 from lightning_hetero.balance.tuning.rebalancer import Rebalancer

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from simulation.simulation import Jitter
+from simulation.simulate import Jitter
 
 from lightning_hetero.balance.types import StepTime
 

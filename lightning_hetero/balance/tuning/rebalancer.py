@@ -74,6 +74,8 @@ class Decision:
         gain: how much faster ``plan`` is than the plan before it; 0.25 is a quarter more samples/s.
         tuned: whether the first search for the shares is over.
         window: the steps to measure next.
+        tune_steps_left: most further steps until the first search for the shares is over.
+        unmeasured_ranks: ranks of which no step was measured so far.
     """
 
     plan: BatchPlan
@@ -82,6 +84,8 @@ class Decision:
     gain: float
     tuned: bool
     window: Window
+    tune_steps_left: int
+    unmeasured_ranks: tuple[int, ...]
 
 
 class Rebalancer:
@@ -120,12 +124,7 @@ class Rebalancer:
         self.model = model or StepTimeModel(initial.world_size)
         self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
-    @property
-    def tune_steps_left(self) -> int:
-        """In how many further steps the first search for the shares ends at the latest."""
-        return max(self._tune_steps_left, 0)
-
-    def limit(self, limits: BatchLimits) -> None:
+    def set_limits(self, limits: BatchLimits) -> None:
         """Respect ``limits`` from the next judgement on; a plan that does not is left at once."""
         self._limits = limits
 
@@ -237,7 +236,16 @@ class Rebalancer:
             apart = math.ceil(look_s / max(self._step_s(step_times, plan), 1e-9))
             skipped = min(max(apart - self._watch_steps, 0), _LONGEST_PAUSE * self._watch_steps)
         window = Window(skipped, self._length_of_window())
-        return Decision(plan, step_times, self._communication_s, gain, tuned, window)
+        return Decision(
+            plan=plan,
+            step_times=step_times,
+            communication_s=self._communication_s,
+            gain=gain,
+            tuned=tuned,
+            window=window,
+            tune_steps_left=max(self._tune_steps_left, 0),
+            unmeasured_ranks=tuple(self.model.unmeasured),
+        )
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_hetero.balance.checked import as_bool, as_list, as_mapping, as_str, entry
 from lightning_hetero.balance.tuning.rebalancer import Rebalancer
-from lightning_hetero.balance.types import PlanSchedule, StepTime
+from lightning_hetero.balance.types import DeviceProfile, PlanSchedule, StepTime
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["SavedBalance"]
@@ -52,3 +52,7 @@ class SavedBalance:
         if len(ranks) > 1:
             raise ConfigurationError(f"Its parts must be of one number of ranks, got {sorted(ranks)}.")
         return cls(devices, schedule, times, balance)
+
+    def is_of(self, profiles: Sequence[DeviceProfile]) -> bool:
+        """Return whether the state is of these devices, one per rank."""
+        return self.devices == tuple(profile.name for profile in profiles)

@@ -18,8 +18,8 @@ from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
+from lightning_hetero.plugin.common.protocols import BalancedStrategy, is_balanced
 from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
-from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
 from lightning_hetero.plugin.step.gradients import kept_buffers, taken_aside
 from lightning_hetero.plugin.step.log_capture import silent_log
 from lightning_hetero.plugin.step.out_of_memory import free_memory, is_out_of_memory
@@ -55,7 +55,7 @@ class LargestBatchFinder(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(trainer.strategy, HeteroDDPStrategy):
+        if not is_balanced(trainer.strategy):
             raise UnsupportedFeatureError(
                 f"`LargestBatchFinder` needs a strategy that can divide batches unequally, got"
                 f' {type(trainer.strategy).__name__}. Use Trainer(strategy="hetero_ddp") or remove the callback.'
@@ -68,7 +68,7 @@ class LargestBatchFinder(Callback):
         if self.found:
             return
         strategy = trainer.strategy
-        assert isinstance(strategy, HeteroDDPStrategy)
+        assert is_balanced(strategy)
         strategy.timer.pause()  # ranks wait for the one that searches longest
         own = self._largest(strategy, trainer, pl_module)
         self.found = tuple(all_gather(own))
@@ -76,7 +76,7 @@ class LargestBatchFinder(Callback):
         if self.verbose:
             say(trainer, f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
 
-    def _largest(self, strategy: HeteroDDPStrategy, trainer: Trainer, module: LightningModule) -> int:
+    def _largest(self, strategy: BalancedStrategy, trainer: Trainer, module: LightningModule) -> int:
         loader, part = trainer.train_dataloader, strategy.training_slice
         if not isinstance(loader, DataLoader) or part is None or not hasattr(loader.dataset, "__len__"):
             raise UnsupportedFeatureError(
@@ -90,7 +90,7 @@ class LargestBatchFinder(Callback):
             search.tell(self._fits(strategy, module, loader, size))
         return search.largest
 
-    def _fits(self, strategy: HeteroDDPStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
+    def _fits(self, strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
         with ExitStack() as stack:
             kept = (isolate_rng(), discarded_metrics(module), silent_log(module), kept_buffers(module))
             for context in (*kept, strategy.micro_batches.alone()):
@@ -106,7 +106,7 @@ class LargestBatchFinder(Callback):
         return fits
 
 
-def _run_pass(strategy: HeteroDDPStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:
+def _run_pass(strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:
     """Run a forward and a backward pass on ``size`` samples; no gradient is kept."""
     dataset: Any = loader.dataset
     batch = loader.collate_fn([dataset[i % len(dataset)] for i in range(size)])

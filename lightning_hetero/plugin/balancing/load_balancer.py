@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,77 +11,79 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s
-from lightning_hetero.balance.batch.caps import limits_of_micro_batches, micro_batch_sizes
+from lightning_hetero.balance.batch.caps import micro_batch_sizes
 from lightning_hetero.balance.record.run_summary import measured_speed_up
+from lightning_hetero.balance.tuning.actions import (
+    Action,
+    AdoptSuggestion,
+    BeginAgain,
+    ChangePlan,
+    CloseStep,
+    ExchangeReports,
+    KeepPlan,
+    ShowSpeedUp,
+    StartTimer,
+    StopTimer,
+)
 from lightning_hetero.balance.tuning.advice import Advice, advise, predicted_efficiency
-from lightning_hetero.balance.tuning.change_reason import change_reason
-from lightning_hetero.balance.tuning.memory_model import MemoryModel
-from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer, Window
+from lightning_hetero.balance.tuning.rank_report import RankReport, fingerprint_of, run_window
 from lightning_hetero.balance.tuning.saved_balance import SavedBalance
+from lightning_hetero.balance.tuning.session import StepFacts, TuningSession, TuningSettings, WindowResult
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
-from lightning_hetero.plugin.balancing.rank_report import RankReport, check_agreement, fingerprint_of, run_window
-from lightning_hetero.plugin.balancing.reporter import RunReporter, reason_of
+from lightning_hetero.plugin.balancing.reporter import RunReporter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
-from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.common.protocols import BalancedStrategy, is_balanced
+from lightning_hetero.plugin.common.run_writer import reason_of
 
 __all__ = ["LoadBalancer", "add_default_balancer"]
 
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
-_REPORT_STEPS = 10
-
-
-@dataclass(frozen=True)
-class _RankZeroDecision:
-    """What all ranks do next; the windows of all ranks where somebody wants to see them."""
-
-    decision: Decision
-    first_step: int
-    windows: tuple[WindowTiming, ...]
-    predicted_micro_batches: tuple[int | None, ...]
 
 
 class LoadBalancer(Callback):
     """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and keeps them right.
 
     It measures each rank's own time for a step (data, transfer, forward, backward, optimiser, and the callbacks before
-    this one; no waiting for other ranks), learns overhead and cost a sample, and changes to the division with the
-    earliest slowest rank. Then it goes on looking for devices that became slower or faster. The training itself is the
-    same before, during and after; only its speed changes. With strategy="hetero_ddp" one with these defaults is added
-    where there is none.
+    this one; no waiting for other ranks), learns the overhead and the cost per sample, and changes to the plan whose
+    slowest rank finishes earliest. Then it goes on looking for devices that became slower or faster. The training
+    itself is the same before, during and after; only its speed changes. With strategy="hetero_ddp" a balancer with
+    these defaults is added where there is none.
 
     Args:
         warmup_steps: Training steps that are not measured: memory is allocated and kernels are chosen in them.
-        tune_steps: Most training steps in which the shares are searched for; the search ends earlier where measuring
-            on would not change them.
+        tune_steps: Most training steps in which the shares are searched for. The search ends earlier where more
+            measuring would not change them.
         min_gain: Least predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
-        verbose: Whether to print one line for each change and a table of what it brought; beside a progress bar, also
-            how the tuning gets on.
-        memory_fraction: How much of a device's memory a plan may count on, as a part of what this process has and what
-            nobody has. Peaks are predicted from the steps that run anyway; on processors nothing is predicted.
+        verbose: Whether to print one line per change and a table of what it brought; with a progress bar, also the
+            progress of the tuning.
         watch_steps: Training steps of each look for drift after the tuning. The ranks exchange a few numbers at the end
-            of each, at most about four times a second. 0 keeps the shares that the tuning found.
-        record: Whether to keep the record that `lightning-hetero report` turns into a page: true keeps a small file
+            of each look, at most about four times per second. 0 keeps the shares that the tuning found.
+        memory_fraction: The fraction of a device's memory that a plan may count on. That memory is what this process
+            has allocated plus what is free. Peaks are predicted from the steps that run anyway; on processors nothing
+            is predicted.
+        record: Whether to keep the record that `lightning-hetero report` turns into a page. True keeps a small file
             hetero_run.jsonl in the logger's directory, and none where there is no logger; a text names a directory.
-        progress_bar: Whether the progress bar shows the efficiency: samples a second over what the ranks would process
-            if none ever waited.
+        progress_bar: Whether the progress bar shows the efficiency: samples per second over what the ranks would
+            process if none ever waited.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
+        ConfigurationError: An argument breaks its rule.
 
     Attributes:
-        step_times: The expected step time of each rank; empty before the first window has ended.
-        communication_s: What a step takes besides the slowest rank's own time, as measured.
-        windows_before: Each rank under the plan that was measured first, as measured.
-        windows_after: Each rank under the plan that was found, as measured.
-        changes: The changes of plan, as pairs of the first training step and the plan.
-        finished: Whether the tuning is over.
-        reporter: What is told of the run; None before it begins.
+        session: How far the tuning is, and what it has found.
+        reporter: What reports the run; None before it begins.
+
+    Example:
+        Tune for at most 10 steps, and keep the shares found::
+
+            balancer = LoadBalancer(tune_steps=10, watch_steps=0)
+            trainer = Trainer(strategy="hetero_ddp", devices=2, callbacks=[balancer])
     """
 
     def __init__(
@@ -106,107 +106,119 @@ class LoadBalancer(Callback):
         arguments.check_bool("verbose", verbose)
         arguments.check_bool("progress_bar", progress_bar)
         super().__init__()
-        self.memory_fraction = memory_fraction
-        self.warmup_steps = warmup_steps
-        self.tune_steps = tune_steps
-        self.min_gain = min_gain
+        self.settings = TuningSettings(warmup_steps, tune_steps, min_gain, watch_steps)
         self.verbose = verbose
-        self.watch_steps = watch_steps
+        self.memory_fraction = memory_fraction
         self.record = record
         self.progress_bar = progress_bar
+        self.session = TuningSession(self.settings)
         self.reporter: RunReporter | None = None
-        self.step_times: tuple[StepTime, ...] = ()
-        self.communication_s = 0.0
-        self.windows_before: tuple[WindowTiming, ...] = ()
-        self.windows_after: tuple[WindowTiming, ...] = ()
-        self.changes: list[tuple[int, BatchPlan]] = []
-        self.finished = False
-        self._strategy: HeteroDDPStrategy | None = None
+        self._strategy: BalancedStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
-        self._rebalancer: Rebalancer | None = None
-        self._memory_model = MemoryModel(0)
-        self._restored: dict[str, Any] | None = None
-        self._window = Window(0, 1)
-        self._measure_from = 0
-        self._elapsed = 0
-        self._kept = 0
-        self._guess_is_due = False
-        self._improved = False
         self._efficiency: float | None = None
-        self._times_before: tuple[StepTime, ...] = ()
-        self._reports_of_ranks: tuple[RankReport, ...] = ()
+
+    # ---- what was found --------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the tuning is over."""
+        return self.session.is_tuned
+
+    @property
+    def changes(self) -> list[tuple[int, BatchPlan]]:
+        """The changes of plan, as pairs of the first training step and the plan."""
+        return self.session.changes
+
+    @property
+    def step_times(self) -> tuple[StepTime, ...]:
+        """The expected step time of each rank; empty before every rank was measured."""
+        return self.session.step_times
+
+    @property
+    def communication_s(self) -> float:
+        """What a step takes besides the slowest rank's own time, as measured."""
+        return self.session.communication_s
+
+    @property
+    def windows_before(self) -> tuple[WindowTiming, ...]:
+        """One window per rank under the plan that was measured first; empty before that."""
+        return self.session.windows_before
+
+    @property
+    def windows_after(self) -> tuple[WindowTiming, ...]:
+        """One window per rank under the plan that was found; empty before that."""
+        return self.session.windows_after
+
+    @property
+    def measured_speed_up(self) -> float | None:
+        """How many times as many samples/s as under the plan that was measured first; None before it is known."""
+        if not (self.windows_before and self.windows_after):
+            return None
+        return measured_speed_up(self.windows_before, self.windows_after)
+
+    @property
+    def advice(self) -> Advice | None:
+        """What the current plan is worth, and what would be worth more; None before every rank was measured."""
+        strategy = self._strategy
+        if strategy is None or strategy.plan_schedule is None or not self.step_times:
+            return None
+        plan = strategy.plan_schedule.plans[-1]
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.settings.min_gain)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        strategy = trainer.strategy
-        if not isinstance(strategy, HeteroDDPStrategy):
+        if not is_balanced(trainer.strategy):
             raise UnsupportedFeatureError(
-                f"`LoadBalancer` needs a strategy that can divide batches unequally, got {type(strategy).__name__}."
-                f' Use Trainer(strategy="hetero_ddp") or remove the callback.'
+                f"`LoadBalancer` needs a strategy that can divide batches unequally, got"
+                f' {type(trainer.strategy).__name__}. Use Trainer(strategy="hetero_ddp") or remove the callback.'
             )
-        self._strategy = strategy
+        self._strategy = trainer.strategy
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = self._the_strategy
-        if strategy.plan_schedule is None or trainer.world_size == 1 or (self.finished and not self.watch_steps):
+        strategy = self._balanced
+        schedule = strategy.plan_schedule
+        if schedule is None or trainer.world_size == 1 or self.session.has_nothing_to_do:
             return
-        batch = strategy.plan_schedule.plans[-1].global_batch_size
+        batch = schedule.plans[-1].global_batch_size
         self.reporter = RunReporter(trainer, strategy.profiles, batch, self.record, self.verbose)
-        self._begin(trainer.fit_loop.total_batch_idx + 1)
-        self._guess_is_due = not self.finished
-        # the forward pass proper begins behind what DDP communicates before it
+        self._begin(TrainingProgress(trainer).step + 1, strategy.nominal_plan())
+        # the forward pass proper begins after what DDP communicates before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._rebalancer is None:
+        if not self.session.is_running:
             return
-        strategy = self._the_strategy
+        strategy = self._balanced
         strategy.timer.pause()
         if self.progress_bar and self._efficiency is not None:
             pl_module.log("hetero_efficiency", self._efficiency, prog_bar=True, logger=False)
-        part, schedule, step = strategy.training_slice, strategy.plan_schedule, trainer.fit_loop.total_batch_idx
-        if part is None or schedule is None:
-            self._stop_measuring()  # the loader was replaced by one that the strategy does not divide
-            return
-        plan = schedule.at(step)
-        if plan.global_batch_size != self._rebalancer.current.global_batch_size:
-            self._restored = None
-            self._begin(step + 1)  # what was measured is of another global batch
-            return
-        if self._guess_is_due:
-            self._begin_with_a_guess(step + 1)
-        if not strategy.timer.enabled:
-            if step + 2 >= self._measure_from:  # the step under way when it is enabled is not whole
-                self._start_measuring()
-            return
-        if step + 1 == self._measure_from and strategy.memory is not None:
-            strategy.memory.restart()
-        in_window = step >= self._measure_from
-        whole = part.global_samples == plan.global_batch_size
-        # a first batch may have waited for workers to start, unless there are hardly others; a ragged one is not what
-        # the plan is for. Both follow from the step alone, so the ranks agree on what counts.
-        keep = in_window and whole and (batch_idx > 0 or trainer.num_training_batches < 3)
-        strategy.timer.finish_step(part.samples, keep)
-        self._elapsed += in_window
-        self._kept += keep
-        if self._kept and self._elapsed >= self._window.measured_steps:
-            self._end_window(plan)
+        part = strategy.training_slice
+        facts = StepFacts(
+            step=TrainingProgress(trainer).step,
+            schedule=None if part is None else strategy.plan_schedule,
+            global_samples=0 if part is None else part.global_samples,
+            step_in_epoch=batch_idx,
+            steps_in_epoch=trainer.num_training_batches,
+        )
+        self._perform(self.session.on_step(facts))
+        if not self.session.is_running:
+            self._remove_hook()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         memory = self._strategy.memory if self._strategy is not None else None
-        if self._rebalancer is not None and memory is not None:
+        if self.session.is_running and memory is not None:
             memory.restart()  # a peak of validation says nothing about training steps
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_measuring()
+        self._stop()
         if self.reporter is not None:
             self.reporter.end("finished")
 
@@ -217,142 +229,126 @@ class LoadBalancer(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop_measuring()
+        self._stop()
 
-    # ---- windows ---------------------------------------------------------------------------------------------------
+    def _stop(self) -> None:
+        self.session.stop()
+        if self._strategy is not None:
+            self._strategy.timer.disable()
+        self._remove_hook()
+
+    def _remove_hook(self) -> None:
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
+
+    # ---- actions ---------------------------------------------------------------------------------------------------
 
     @property
-    def _the_strategy(self) -> HeteroDDPStrategy:
+    def _balanced(self) -> BalancedStrategy:
         assert self._strategy is not None
         return self._strategy
 
     @property
-    def _the_reporter(self) -> RunReporter:
+    def _reporter(self) -> RunReporter:
         assert self.reporter is not None
         return self.reporter
 
-    def _begin(self, first_step: int) -> None:
-        """Start to tune, or to watch where a resumed run has tuned already, or start anew."""
-        strategy = self._the_strategy
+    def _begin(self, first_step: int, suggestion: BatchPlan | None = None) -> None:
+        strategy = self._balanced
         assert strategy.plan_schedule is not None
-        current = strategy.plan_schedule.at(first_step)
-        state = self._restored
-        if state is not None and sum(state["initial"]) != current.global_batch_size:
-            state = self._restored = None
-        self.finished = state is not None
-        self._rebalancer = Rebalancer(
-            initial=current if state is None else BatchPlan(tuple(state["initial"])),
-            current=current,
-            limits=strategy.limits,
-            min_gain=self.min_gain,
-            tune_steps=self.tune_steps,
-            watch_steps=self.watch_steps or _REPORT_STEPS,
-            model=None if state is None else Rebalancer.model_of(state),
-        )
-        self._memory_model = MemoryModel(strategy.world_size)
-        self._start_window(first_step + self.warmup_steps, self._rebalancer.first_window())
+        actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion)
         if not self.finished:
-            self._the_reporter.say_progress(
-                f"tuning the shares in at most {self.warmup_steps + self.tune_steps} steps, the first"
-                f" {self.warmup_steps} to warm up; {list(current.samples)} samples a rank so far"
+            warmup_steps, shares = self.settings.warmup_steps, strategy.plan_schedule.at(first_step).samples
+            self._reporter.say_progress(
+                f"tuning the shares in at most {warmup_steps + self.settings.tune_steps} steps, the first"
+                f" {warmup_steps} to warm up; {list(shares)} samples per rank so far"
             )
-        strategy.timer.disable()
-        self._start_measuring()
+        self._perform(actions)
 
-    def _begin_with_a_guess(self, next_step: int) -> None:
-        """Change to what the devices' data suggest, behind a first step that has shown that shares may be unequal."""
-        self._guess_is_due = False
-        strategy = self._the_strategy
-        plan = strategy.nominal_plan()
-        if plan is None or self._rebalancer is None or plan == self._rebalancer.current:
-            return
-        first_step = decide_on_rank_zero([strategy.fetched_through], _step_behind_all, strategy.root_device)
-        self._rebalancer.current = plan
-        self._change(first_step, plan, "a first guess, from the devices' cores and clocks", self.tune_steps)
-        self._start_window(max(first_step, next_step) + self.warmup_steps, self._rebalancer.first_window())
+    def _perform(self, actions: tuple[Action, ...]) -> None:
+        for action in actions:
+            self._perform_one(action)
 
-    def _start_measuring(self) -> None:
-        strategy = self._the_strategy
-        assert strategy.lightning_module is not None
-        strategy.timer.enable(strategy.lightning_module.parameters())
+    def _perform_one(self, action: Action) -> None:
+        strategy = self._balanced
+        match action:
+            case StartTimer():
+                assert strategy.lightning_module is not None
+                strategy.timer.disable()
+                strategy.timer.enable(strategy.lightning_module.parameters())
+            case StopTimer():
+                strategy.timer.disable()
+            case CloseStep():
+                self._close_step(action)
+            case BeginAgain():
+                self._begin(action.first_step)
+            case AdoptSuggestion():
+                first_step = decide_on_rank_zero([strategy.fetched_through], _step_after_all, strategy.root_device)
+                self._perform(self.session.adopt_suggestion(first_step))
+            case ExchangeReports():
+                self._exchange_reports()
+            case ChangePlan():
+                strategy.change_plan(action.first_step, action.plan)
+                self._report_change(action)
+            case KeepPlan():
+                self._reporter.say(f"the shares stay {list(action.plan.samples)}; {action.reason}")
+                self._report_advice()
+            case ShowSpeedUp():
+                self._report_speed_up(action)
 
-    def _start_window(self, first_step: int, window: Window) -> None:
-        self._window = window
-        self._measure_from = first_step + window.skipped_steps
-        self._elapsed = self._kept = 0
+    def _close_step(self, action: CloseStep) -> None:
+        strategy = self._balanced
+        if action.window_begins and strategy.memory is not None:
+            strategy.memory.restart()
+        assert strategy.training_slice is not None
+        strategy.timer.finish_step(strategy.training_slice.samples, action.keep)
 
-    def _end_window(self, plan: BatchPlan) -> None:
+    # ---- a window --------------------------------------------------------------------------------------------------
+
+    def _exchange_reports(self) -> None:
         """Exchange what was measured; every rank comes here after the same step."""
-        strategy = self._the_strategy
-        assert self._rebalancer is not None
-        current = self._rebalancer.current
+        strategy = self._balanced
+        schedule, progress = strategy.plan_schedule, TrainingProgress(strategy.trainer)
+        assert schedule is not None
+        plan = schedule.at(progress.step)
         report = RankReport(
-            summarise(strategy.timer.take()) or _NOTHING_MEASURED,
-            self._memory_of_micro_batch(plan.samples[strategy.global_rank]),
-            strategy.micro_batches.limit or 0,
-            strategy.fetched_through,
-            self._fingerprint,
+            window=summarise(strategy.timer.take()) or _NOTHING_MEASURED,
+            memory=self._read_memory(plan.samples[strategy.global_rank]),
+            micro_batch_limit=strategy.micro_batches.limit or 0,
+            fetched_through=strategy.fetched_through,
+            fingerprint=fingerprint_of(schedule, progress.step, progress.epoch),
         )
-        outcome = decide_on_rank_zero(report.to_numbers(), self._decide, strategy.root_device)
-        decision = outcome.decision
-        strategy.micro_batches.predicted = outcome.predicted_micro_batches[strategy.global_rank]
-        self.step_times, self.communication_s = decision.step_times, decision.communication_s
-        self._rebalancer.current = decision.plan  # on rank zero it is already
+        reports: list[RankReport] = []
+
+        def decide(rows: list[list[float]]) -> WindowResult:
+            reports.extend(RankReport.from_numbers(row) for row in rows)
+            by_memory = strategy.micro_batch_size is None and strategy.counts_samples
+            return self.session.decide(reports, strategy.limits, memory_limits_shares=by_memory)
+
+        result = decide_on_rank_zero(report.to_numbers(), decide, strategy.root_device)
+        strategy.micro_batches.predicted = result.predicted_micro_batches[strategy.global_rank]
+        tuning = not self.finished
+        actions = self.session.follow(result)
         if self.progress_bar and self.step_times:
             self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
-        self._tell_window(plan)
-        if not self.windows_before:
-            self.windows_before = outcome.windows
-        elif self.finished and self._reports:
-            self.windows_after = outcome.windows
-            self._tell_result()
-        if decision.plan != current:
-            self._improved = True
-            self._change(
-                outcome.first_step,
-                decision.plan,
-                change_reason(decision.gain, current, self._times_before, decision.step_times),
-                0 if self.finished or decision.tuned else self._rebalancer.tune_steps_left,
-            )
-            self._times_before = ()
-        if decision.tuned and not self._times_before:
-            # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
-            self._times_before = decision.step_times
-        if decision.tuned and not self.finished:
-            self.finished = True
-            if not self._improved:
-                self._the_reporter.say(
-                    f"the shares stay {list(decision.plan.samples)}; {self._why_they_stay(decision)}"
+        if reports:  # on rank zero
+            self._reporter.window(
+                run_window(
+                    reports,
+                    plan,
+                    self.step_times,
+                    self.communication_s,
+                    step=progress.step,
+                    time_s=self._reporter.time_s,
+                    tuning=tuning,
                 )
-                self._give_advice()
-        self._start_window(outcome.first_step, decision.window)
-        if self.finished and not (self.watch_steps or self._reports):
-            self._stop_measuring()
-        elif decision.window.skipped_steps > 2:
-            strategy.timer.disable()
+            )
+        self._perform(actions)
 
-    def _why_they_stay(self, decision: Decision) -> str:
-        if decision.step_times:
-            return f"no others are predicted to be more than {self.min_gain:.0%} faster"
-        assert self._rebalancer is not None
-        ranks = ", ".join(map(str, self._rebalancer.model.unmeasured))  # rank zero knows, and prints
-        return f"no step of rank {ranks} could be timed, so nothing is known of others"
-
-    @property
-    def _reports(self) -> bool:
-        """Whether a table of what the tuning brought is still to come."""
-        return bool(self._improved and self.windows_before and not self.windows_after)
-
-    @property
-    def _fingerprint(self) -> int:
-        strategy = self._the_strategy
-        progress = TrainingProgress(strategy.trainer)
-        assert strategy.plan_schedule is not None
-        return fingerprint_of(strategy.plan_schedule, progress.step, progress.epoch)
-
-    def _memory_of_micro_batch(self, samples: int) -> MemoryReading:
-        strategy = self._the_strategy
-        use = strategy.memory.read() if strategy.memory is not None and strategy.train_data.counts_samples else None
+    def _read_memory(self, samples: int) -> MemoryReading:
+        strategy = self._balanced
+        use = strategy.memory.read() if strategy.memory is not None and strategy.counts_samples else None
         if use is None:
             return _NOTHING_READ
         assert strategy.memory is not None
@@ -361,118 +357,40 @@ class LoadBalancer(Callback):
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 
-    def _predict_memory(self, reports: Sequence[RankReport]) -> tuple[int | None, ...]:
-        """Have the rebalancer respect what fits; return the most samples that are expected to on each rank."""
-        strategy = self._the_strategy
-        assert self._rebalancer is not None
-        self._memory_model.observe([report.memory if report.memory.samples else None for report in reports])
-        predicted = tuple(self._memory_model.most_samples(rank) for rank in range(len(reports)))
-        if strategy.micro_batch_size is None and strategy.train_data.counts_samples:
-            fit = [
-                min((n for n in (report.micro_batch_limit or None, most) if n is not None), default=None)
-                for report, most in zip(reports, predicted, strict=True)
-            ]
-            batch = self._rebalancer.current.global_batch_size
-            self._rebalancer.limit(limits_of_micro_batches(strategy.limits, fit, batch))
-        return predicted
+    # ---- what people see -------------------------------------------------------------------------------------------
 
-    def _decide(self, rows: list[list[float]]) -> _RankZeroDecision:
-        reports = [RankReport.from_numbers(row) for row in rows]
-        check_agreement(reports)
-        windows = [report.window for report in reports]
-        assert self._rebalancer is not None
-        self._reports_of_ranks = tuple(reports)
-        predicted_micro_batches = self._predict_memory(reports)
-        decision = self._rebalancer.update([window if window.steps else None for window in windows])
-        shown = all(window.steps for window in windows) and (not self.windows_before or self._reports)
-        return _RankZeroDecision(
-            decision=decision,
-            first_step=_step_behind_all([[report.fetched_through] for report in reports]),
-            windows=tuple(windows) if shown else (),
-            predicted_micro_batches=predicted_micro_batches,
-        )
-
-    def _change(self, first_step: int, plan: BatchPlan, reason: str, steps_left: int) -> None:
-        """Follow ``plan`` from ``first_step`` on, and say so.
-
-        Args:
-            first_step: that no rank has fetched.
-            plan: the new shares.
-            reason: why, for people.
-            steps_left: how many steps the tuning may still take; 0 where it is over.
-        """
-        self._the_strategy.change_plan(first_step, plan)
-        self.changes.append((first_step, plan))
-        self._the_reporter.change(first_step, plan, reason)
-        message = f"{list(plan.samples)} samples a rank from training step {first_step} on ({reason})"
-        if steps_left > 0:
-            left_s = steps_left * (
-                predicted_step_s(self.step_times, plan) + self.communication_s if self.step_times else 0
-            )
-            about = f", about {left_s:.0f} s" if left_s >= 1 else ""
-            self._the_reporter.say_progress(f"{message}; tuning for at most {steps_left} more steps{about}")
+    def _report_change(self, change: ChangePlan) -> None:
+        reporter, samples = self._reporter, list(change.plan.samples)
+        reporter.change(change.first_step, change.plan, change.reason)
+        message = f"{samples} samples per rank from training step {change.first_step} on ({change.reason})"
+        if change.tune_steps_left > 0:
+            reporter.say_progress(f"{message}; tuning for at most {self._time_left(change)}")
         elif self.finished:
-            self._the_reporter.say(message)
+            reporter.say(message)
         else:
-            self._the_reporter.say_progress(message)
+            reporter.say_progress(message)
 
-    def _tell_window(self, plan: BatchPlan) -> None:
-        """Hand on what was measured of all ranks; only rank zero knows it."""
-        reports, times = self._reports_of_ranks, self.step_times
-        if not reports:
-            return
-        told = run_window(
-            reports,
-            plan,
-            times,
-            self.communication_s,
-            step=TrainingProgress(self._the_strategy.trainer).step,
-            time_s=self._the_reporter.time_s,
-            tuning=not self.finished,
-        )
-        self._the_reporter.window(told)
+    def _time_left(self, change: ChangePlan) -> str:
+        steps = change.tune_steps_left
+        step_s = predicted_step_s(self.step_times, change.plan) + self.communication_s if self.step_times else 0.0
+        about = f", about {steps * step_s:.0f} s" if steps * step_s >= 1 else ""
+        return f"{steps} more steps{about}"
 
-    def _tell_result(self) -> None:
-        strategy = self._the_strategy
-        if self.windows_after and self.verbose and strategy.is_global_zero:
+    def _report_speed_up(self, shown: ShowSpeedUp) -> None:
+        strategy = self._balanced
+        if self.verbose and strategy.is_global_zero:
             from lightning_hetero.plugin.balancing.table import print_balance  # rich takes a while to import
 
-            print_balance(strategy.trainer, strategy.profiles, self.windows_before, self.windows_after)
-        self._give_advice()
+            print_balance(strategy.trainer, strategy.profiles, shown.before, shown.after)
+        self._report_advice()
 
-    def _give_advice(self) -> None:
+    def _report_advice(self) -> None:
         advice = self.advice
         if advice is None:
             return
-        self._the_reporter.advice(advice)
+        self._reporter.advice(advice)
         for sentence in advice.sentences():
-            self._the_reporter.say(sentence)
-
-    @property
-    def advice(self) -> Advice | None:
-        """What the present plan is worth, and what would be worth more; None before every rank was measured."""
-        strategy = self._strategy
-        if strategy is None or strategy.plan_schedule is None or not self.step_times:
-            return None
-        plan = strategy.plan_schedule.plans[-1]
-        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
-
-    def _stop_measuring(self) -> None:
-        if self._rebalancer is not None and self.finished:
-            self._restored = self._rebalancer.to_dict()
-        self._rebalancer = None
-        if self._strategy is not None:
-            self._strategy.timer.disable()
-        if self._forward_hook is not None:
-            self._forward_hook.remove()
-            self._forward_hook = None
-
-    @property
-    def measured_speed_up(self) -> float | None:
-        """How many times as many samples/s as under the plan that was measured first; None before it is known."""
-        if not (self.windows_before and self.windows_after):
-            return None
-        return measured_speed_up(self.windows_before, self.windows_after)
+            self._reporter.say(sentence)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -483,19 +401,17 @@ class LoadBalancer(Callback):
             return {}
         return {
             "devices": [profile.name for profile in strategy.profiles],
-            "finished": self.finished,
             "schedule": strategy.plan_schedule.to_dict(),
-            "step_times": [time.to_dict() for time in self.step_times],
-            "balance": self._restored if self._rebalancer is None else self._rebalancer.to_dict(),
+            **self.session.to_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the shares of an earlier run.
 
-        What the shares are has no influence on what is learned, so a state that cannot be used costs a line and the
-        tuning, not the training: one that is damaged or of another version (a warning), or of other devices or another
-        number of ranks.
+        The shares have no influence on what is learned, so a state that cannot be used costs a line and the tuning, not
+        the training: one that is damaged or of another version (a warning), or of other devices or another number of
+        ranks.
         """
         strategy = self._strategy
         if strategy is None:
@@ -507,18 +423,16 @@ class LoadBalancer(Callback):
             return
         if saved is None:
             return
-        if saved.devices != tuple(profile.name for profile in strategy.profiles):
+        if not saved.is_of(strategy.profiles):
             if self.verbose:
                 say(strategy.trainer, "hetero_ddp: the checkpoint is of other devices or ranks: tuning again")
             return
         strategy.restore_schedule(saved.schedule)
-        self.step_times = saved.step_times
-        self._restored = None if saved.balance is None else dict(saved.balance)
-        self.finished = True
+        self.session.restore(saved)
 
 
-def _step_behind_all(rows: list[list[float]]) -> int:
-    """Return the first step that no rank has fetched, given what each has fetched through."""
+def _step_after_all(rows: list[list[float]]) -> int:
+    """Return the first step that no rank has fetched, given what each rank has fetched through."""
     return int(max(fetched_through for (fetched_through,) in rows)) + 1
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunHeader, RunWindow
+from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunWindow
 from lightning_hetero.balance.record.run_summary import scalars_of
 from lightning_hetero.balance.tuning.advice import Advice
 from lightning_hetero.balance.types import BatchPlan, DeviceProfile
 from lightning_hetero.plugin.common.console import has_progress_bar, say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
-from lightning_hetero.plugin.common.run_writer import RunWriter
+from lightning_hetero.plugin.common.run_writer import RunWriter, record_directory, run_header
 
-__all__ = ["RunReporter", "reason_of", "record_directory", "run_header"]
-
-_LONGEST_REASON = 1000
+__all__ = ["RunReporter"]
 
 
 class RunReporter:
@@ -104,27 +101,3 @@ class RunReporter:
         if self._writer is not None:
             self._writer.add(RunEnd(max(TrainingProgress(self._trainer).step, 0), self.time_s, reason))
         self._writer = None
-
-
-def reason_of(exception: BaseException) -> str:
-    """Return what a record says of an error that ended a run."""
-    return f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON]
-
-
-def run_header(strategy: str, profiles: tuple[DeviceProfile, ...], global_batch_size: int) -> RunHeader:
-    """Return the header of a run that begins now."""
-    from lightning_hetero import __version__  # which imports this
-
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return RunHeader(strategy, now, global_batch_size, profiles, __version__)
-
-
-def record_directory(trainer: Trainer, record: bool | str) -> Path | None:
-    """Return where the record of a run goes; None for nowhere. Every rank has to ask at the same point."""
-    if isinstance(record, str):
-        return Path(record)
-    if not record or not trainer.loggers:
-        return None
-    directory = trainer.log_dir  # rank zero tells it to the others
-    # a logger may keep its files on a service, where no line can be appended
-    return None if directory is None or "://" in str(directory) else Path(directory)

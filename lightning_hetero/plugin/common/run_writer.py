@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hetero.balance.record.run_history import RunHistory
 from lightning_hetero.balance.record.run_record import Event, RunHeader, RunWindow
+from lightning_hetero.balance.types import DeviceProfile
 
-__all__ = ["RunWriter"]
+__all__ = ["RunWriter", "reason_of", "record_directory", "run_header"]
+
+_LONGEST_REASON = 1000
 
 # A file system across a network may take milliseconds, and all ranks wait for the one that writes.
 _LEAST_S = 2.0
@@ -89,3 +94,27 @@ def _new_file(directory: Path) -> Path:
             number += 1
         else:
             return path
+
+
+def reason_of(exception: BaseException) -> str:
+    """Return what a record says of an error that ended a run."""
+    return f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON]
+
+
+def run_header(strategy: str, profiles: tuple[DeviceProfile, ...], global_batch_size: int) -> RunHeader:
+    """Return the header of a run that begins now."""
+    from lightning_hetero import __version__  # which imports this
+
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return RunHeader(strategy, now, global_batch_size, profiles, __version__)
+
+
+def record_directory(trainer: Trainer, record: bool | str) -> Path | None:
+    """Return where the record of a run goes; None for nowhere. Every rank has to ask at the same point."""
+    if isinstance(record, str):
+        return Path(record)
+    if not record or not trainer.loggers:
+        return None
+    directory = trainer.log_dir  # rank zero tells it to the others
+    # a logger may keep its files on a service, where no line can be appended
+    return None if directory is None or "://" in str(directory) else Path(directory)

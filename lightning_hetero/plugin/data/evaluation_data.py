@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -21,12 +21,10 @@ from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.loop_progress import FETCHING_MODULE, TrainingProgress, evaluation_loaders
+from lightning_hetero.plugin.common.protocols import LoaderOwner
 from lightning_hetero.plugin.data import loader_kinds as loaders
 from lightning_hetero.plugin.data.slices import StepSlices
 from lightning_hetero.plugin.step.batch_size import samples_in
-
-if TYPE_CHECKING:
-    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
 
 __all__ = ["EvaluationData"]
 
@@ -41,10 +39,12 @@ class EvaluationData:
     the one before it, so that no rank is without.
 
     Args:
-        strategy: whose loaders they are.
+        strategy: The strategy whose loaders they are.
+        training_plan: Returns the plan of the next training step; None where there is no training.
     """
 
-    def __init__(self, strategy: HeteroDDPStrategy) -> None:
+    def __init__(self, strategy: LoaderOwner, training_plan: Callable[[], BatchPlan | None]) -> None:
+        self._training_plan = training_plan
         self._strategy = strategy
         self._steps: Counter[int] = Counter()
 
@@ -96,7 +96,7 @@ class EvaluationData:
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
-        plan = strategy.train_data.plan_at_next_step()
+        plan = self._training_plan()
         if plan is not None:
             return plan
         # only the proportions count: a plan is scaled to the loader's batches

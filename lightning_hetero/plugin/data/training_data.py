@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -36,13 +36,11 @@ from lightning_hetero.plugin.common.loop_progress import (
     resume_exactly,
     training_loaders,
 )
+from lightning_hetero.plugin.common.protocols import LoaderOwner
 from lightning_hetero.plugin.data import loader_kinds as loaders
 from lightning_hetero.plugin.data.loader_state import ResumedLoaders, loaders_state
 from lightning_hetero.plugin.data.slices import StepSlices
 from lightning_hetero.plugin.step.batch_size import samples_in
-
-if TYPE_CHECKING:
-    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
 
 __all__ = ["TrainingData"]
 
@@ -60,7 +58,7 @@ class TrainingData:
         part: this rank's part of the step at hand; None where its loader is not divided.
     """
 
-    def __init__(self, strategy: HeteroDDPStrategy) -> None:
+    def __init__(self, strategy: LoaderOwner) -> None:
         self._strategy = strategy
         self._schedule: PlanSchedule | None = None
         self._samplers: tuple[ShareBatchSampler, ...] | None = None

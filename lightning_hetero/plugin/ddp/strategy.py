@@ -28,6 +28,7 @@ from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTi
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
+from lightning_hetero.plugin.balancing.load_balancer import add_default_balancer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
@@ -106,7 +107,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.timer = StepTimer(HostClock())
         self.profiles: tuple[DeviceProfile, ...] = ()
         self.train_data = TrainingData(self)
-        self.eval_data = EvaluationData(self)
+        self.eval_data = EvaluationData(self, self.train_data.plan_at_next_step)
         self.micro_batches = MicroBatches(self)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
@@ -124,6 +125,11 @@ class HeteroDDPStrategy(BaseStrategy):
     def limits(self) -> BatchLimits:
         """What every plan has to respect."""
         return self.train_data.limits
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        return self.train_data.counts_samples
 
     @property
     def fetched_through(self) -> int:
@@ -202,10 +208,6 @@ class HeteroDDPStrategy(BaseStrategy):
         super().connect(model)
         trainer = model.trainer
         if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
-            from lightning_hetero.plugin.balancing.load_balancer import (
-                add_default_balancer,  # which knows this strategy
-            )
-
             add_default_balancer(trainer)
 
     @override

@@ -15,10 +15,9 @@ from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunSta
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
-from lightning_hetero.plugin.balancing.reporter import reason_of, record_directory, run_header
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
-from lightning_hetero.plugin.common.run_writer import RunWriter
+from lightning_hetero.plugin.common.run_writer import RunWriter, reason_of, record_directory, run_header
 from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = ["PipelineRecorder"]

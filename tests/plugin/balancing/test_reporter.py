@@ -23,7 +23,7 @@ from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.balance.types import BatchPlan
 from lightning_hetero.testing import SlowDown
 
-STEPS = 60
+STEPS = 90
 
 
 class Lines(ProgressBar):

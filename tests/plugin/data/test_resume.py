@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
+from lightning_hetero.balance.tuning.session import Phase
 from lightning_hetero.balance.types import BatchPlan
 from lightning_hetero.exceptions import ConfigurationError
 
@@ -240,7 +241,7 @@ class Found(LoadBalancer):
             self.tuned = True
             trainer.strategy.change_plan(2, BatchPlan((3, 9)))
             trainer.strategy.change_plan(5, BatchPlan((2, 10)))
-            self.finished = True
+            self.session.phase = Phase.TUNED
 
     tuned = False
 

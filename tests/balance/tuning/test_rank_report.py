@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_hetero.balance.tuning.rank_report import RankReport, check_agreement, fingerprint_of
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, PlanSchedule, WindowTiming
 from lightning_hetero.exceptions import DivergedRanksError
-from lightning_hetero.plugin.balancing.rank_report import RankReport, check_agreement, fingerprint_of
 
 SCHEDULE = PlanSchedule((0, 7), (BatchPlan((64, 64)), BatchPlan((85, 43))))
 REPORT = RankReport(WindowTiming(8, 3, 0.5, 0.1, 0.2), MemoryReading(8, 1.0, 2.0, 3.0), 5, 12, 2**32 - 1)

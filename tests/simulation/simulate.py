@@ -1,24 +1,26 @@
-"""A training on simulated ranks, in closed loop with the judgement that real ones follow.
+"""A training on simulated ranks, in closed loop with the session that real ranks follow.
 
-What the balancer reaches on a thousand ranks cannot be measured on two cores; what it decides there can.  Step times
-are drawn, everything behind them is the code that runs.
+What the balancer reaches on a thousand ranks cannot be measured on two cores; what it decides there can. Step times are
+drawn; everything that follows from them is the code that trainings run.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from simulation.ranks import SimulatedRanks
+
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
-from lightning_hetero.balance.tuning.window import summarise
-from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, StepTiming
+from lightning_hetero.balance.tuning.rebalancer import Decision
+from lightning_hetero.balance.tuning.session import StepFacts
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule, StepTime, StepTiming
 
 __all__ = ["Jitter", "Run", "simulate"]
 
 _NO_LIMITS = BatchLimits()
-_WARMUP_STEPS = 3
 _LEAST_FACTOR = 0.2
 
 
@@ -54,10 +56,10 @@ class Run:
     """What happened in a simulated training.
 
     Attributes:
-        efficiency: of each step, how long the best plan would take over how long the plan at hand takes, both without
+        efficiency: Of each step, how long the best plan would take over how long the current plan takes, both without
             jitter.
-        changes: the changes of plan, as pairs of the first step and the plan.
-        decisions: every judgement.
+        changes: The changes of plan, as pairs of the first step and the plan.
+        decisions: Every decision.
     """
 
     efficiency: tuple[float, ...]
@@ -65,7 +67,7 @@ class Run:
     decisions: tuple[Decision, ...]
 
     def steps_until(self, efficiency: float, first_step: int = 0) -> int:
-        """Return the steps behind ``first_step`` after which it stays above ``efficiency`` for twenty steps.
+        """Return the number of steps from ``first_step`` after which it stays above ``efficiency`` for twenty steps.
 
         Raises:
             StopIteration: it never does.
@@ -94,7 +96,7 @@ def simulate(
         jitter: what makes a rank's steps differ.
         seed: of what is drawn.
         limits: what every plan has to respect.
-        first_guess: shares to begin with instead of equal ones, one number a rank.
+        first_guess: Shares that the devices' data promise, one number per rank; adopted after the first step.
         factors: at which step which rank's time is multiplied by what, from there on.
 
     Returns:
@@ -102,38 +104,26 @@ def simulate(
     """
     rng, truth = random.Random(seed), list(truth)
     equal = proportional_plan([1.0] * len(truth), global_batch_size, limits, min_samples=1)
-    plan = equal if first_guess is None else proportional_plan(first_guess, global_batch_size, limits, min_samples=1)
-    rebalancer = Rebalancer(equal, plan, limits, min_gain=0.05, tune_steps=20)
-    window, first = rebalancer.first_window(), _WARMUP_STEPS
-    timings: list[list[StepTiming]] = [[] for _ in truth]
+    suggestion = first_guess and proportional_plan(first_guess, global_batch_size, limits, min_samples=1)
+    ranks = SimulatedRanks(PlanSchedule.constant(equal), limits)
+    ranks.begin(0, suggestion or None)
     efficiency: list[float] = []
-    changes: list[tuple[int, BatchPlan]] = []
-    decisions: list[Decision] = []
     optimum_s = _least_step_s(truth, global_batch_size, limits)
     for step in range(steps):
         if factors and step in factors:
             rank, factor = factors[step]
             truth[rank] = StepTime(truth[rank].overhead_s * factor, truth[rank].seconds_per_sample * factor)
             optimum_s = _least_step_s(truth, global_batch_size, limits)
+        plan = ranks.schedule.at(step)
         efficiency.append(optimum_s / predicted_step_s(truth, plan))
         own_s = [
             time.seconds(n) * jitter.factor(rng, rank, step)
             for rank, (time, n) in enumerate(zip(truth, plan.samples, strict=True))
         ]
-        if step < first:
-            continue
         slowest_s = max(own_s)
-        for timing, n, seconds in zip(timings, plan.samples, own_s, strict=True):
-            timing.append(StepTiming(n, seconds, slowest_s - seconds))
-        if step == first + window.measured_steps - 1:
-            decision = rebalancer.update([summarise(rank) for rank in timings])
-            timings = [[] for _ in truth]
-            if decision.plan != plan:
-                changes.append((step + 1, decision.plan))
-            plan, window = decision.plan, decision.window
-            first = step + 1 + window.skipped_steps
-            decisions.append(decision)
-    return Run(tuple(efficiency), tuple(changes), tuple(decisions))
+        timings = [StepTiming(n, seconds, slowest_s - seconds) for n, seconds in zip(plan.samples, own_s, strict=True)]
+        ranks.end_step(StepFacts(step, ranks.schedule, global_batch_size, step, math.inf), timings)
+    return Run(tuple(efficiency), tuple(ranks.session.changes), tuple(result.decision for result in ranks.results))
 
 
 def _least_step_s(truth: Sequence[StepTime], global_batch_size: int, limits: BatchLimits) -> float:

@@ -1,0 +1,369 @@
+"""Tune the shares of one training: the phases, what counts as measured, when ranks exchange, what they do then.
+
+Every rank holds a :class:`TuningSession` and tells it of each training step. The session answers with actions: measure,
+exchange reports, change the plan. When it asks for what follows from the steps alone, so all ranks ask for the same at
+the same step. Rank zero decides (:meth:`TuningSession.decide`), and every rank follows the decision
+(:meth:`TuningSession.follow`).
+
+A session has no clock, sends nothing and prints nothing, so a simulation drives the same object as a training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from lightning_hetero.balance.batch.caps import limits_of_micro_batches
+from lightning_hetero.balance.tuning.actions import (
+    Action,
+    AdoptSuggestion,
+    BeginAgain,
+    ChangePlan,
+    CloseStep,
+    ExchangeReports,
+    KeepPlan,
+    ShowSpeedUp,
+    StartTimer,
+    StopTimer,
+)
+from lightning_hetero.balance.tuning.change_reason import change_reason
+from lightning_hetero.balance.tuning.memory_model import MemoryModel
+from lightning_hetero.balance.tuning.rank_report import RankReport, check_agreement
+from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer, Window
+from lightning_hetero.balance.tuning.saved_balance import SavedBalance
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule, StepTime, WindowTiming
+
+__all__ = ["Phase", "StepFacts", "TuningSession", "TuningSettings", "WindowResult"]
+
+# Windows of this length measure what the tuning brought where nothing is watched afterwards.
+_REPORT_STEPS = 10
+# A timer that is on costs a little in every step, so it is off in longer pauses.
+_SHORT_PAUSE_STEPS = 2
+# An epoch of fewer steps has hardly any but its first.
+_SHORT_EPOCH_STEPS = 3
+
+
+class Phase(Enum):
+    """How far a session is.
+
+    NEW: nothing is measured, and the shares are not found. TUNING: the shares are searched for. WATCHING: they are
+    found, and steps are measured to notice drift. TUNED: they are found, and nothing is measured.
+    """
+
+    NEW = "new"
+    TUNING = "tuning"
+    WATCHING = "watching"
+    TUNED = "tuned"
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What the user can set; see ``LoadBalancer``.
+
+    Attributes:
+        warmup_steps: Training steps that are not measured at first.
+        tune_steps: Most training steps in which the shares are searched for.
+        min_gain: Least predicted gain that justifies other shares than the initial ones.
+        watch_steps: Training steps of each look for drift; 0 for none.
+    """
+
+    warmup_steps: int = 3
+    tune_steps: int = 20
+    min_gain: float = 0.05
+    watch_steps: int = 10
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """A training step that has just ended; the same on all ranks.
+
+    Attributes:
+        step: Number of the step, counted from 0 over all epochs.
+        schedule: The plans; None where the training loader is not divided.
+        global_samples: Samples of all ranks in the step.
+        step_in_epoch: Number of the step, counted from 0 in its epoch.
+        steps_in_epoch: Number of steps of an epoch; infinite where it is not known.
+    """
+
+    step: int
+    schedule: PlanSchedule | None
+    global_samples: int
+    step_in_epoch: int
+    steps_in_epoch: float
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What rank zero makes of a window.
+
+    Attributes:
+        decision: What the step times suggest.
+        first_step: The first step that no rank has fetched: a new plan holds from there on.
+        windows: One window per rank where people are shown it; else empty.
+        predicted_micro_batches: The largest micro-batch that is expected to fit on each rank, in samples; None where
+            nothing is known. Shape ``(world_size,)``.
+    """
+
+    decision: Decision
+    first_step: int
+    windows: tuple[WindowTiming, ...]
+    predicted_micro_batches: tuple[int | None, ...]
+
+
+class TuningSession:
+    """The tuning of one training, over several fits where there are several.
+
+    Args:
+        settings: What the user can set.
+
+    Attributes:
+        phase: How far it is.
+        step_times: The expected step time of each rank; empty before every rank was measured.
+        communication_s: What a step takes besides the slowest rank's own time.
+        windows_before: One window per rank under the plan that was measured first.
+        windows_after: The same under the plan that was found.
+        changes: The changes of plan: the first step of each, and the plan.
+        plan: The plan that holds, or will hold as soon as every rank has used what it has fetched; None before
+            :meth:`begin`.
+    """
+
+    def __init__(self, settings: TuningSettings) -> None:
+        self._settings = settings
+        self.phase = Phase.NEW
+        self.step_times: tuple[StepTime, ...] = ()
+        self.communication_s = 0.0
+        self.windows_before: tuple[WindowTiming, ...] = ()
+        self.windows_after: tuple[WindowTiming, ...] = ()
+        self.changes: list[tuple[int, BatchPlan]] = []
+        self.plan: BatchPlan | None = None
+        self._rebalancer: Rebalancer | None = None
+        self._memory_model = MemoryModel(0)
+        self._saved_balance: dict[str, Any] | None = None
+        self._window = Window(0, 1)
+        self._measure_from = self._elapsed_steps = self._kept_steps = 0
+        self._timing = False
+        self._suggestion: BatchPlan | None = None
+        self._has_changed = False
+        self._times_at_last_change: tuple[StepTime, ...] = ()
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the first search for the shares is over."""
+        return self.phase in (Phase.WATCHING, Phase.TUNED)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether steps are measured, now or after a pause."""
+        return self.phase in (Phase.TUNING, Phase.WATCHING)
+
+    @property
+    def has_nothing_to_do(self) -> bool:
+        """Whether a training need not begin a session: the shares are found, and drift is not watched for."""
+        return self.is_tuned and not self._settings.watch_steps
+
+    # ---- beginning and end -----------------------------------------------------------------------------------------
+
+    def begin(
+        self, first_step: int, schedule: PlanSchedule, limits: BatchLimits, suggestion: BatchPlan | None = None
+    ) -> tuple[Action, ...]:
+        """Begin to tune; or to watch, where an earlier fit or run has tuned the same global batch.
+
+        Args:
+            first_step: The step that is trained next.
+            schedule: The plans.
+            limits: What every plan has to respect.
+            suggestion: The plan that the devices' data promise, if they promise any. It is adopted after the first
+                step, which may show that the shares have to stay equal.
+        """
+        current = schedule.at(first_step)
+        saved = self._saved_balance
+        if saved is not None and sum(saved["initial"]) != current.global_batch_size:
+            saved = self._saved_balance = None
+        self.phase = Phase.TUNING if saved is None else Phase.WATCHING
+        self.plan = current
+        self._rebalancer = Rebalancer(
+            initial=current if saved is None else BatchPlan(tuple(saved["initial"])),
+            current=current,
+            limits=limits,
+            min_gain=self._settings.min_gain,
+            tune_steps=self._settings.tune_steps,
+            watch_steps=self._settings.watch_steps or _REPORT_STEPS,
+            model=None if saved is None else Rebalancer.model_of(saved),
+        )
+        self._memory_model = MemoryModel(current.world_size)
+        self._suggestion = None if self.is_tuned or suggestion == current else suggestion
+        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        self._timing = True
+        return (StartTimer(),)
+
+    def stop(self) -> None:
+        """Measure nothing any more; what was learned is where the next fit goes on."""
+        if self._rebalancer is not None and self.is_tuned:
+            self._saved_balance = self._rebalancer.to_dict()
+        self.phase = Phase.TUNED if self.is_tuned else Phase.NEW
+        self._rebalancer = None
+        self._timing = False
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def on_step(self, facts: StepFacts) -> tuple[Action, ...]:
+        """Take a training step, and return what to do now, in this order."""
+        if not self.is_running:
+            return ()
+        assert self.plan is not None
+        if facts.schedule is None:  # the loader was replaced by one that is not divided
+            self.stop()
+            return (StopTimer(),)
+        if facts.schedule.at(facts.step).global_batch_size != self.plan.global_batch_size:
+            self._saved_balance = None  # what was measured is of another global batch
+            return (BeginAgain(facts.step + 1),)
+        if self._suggestion is not None:
+            return (AdoptSuggestion(), CloseStep(keep=False))
+        if not self._timing:
+            if facts.step + 2 < self._measure_from:  # the step in which a timer is started is not whole
+                return ()
+            self._timing = True
+            return (StartTimer(),)
+        in_window = facts.step >= self._measure_from
+        keep = in_window and self._counts(facts)
+        self._elapsed_steps += in_window
+        self._kept_steps += keep
+        close = CloseStep(keep, window_begins=facts.step + 1 == self._measure_from)
+        if self._kept_steps and self._elapsed_steps >= self._window.measured_steps:
+            return (close, ExchangeReports())
+        return (close,)
+
+    def _counts(self, facts: StepFacts) -> bool:
+        """Return whether a step is one that the plan is for.
+
+        A ragged batch is not. An epoch's first batch may have waited for workers to start; it counts only where there
+        is hardly another.
+        """
+        assert self.plan is not None
+        whole = facts.global_samples == self.plan.global_batch_size
+        return whole and (facts.step_in_epoch > 0 or facts.steps_in_epoch < _SHORT_EPOCH_STEPS)
+
+    def _start_window(self, first_step: int, window: Window) -> None:
+        self._window = window
+        self._measure_from = first_step + window.skipped_steps
+        self._elapsed_steps = self._kept_steps = 0
+
+    def adopt_suggestion(self, first_step: int) -> tuple[Action, ...]:
+        """Follow the plan that the devices' data promise; the tuning goes on from there.
+
+        Args:
+            first_step: The first step that no rank has fetched.
+        """
+        plan, self._suggestion = self._suggestion, None
+        assert plan is not None
+        assert self._rebalancer is not None
+        self._rebalancer.current = self.plan = plan
+        self.changes.append((first_step, plan))
+        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        reason = "a first guess, from the devices' cores and clocks"
+        return (ChangePlan(first_step, plan, reason, self._settings.tune_steps),)
+
+    # ---- a window --------------------------------------------------------------------------------------------------
+
+    def decide(
+        self, reports: Sequence[RankReport], limits: BatchLimits, *, memory_limits_shares: bool = True
+    ) -> WindowResult:
+        """Decide on rank zero what follows from a window.
+
+        Args:
+            reports: What each rank reports, shape ``(world_size,)``.
+            limits: What every plan has to respect.
+            memory_limits_shares: Whether shares are to fit into memory; False where the user has chosen micro-batches.
+
+        Raises:
+            DivergedRanksError: Some ranks follow other plans than the rest.
+        """
+        check_agreement(reports)
+        assert self._rebalancer is not None
+        self._memory_model.observe([report.memory if report.memory.samples else None for report in reports])
+        predicted = tuple(self._memory_model.most_samples(rank) for rank in range(len(reports)))
+        if memory_limits_shares:
+            largest = [
+                min((n for n in (report.micro_batch_limit or None, most) if n is not None), default=None)
+                for report, most in zip(reports, predicted, strict=True)
+            ]
+            limits = limits_of_micro_batches(limits, largest, self._rebalancer.current.global_batch_size)
+        self._rebalancer.set_limits(limits)
+        windows = [report.window for report in reports]
+        decision = self._rebalancer.update([window if window.steps else None for window in windows])
+        shown = all(window.steps for window in windows) and (not self.windows_before or self._owes_speed_up)
+        return WindowResult(decision, first_step_after(reports), tuple(windows) if shown else (), predicted)
+
+    def follow(self, result: WindowResult) -> tuple[Action, ...]:
+        """Take what rank zero has decided, and return what to do now, in this order."""
+        decision, left = result.decision, self.plan
+        assert self._rebalancer is not None
+        assert left is not None
+        self.step_times, self.communication_s = decision.step_times, decision.communication_s
+        self._rebalancer.current = self.plan = decision.plan
+        actions: list[Action] = []
+        if not self.windows_before:
+            self.windows_before = result.windows
+        elif self.is_tuned and self._owes_speed_up and result.windows:
+            self.windows_after = result.windows
+            actions.append(ShowSpeedUp(self.windows_before, self.windows_after))
+        if decision.plan != left:
+            actions.append(self._change(result, left))
+        if decision.tuned and not self._times_at_last_change:
+            # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
+            self._times_at_last_change = decision.step_times
+        if decision.tuned and not self.is_tuned:
+            self.phase = Phase.WATCHING
+            if not self._has_changed:
+                actions.append(KeepPlan(decision.plan, self._why_kept(decision)))
+        self._start_window(result.first_step, decision.window)
+        if self.has_nothing_to_do and not self._owes_speed_up:
+            self.stop()
+            actions.append(StopTimer())
+        elif decision.window.skipped_steps > _SHORT_PAUSE_STEPS:
+            self._timing = False
+            actions.append(StopTimer())
+        return tuple(actions)
+
+    def _change(self, result: WindowResult, left: BatchPlan) -> ChangePlan:
+        decision = result.decision
+        reason = change_reason(decision.gain, left, self._times_at_last_change, decision.step_times)
+        self._times_at_last_change = ()
+        self._has_changed = True
+        self.changes.append((result.first_step, decision.plan))
+        steps_left = 0 if self.is_tuned or decision.tuned else decision.tune_steps_left
+        return ChangePlan(result.first_step, decision.plan, reason, steps_left)
+
+    def _why_kept(self, decision: Decision) -> str:
+        if decision.step_times:
+            return f"no others are predicted to be more than {self._settings.min_gain:.0%} faster"
+        ranks = ", ".join(map(str, decision.unmeasured_ranks))
+        return f"no step of rank {ranks} could be timed, so nothing is known of others"
+
+    @property
+    def _owes_speed_up(self) -> bool:
+        """Whether people are still to be shown what the tuning brought."""
+        return bool(self._has_changed and self.windows_before and not self.windows_after)
+
+    # ---- checkpoint ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in plain values."""
+        return {
+            "finished": self.is_tuned,
+            "step_times": [time.to_dict() for time in self.step_times],
+            "balance": self._saved_balance if self._rebalancer is None else self._rebalancer.to_dict(),
+        }
+
+    def restore(self, saved: SavedBalance) -> None:
+        """Go on where an earlier run on the same devices has ended."""
+        self.step_times = saved.step_times
+        self._saved_balance = None if saved.balance is None else dict(saved.balance)
+        self.phase = Phase.TUNED
+
+
+def first_step_after(reports: Sequence[RankReport]) -> int:
+    """Return the first step that no rank has fetched."""
+    return max(report.fetched_through for report in reports) + 1

@@ -1,0 +1,152 @@
+"""What the parts of ``hetero_ddp`` need of the strategy that owns them.
+
+The strategy makes its loaders, its micro-batches and a balancer, and each of these needs something of the strategy.
+They import these protocols instead of the class, so imports point one way, and what each of them uses is listed here.
+"""
+
+# ruff: noqa: D102  # what a strategy of Lightning has is documented there
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import Precision
+
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
+from lightning_hetero.distributed.step_timer import StepTimer
+from lightning_hetero.hardware.memory import MemoryMeter
+
+__all__ = ["BalancedStrategy", "LoaderOwner", "MicroBatchLimits", "StepOwner", "is_balanced"]
+
+
+class _OnRank(Protocol):
+    """What Lightning's strategies know of the rank that they run on."""
+
+    @property
+    def root_device(self) -> torch.device: ...
+    @property
+    def global_rank(self) -> int: ...
+    @property
+    def trainer(self) -> Trainer: ...
+
+
+class LoaderOwner(_OnRank, Protocol):
+    """A strategy whose loaders are divided; the arguments are those of ``HeteroDDPStrategy``."""
+
+    shares: str | Sequence[float] | Mapping[str, float]
+    global_batch_size: int | None
+    batch_multiple: int
+    num_loss_terms: Callable[[Any], int] | None
+    profiles: tuple[DeviceProfile, ...]
+    timer: StepTimer
+
+    @property
+    def max_batch_size(self) -> int | Sequence[int] | Mapping[str, int] | None: ...
+    @property
+    def world_size(self) -> int: ...
+
+
+class StepOwner(_OnRank, Protocol):
+    """A strategy whose steps may run in several micro-batches.
+
+    Attributes:
+        loss_weight: What the rank's loss counts, such that the mean over ranks is the mean over the global batch.
+    """
+
+    loss_reduction: str
+    num_loss_terms: Callable[[Any], int] | None
+    loss_weight: float
+    timer: StepTimer
+
+    @property
+    def micro_batch_size(self) -> int | Sequence[int] | Mapping[str, int] | None: ...
+    @property
+    def lightning_module(self) -> LightningModule | None: ...
+    @property
+    def model(self) -> torch.nn.Module | None: ...
+    @property
+    def precision_plugin(self) -> Precision: ...
+    @property
+    def training_slice(self) -> BatchSlice | None: ...
+    def post_backward(self, closure_loss: torch.Tensor) -> None: ...
+
+
+class MicroBatchLimits(Protocol):
+    """How large a rank's micro-batches may be; None for no limit.
+
+    Attributes:
+        limit: The largest micro-batch allowed by the user, or since memory ran out.
+        predicted: The largest micro-batch that is expected to fit.
+    """
+
+    limit: int | None
+    predicted: int | None
+
+    @property
+    def most(self) -> int | None:
+        """The largest micro-batch allowed, for whatever reason."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Run what is in this context on this rank alone: what communicates is refused."""
+
+
+class BalancedStrategy(_OnRank, Protocol):
+    """A strategy that can divide batches unequally, and change how."""
+
+    profiles: tuple[DeviceProfile, ...]
+    timer: StepTimer
+    memory: MemoryMeter | None
+
+    @property
+    def micro_batch_size(self) -> int | Sequence[int] | Mapping[str, int] | None: ...
+
+    @property
+    def micro_batches(self) -> MicroBatchLimits: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_global_zero(self) -> bool: ...
+    @property
+    def lightning_module(self) -> LightningModule | None: ...
+    @property
+    def precision_plugin(self) -> Precision: ...
+    @property
+    def plan_schedule(self) -> PlanSchedule | None:
+        """Which plan holds at which training step; None where the training loaders are not divided."""
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What every plan has to respect."""
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+
+    @property
+    def fetched_through(self) -> int:
+        """The latest training step for which this rank has drawn its samples; -1 before the first."""
+
+    @property
+    def training_slice(self) -> BatchSlice | None:
+        """This rank's part of the current global batch; None before the first."""
+
+    def nominal_plan(self) -> BatchPlan | None:
+        """Return the plan that the devices' data promise; None where they promise none."""
+
+    def change_plan(self, first_step: int, plan: BatchPlan) -> None:
+        """Follow ``plan`` from ``first_step`` on, a step that no rank has fetched."""
+
+    def restore_schedule(self, schedule: PlanSchedule) -> None:
+        """Continue with the plans of an earlier run, before any training batch is drawn."""
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any: ...
+
+
+def is_balanced(strategy: object) -> TypeGuard[BalancedStrategy]:
+    """Return whether a strategy can divide batches unequally, and change how."""
+    # asked of the class: a property of the strategy may not be ready yet
+    return callable(getattr(type(strategy), "change_plan", None))
