@@ -1,6 +1,7 @@
-"""Compare what ``lightning-hetero plan`` predicts for the set-ups with what docs/benchmarks.md says was measured.
+"""Compare what ``lightning-hetero plan`` predicts for the set-ups with what was measured.
 
-Prints the two tables of docs/plan.md. Nothing is trained.
+The measurements are those of docs/explanation/benchmarks.md. Prints the two tables of docs/explanation/predictions.md.
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from scenarios import SCENARIOS, Scenario
 
-MEASURED = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "benchmarks.md"
+MEASURED = PAGE.read_text(encoding="utf-8")
 MICRO_BATCHES, LAYERS = 8, 12
 HEAVY_GRADIENTS = [608_000, 19_000, 19_000, 1]  # of workloads.heavy_gradients(), in the order of its parameters
 

@@ -1,4 +1,4 @@
-"""Measure all scenarios and write docs/benchmarks.md and its plot.
+"""Measure all scenarios and write docs/explanation/benchmarks.md and its pictures.
 
 python benchmarks/run.py                # all
 python benchmarks/run.py 1:2 equal      # some; prints them and writes nothing
@@ -25,7 +25,8 @@ import pipeline
 from scenarios import SCENARIOS, Scenario
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+PAGE = HERE.parent / "docs" / "explanation" / "benchmarks.md"
+IMAGES = HERE.parent / "docs" / "images"
 TIMEOUT_S = 400
 PORT = 29511
 
@@ -44,7 +45,7 @@ although the machine is shared. Samples/s are medians over rounds of the median 
 - *bound*: the sum of what each rank processes alone, in a Trainer without peers, at the mini-batch that it has when
   tuned.
 
-![Throughput as a part of the bound](benchmarks.png)
+![Throughput as a part of the bound](../images/benchmarks.png)
 
 ## Devices of known speed
 
@@ -88,7 +89,7 @@ best plan's simulated step of devices that need no time beside their layers; *al
 layers.
 
 {lines}
-![Who computes what when, with equal numbers of layers and with those found](pipeline.png)
+![Who computes what when, with equal numbers of layers and with those found](../images/pipeline.png)
 
 Through the Trainer a step of three ranks, whose layers take hardly any time, takes {through:.1f} ms, with torch's bare
 schedule {bare:.1f} ms; in two rounds {added} ms more.
@@ -271,7 +272,7 @@ def plot(results: dict[str, dict[str, Any]], drift: dict[str, Any], path: Path) 
 
 
 def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: float) -> str:
-    """Return docs/benchmarks.md."""
+    """Return docs/explanation/benchmarks.md."""
     scale = scale_text()
     of = {kind: {n: r for n, r in results.items() if SCENARIOS[n].measures == kind} for kind in ("shares", "cost")}
     virtual = {name: r for name, r in of["shares"].items() if SCENARIOS[name].is_virtual}
@@ -326,13 +327,13 @@ def main() -> None:
             plot_timelines(results[name], Path(f"{name.replace(':', '-')}.png"))
         return
     text = page(results, skipped, start_s)
-    DOCS.joinpath("benchmarks.md").write_text(text, encoding="utf-8")
+    PAGE.write_text(text, encoding="utf-8")
     plot(
         {n: r for n, r in results.items() if SCENARIOS[n].measures == "shares"},
         results["drift"],
-        DOCS / "benchmarks.png",
+        IMAGES / "benchmarks.png",
     )
-    plot_timelines(results["pipeline 1:2:4"], DOCS / "pipeline.png")
+    plot_timelines(results["pipeline 1:2:4"], IMAGES / "pipeline.png")
     print(text)
 
 

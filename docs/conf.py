@@ -28,7 +28,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 
-# an example in a docstring finds the names of its own module
+# examples in docstrings use the names of their own module
 doctest_global_setup = """
 from lightning_hetero.balance.tuning.advice import *
 from lightning_hetero.balance.batch.batch_solver import *

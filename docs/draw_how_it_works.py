@@ -1,9 +1,9 @@
-"""Draw docs/images/how_it_works.svg: one step of two ranks, and how a global batch becomes slices.
+"""Draw docs/images/how_it_works.svg: one step of two ranks, and how a global batch becomes mini-batches.
 
     python docs/draw_how_it_works.py
 
-The times are those of two devices of 10 ms and 1.2 ms a sample, and 10 ms and 2.4 ms a sample; the division and the
-slices are computed by the package. Colours are readable on white and on black.
+The times are those of two devices that take 10 ms plus 1.2 ms per sample, and 10 ms plus 2.4 ms per sample. The package
+computes the plan and the slices. Colours are readable on white and on black.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_hetero.balance.types import BatchPlan, StepTime
 COLOURS = ("#3b82c4", "#d97a2b")
 GREY = "#8a8f98"
 TIMES = (StepTime(0.010, 0.0012), StepTime(0.010, 0.0024))
-LEFT, SCALE = 110, 2900.0  # pixels, pixels a second
+LEFT, SCALE = 110, 2900.0  # pixels, pixels per second
 HEIGHT = 26
 
 

@@ -1,8 +1,8 @@
-"""Run a command in a terminal of 100 columns and draw what it shows as an SVG.
+"""Run a command in a terminal of 100 columns and draw its output as an SVG.
 
     python docs/record_terminal.py docs/images/terminal.svg python examples/digits.py
 
-The picture is of the real output; nothing is left out but what a terminal would have overwritten.
+The picture shows the real output. Only what a terminal would have overwritten is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def output_of(command: list[str]) -> str:
     """Run ``command`` in a pseudo-terminal and return what it wrote, with its colours.
 
     Raises:
-        SystemExit: the command failed; its output is the message.
+        SystemExit: The command failed; its output is the message.
     """
     process, terminal = pty.fork()
     if process == 0:
@@ -38,7 +38,7 @@ def output_of(command: list[str]) -> str:
     while True:
         try:
             part = os.read(terminal, 4096)
-        except OSError:  # what Linux answers where the other end is closed
+        except OSError:  # Linux answers so if the other end is closed
             break
         if not part:
             break

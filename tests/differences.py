@@ -1,4 +1,4 @@
-"""Keeps the largest difference that each comparison found, for the table in docs/exactness.md.
+"""Keeps the largest difference that each comparison found, for the table in docs/explanation/exactness.md.
 
 ``pytest --differences`` prints it.
 """

@@ -1,4 +1,4 @@
-"""What the documentation says is there: links, code, configuration, arguments, and the first script runs."""
+"""What the documentation refers to exists: links, terms, code, configuration, arguments. Its first script runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import lightning_hetero
 import lightning_hetero.testing
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
+GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 CLASSES = {
     name: value
     for module in (lightning_hetero, lightning_hetero.testing)
@@ -31,7 +32,7 @@ CLASSES = {
 }
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -46,7 +47,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Return the relative links that point nowhere."""
+    """Return the relative links without a target."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
         path, _, anchor = link.partition("#")
@@ -56,6 +57,16 @@ def broken_links(page: Path, text: str) -> list[str]:
         if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             broken.append(link)
     return broken
+
+
+def unknown_terms(text: str) -> set[str]:
+    """Return the terms that the glossary does not define."""
+    blocks_of_terms = FENCE.findall(GLOSSARY.read_text(encoding="utf-8"))
+    defined = {
+        line for name, code in blocks_of_terms if name == "{glossary}" for line in re.findall(r"^\S.*$", code, re.M)
+    }
+    used = re.findall(r"{term}`(?:[^`<]*<)?([^`>]+)>?`", text)
+    return set(used) - defined
 
 
 def arguments_of(name: str, *, passed_on: bool = False) -> set[str]:
@@ -106,9 +117,10 @@ def unknown_init_args(configuration: Any) -> list[str]:
 
 
 @every_page
-def test_a_page_says_what_is_there(page: Path) -> None:
+def test_what_a_page_refers_to_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert broken_links(page, text) == []
+    assert unknown_terms(text) == set()
     for code in blocks(text, "python"):
         compile(code, str(page), "exec")
         assert unknown_keywords(code) == []
@@ -121,11 +133,29 @@ def test_a_page_says_what_is_there(page: Path) -> None:
 def test_the_checks_can_fail() -> None:
     text = "# A title\n[a](#a-title) [b](#b) [c](c.md) [d](https://d.org/) `HeteroDDPStrategy`\n"
     text += "| argument | meaning |\n|---|---|\n| `share`, `limit` | none |\n"
-    assert broken_links(PAGES[0], text.replace("(#a-title)", "(docs/pipeline.md#fixed-stages)")) == ["#b", "c.md"]
+    assert broken_links(PAGES[0], text.replace("(#a-title)", "(docs/how_to/pipeline.md#fix-the-stages)")) == [
+        "#b",
+        "c.md",
+    ]
+    assert unknown_terms("{term}`plan` {term}`plans <plan>` {term}`plot` {term}`plots <plots>`") == {"plot", "plots"}
     assert list(tables_of_arguments(text)) == [("HeteroDDPStrategy", {"share", "limit"})]
     assert unknown_keywords("LoadBalancer(steps=1, tune_steps=2)") == ["LoadBalancer(steps=...)"]
     assert unknown_init_args([{"class_path": "lightning_hetero.LoadBalancer", "init_args": {"steps": 1}}])
     assert unknown_init_args({"strategy": {"class_path": "lightning_hetero.HeteroDDP"}})
+
+
+def test_every_page_is_in_the_index() -> None:
+    entries = re.findall(r"^(\w+/\w+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [
+        str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES if page.parent.parent == ROOT / "docs"
+    ]
+    assert sorted(entries) == pages
+
+
+def test_the_commands_of_the_readme_are_those_of_ci() -> None:
+    commands = "".join(blocks((ROOT / "README.md").read_text(encoding="utf-8"), "sh")).splitlines()
+    assert {"pip install tox && tox -e demo", "pip install tox && tox"} <= set(commands)
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] in commands
 
 
 @pytest.mark.parametrize("name", ["HeteroDDPStrategy", "HeteroPipelineStrategy", "LoadBalancer"])
@@ -135,7 +165,7 @@ def test_every_argument_is_in_a_table(name: str) -> None:
 
 
 def test_the_first_script_runs(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "quick_start.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tutorial" / "quick_start.md").read_text(encoding="utf-8")
     (code,) = blocks(
         text.partition("<!-- tests/test_docs.py runs this script -->\n")[2].partition("\n## ")[0], "python"
     )
