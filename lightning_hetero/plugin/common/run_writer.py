@@ -1,4 +1,4 @@
-"""Write the record of a run to a file, such that a crash costs its last seconds at most and no training."""
+"""Write the record of a run to a file, so that a crash loses at most its last seconds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_hetero.balance.record.run_record import Event, RunHeader, RunWind
 
 __all__ = ["RunWriter"]
 
-# A file system across a network may take milliseconds, and all ranks wait for the one that writes.
+# A network file system may take milliseconds, and all ranks wait for the one that writes.
 _LEAST_S = 2.0
 
 
 class RunWriter:
-    """The record of one run; belongs on rank zero.
+    """Writes the record of one run; used on rank zero only.
 
-    A disk that is full or must not be written costs a warning, not the training.
+    If the disk is full or write-protected, it warns and writes no more; the training continues.
 
     Args:
-        directory: where ``hetero_run.jsonl`` goes, or ``hetero_run-1.jsonl`` where there is one already, and so on.
-        header: of the run.
+        directory: Directory of the file: ``hetero_run.jsonl``, or ``hetero_run-1.jsonl`` if that exists, and so on.
+        header: Header of the run.
     """
 
     def __init__(self, directory: Path, header: RunHeader) -> None:
@@ -40,7 +40,7 @@ class RunWriter:
             self._give_up(error)
 
     def add(self, event: Event) -> None:
-        """Take an event; looks for drift are written every two seconds at most, everything else at once."""
+        """Record an event; windows are written every two seconds at most, everything else at once."""
         if self.path is None:
             return
         lines = self._history.add(event)
@@ -60,7 +60,7 @@ class RunWriter:
 
     def _append(self) -> None:
         assert self.path is not None
-        # not kept open: callbacks are pickled, copied and killed
+        # The file is not kept open: callbacks are pickled, copied and killed.
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in self._pending))
         self._pending = []
@@ -75,7 +75,7 @@ class RunWriter:
         self._written_at_s = time.monotonic()
 
     def _give_up(self, error: OSError) -> None:
-        rank_zero_warn(f"hetero_ddp: the record of this run cannot be written, and ends here: {error}")
+        rank_zero_warn(f"lightning_hetero: the record of this run cannot be written and ends here: {error}")
         self.path = None
 
 
