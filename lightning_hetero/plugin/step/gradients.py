@@ -53,7 +53,7 @@ def mark(parameter: nn.Parameter) -> tuple[int, int] | None:
 
 def reduces_at_the_end(model: Any) -> bool:
     """Return whether DDP will combine gradients only after its next backward pass, the first of a static graph."""
-    # Nothing public tells. Without this the random memory shortages with `static_graph` in
+    # Nothing public shows this. Without it the random memory shortages with `static_graph` in
     # tests/plugin/ddp/test_micro_batches.py fail.
     return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
 
