@@ -1,4 +1,4 @@
-"""What cannot be run on a few cores: the solver for ten thousand ranks, and the tuning of a thousand simulated ones."""
+"""Measure what a few cores cannot run: the solver for 10,000 ranks, and the tuning of 1,024 simulated ranks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SEEDS = 100
 
 @dataclass(frozen=True)
 class Fleet:
-    """Many devices.
+    """A large number of devices.
 
     Attributes:
-        kinds: how many times as long each kind of device takes; as many ranks of each.
-        spread: standard deviation of the speed of devices of one kind, as a part of it.
-        stragglers: ranks that take twice as long as their kind.
+        kinds: How many times as long each kind of device takes; all kinds have the same number of ranks.
+        spread: Relative standard deviation of the speed among devices of one kind.
+        stragglers: Number of ranks that take twice as long as their kind.
     """
 
     kinds: tuple[float, ...]
@@ -47,7 +47,7 @@ class Fleet:
         return [StepTime(0.010 * factor, 0.001 * factor) for factor in factors]
 
 
-# steps of real devices: some jitter, and one step in two hundred that something disturbed
+# Like steps of real devices: some jitter, and one step in two hundred that something disturbed.
 _SOME, _MUCH = Jitter(0.03, spike_rate=0.005), Jitter(0.10, spike_rate=0.005)
 CASES = {
     "one kind, 10 % jitter": (Fleet((1,)), _MUCH),
@@ -57,14 +57,14 @@ CASES = {
 
 
 def efficiency(name: str, seed: int) -> tuple[float, ...]:
-    """Return the efficiency of one training of case ``name`` at ``SHOWN_STEPS``."""
+    """Return the efficiency of one training run of case ``name`` at ``SHOWN_STEPS``."""
     fleet, jitter = CASES[name]
     run = simulate(fleet.step_times(seed), SAMPLES_A_RANK * RANKS, SHOWN_STEPS[-1] + 1, jitter=jitter, seed=seed)
     return tuple(run.efficiency[step] for step in SHOWN_STEPS)
 
 
 def efficiencies(name: str, seeds: int = SEEDS) -> list[tuple[float, float]]:
-    """Return of each of ``SHOWN_STEPS`` the median and what 99 of 100 trainings reach."""
+    """Return for each of ``SHOWN_STEPS`` the median and the efficiency that 99 of 100 training runs reach."""
     with ProcessPoolExecutor() as pool:
         runs = list(pool.map(partial(efficiency, name), range(seeds)))
     ascending = [sorted(values) for values in zip(*runs, strict=True)]
@@ -72,7 +72,7 @@ def efficiencies(name: str, seeds: int = SEEDS) -> list[tuple[float, float]]:
 
 
 def milliseconds(ranks: int = 10_000) -> dict[str, float]:
-    """Return what decisions for many ranks take, each the median of several."""
+    """Return the milliseconds that decisions for many ranks take, each as the median of several runs."""
     times = [StepTime(0.01 + 1e-6 * (r % 97), 0.001 * (1 + r % 4)) for r in range(ranks)]
     batch = SAMPLES_A_RANK * ranks
     plan = solve_batch(times, batch, min_samples=1)
@@ -84,8 +84,8 @@ def milliseconds(ranks: int = 10_000) -> dict[str, float]:
     windows = [WindowTiming(n, 5, time.seconds(n), 0.001) for time, n in zip(times, equal.samples, strict=True)]
     return {
         "solver": _milliseconds(lambda: solve_batch(times, batch, min_samples=1)),
-        "look-up in a schedule of a hundred plans": _milliseconds(lambda: schedule.at(500)),
-        "a whole judgement of a window": _milliseconds(lambda: judge.update(windows)),
+        "look-up in a plan schedule of a hundred plans": _milliseconds(lambda: schedule.at(500)),
+        "complete evaluation of a window": _milliseconds(lambda: judge.update(windows)),
     }
 
 

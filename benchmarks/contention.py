@@ -1,7 +1,7 @@
-"""Real contention for the processor: a quota for the thread that computes, by the kernel's cpu controller.
+"""Create real contention for the processor: the kernel's cpu controller gives the computing thread a quota.
 
-Only the computing thread is held back, so that the threads of gloo go on; a period of 10 ms keeps steps of 80 ms and
-more even.  Needs a writable cpu controller of control groups v1.
+Only the computing thread is throttled, so gloo's threads keep running.  A period of 10 ms keeps steps of 80 ms and more
+even.  Needs a writable cpu controller of control groups v1.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _PERIOD_US = 10_000
 
 
 def available() -> bool:
-    """Tell whether this process may set quotas."""
+    """Return whether this process may set quotas."""
     return (_CONTROLLER / "cpu.cfs_quota_us").exists() and os.access(_CONTROLLER, os.W_OK)
 
 
 @contextmanager
 def quota(part: float, core: int) -> Iterator[None]:
-    """Give the calling thread ``part`` of one core, and no other core."""
+    """Restrict the calling thread to the fraction ``part`` of one core."""
     group = _CONTROLLER / f"lightning_hetero_benchmark_{os.getpid()}"
     group.mkdir()
     affinity = os.sched_getaffinity(0)
@@ -37,7 +37,7 @@ def quota(part: float, core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, affinity)
-        # threads that were begun under the quota too
+        # Threads that were started under the quota have to leave the group too.
         for thread in (group / "tasks").read_text().split():
             (_CONTROLLER / "tasks").write_text(thread)
         group.rmdir()

@@ -1,6 +1,6 @@
-"""Two nodes on one machine, with a link of known bandwidth between them: network namespaces and a token bucket.
+"""Simulate two nodes on one machine, with a link of known bandwidth: network namespaces and a token bucket.
 
-Needs the right to make namespaces, and the tools ``ip``, ``tc`` and ``unshare``.
+Needs the right to create namespaces, and the tools ``ip``, ``tc`` and ``unshare``.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ class Node:
     """One of two nodes.
 
     Attributes:
-        rank: 0 or 1.
+        rank: Rank of the node, 0 or 1.
     """
 
     rank: int
 
     @property
     def namespace(self) -> str:
-        """The name of its network namespace."""
+        """The name of the node's network namespace."""
         return f"lightning_hetero_{self.rank}"
 
     @property
     def interface(self) -> str:
-        """The name of its end of the link."""
+        """The name of the node's end of the link."""
         return f"lh{self.rank}"
 
     @property
     def address(self) -> str:
-        """Its address on the link."""
+        """The node's address on the link."""
         return f"{_NETWORK}{self.rank + 1}"
 
     def command(self, *command: str) -> list[str]:
-        """Return what runs ``command`` on this node, under a host name of its own."""
+        """Return a command that runs ``command`` on this node, under the node's own host name."""
         inside = f'hostname node{self.rank}; exec ip netns exec {self.namespace} "$@"'
         return ["unshare", "-u", "sh", "-c", inside, "sh", *command]
 
 
 def available() -> bool:
-    """Tell whether this process may make such nodes."""
+    """Return whether this process may create such nodes."""
     return os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc", "unshare")) and _namespaces_work()
 
 
@@ -63,7 +63,7 @@ def _namespaces_work() -> bool:
 
 @contextmanager
 def linked_nodes(megabits_per_s: int) -> Iterator[tuple[Node, Node]]:
-    """Make two nodes with a link of that bandwidth, and remove them."""
+    """Create two nodes with a link of that bandwidth, and remove them afterwards."""
     nodes = (Node(0), Node(1))
     hosts = "".join(f"{node.address} node{node.rank}\n" for node in nodes)
     try:

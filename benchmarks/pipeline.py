@@ -1,4 +1,4 @@
-"""Measure divisions of layers over devices of known speed, and what the Trainer adds to a schedule of passes."""
+"""Compare ways to divide layers over devices of known speed, and measure what the Trainer adds to a schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUNDS, STEPS, TRAINER_STEPS = 2, 6, 120
 
 
 class Stack(LightningModule):
-    """Equal layers whose own work hardly counts."""
+    """Equal layers whose own work is negligible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Stack(LightningModule):
 def train(
     scenario: Scenario, strategy: Any, ranks: int, steps: int, factors: list[float], *callbacks: Callback
 ) -> list[float]:
-    """Return the seconds of each step but the first."""
+    """Train, and return the seconds of each step but the first."""
     clock = StepClock()
     slow = [SlowLayers(factors, scenario.seconds_per_sample)] if scenario.seconds_per_sample else []
     trainer = Trainer(
@@ -63,7 +63,7 @@ def train(
 
 
 def measure_splits(scenario: Scenario) -> dict[str, Any]:
-    """Return the step time of equal stages, of those that were found, and of the fastest device alone."""
+    """Return the step times of equal stages, of the stages that were found, and of the fastest device alone."""
     factors, ranks = list(scenario.factors), scenario.world_size
     uniform = uniform_stages(LAYERS, ranks)
     found: dict[str, list[float]] = {"uniform": [], "auto": [], "alone": []}
@@ -77,10 +77,10 @@ def measure_splits(scenario: Scenario) -> dict[str, Any]:
         assert strategy.findings is not None
         plans.append(strategy.findings.plan)
         predicted.append(strategy.findings.advice.step_s)
-        with without_launcher():  # all ranks at the same time; what counts is the fastest device's
+        with without_launcher():  # all ranks run at the same time; only the fastest device's time counts
             found["alone"] += train(scenario, "auto", 1, STEPS, [min(factors)])
         dist.barrier()
-    # what the devices would do if nothing but their layers took time
+    # The plan that would be best if only the layers took time.
     layer_s = scenario.seconds_per_sample * scenario.batch_size / MICRO_BATCHES
     costs = LayerCosts.of_speeds([(layer_s / 3, layer_s * 2 / 3)] * LAYERS, [1 / f for f in factors])
     optimum = plan_pipeline(costs, MICRO_BATCHES)
@@ -103,7 +103,7 @@ def passes_of(recorder: PipelineRecorder) -> list[dict[str, Any]]:
 
 
 def measure_trainer(scenario: Scenario) -> dict[str, Any]:
-    """Return a step's milliseconds through the Trainer, and of torch's schedule in a plain loop."""
+    """Return the milliseconds of a step through the Trainer, and of torch's schedule in a plain loop."""
     split = list(uniform_stages(LAYERS, scenario.world_size).ends[:-1])
     through, bare = [], []
     for _ in range(ROUNDS):
@@ -119,7 +119,7 @@ def measure_trainer(scenario: Scenario) -> dict[str, Any]:
 
 
 def bare_schedule(scenario: Scenario) -> float:
-    """Return the median step of the same stages, micro-batches and optimiser, with torch alone."""
+    """Return the median step time with the same stages, micro-batches and optimiser, but with torch alone."""
     rank, size = dist.get_rank(), dist.get_world_size()
     ends = (0, *uniform_stages(LAYERS, size).ends)
     layers = list(Stack().model)[ends[rank] : ends[rank + 1]]
@@ -137,6 +137,6 @@ def bare_schedule(scenario: Scenario) -> float:
             *((batch,) if rank == 0 else ()), target=batch if rank == size - 1 else None, return_outputs=False
         )
         optimizer.step()
-        dist.barrier()  # a training that logs its loss waits for the last stage too
+        dist.barrier()  # training that logs its loss also waits for the last stage
         seconds.append(time.perf_counter() - start_s)
     return median(seconds[SKIPPED_STEPS:])

@@ -1,4 +1,4 @@
-"""Compare what ``lightning-hetero plan`` predicts for the set-ups with what was measured.
+"""Compare the predictions of ``lightning-hetero plan`` for the scenarios with the measurements in docs.
 
 The measurements are those of docs/explanation/benchmarks.md. Prints the two tables of docs/explanation/predictions.md.
 Nothing is trained.
@@ -23,12 +23,14 @@ HEAVY_GRADIENTS = [608_000, 19_000, 19_000, 1]  # of workloads.heavy_gradients()
 
 def main() -> None:
     """Print both tables."""
-    print("| devices | split | ddp samples/s | measured | step ms | measured | more ms | speed-up | measured | off |")
+    print(
+        "| devices | split | ddp samples/s | measured | step ms | measured | added ms | speed-up | measured | error |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():
         if scenario.measures == "shares" and scenario.is_virtual:
             print(shares_row(name, scenario))
-    print("\n| speeds | layers | uniform ms | measured | step ms | measured | off | alone ms | measured |")
+    print("\n| speeds | layers | uniform ms | measured | step ms | measured | error | alone ms | measured |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():
         if scenario.measures == "pipeline":
@@ -36,7 +38,7 @@ def main() -> None:
 
 
 def measured(heading: str, name: str) -> list[str]:
-    """Return the cells of a line of the first table behind a heading."""
+    """Return the cells of a line in the first table after a heading."""
     for line in MEASURED[MEASURED.index(heading) :].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] == name:
@@ -45,7 +47,7 @@ def measured(heading: str, name: str) -> list[str]:
 
 
 def predicted(description: str) -> Any:
-    """Return what the command predicts."""
+    """Return the predictions of the command."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "cluster.yaml")
         file.write_text(description, encoding="utf-8")
@@ -54,7 +56,7 @@ def predicted(description: str) -> Any:
 
 
 def shares_row(name: str, scenario: Scenario) -> str:
-    """Return the line of data-parallel devices."""
+    """Return the line of the first table, on data-parallel devices."""
     lines = [f"global_batch_size: {scenario.world_size * scenario.batch_size}"]
     if scenario.megabits_per_s:
         lines += [f"link_gigabits_per_s: {scenario.megabits_per_s / 1e3}", f"parameters: {HEAVY_GRADIENTS}"]
@@ -75,7 +77,7 @@ def shares_row(name: str, scenario: Scenario) -> str:
 
 
 def pipeline_row(speeds: str, scenario: Scenario) -> str:
-    """Return the line of a pipeline."""
+    """Return the line of the second table, on a pipeline."""
     layer_ms = 1e3 * scenario.seconds_per_sample * scenario.batch_size / MICRO_BATCHES
     lines = ["strategy: hetero_pipeline", f"num_microbatches: {MICRO_BATCHES}", f"layers: {LAYERS}"]
     lines += [f"layer_milliseconds: {layer_ms}", "devices:"]

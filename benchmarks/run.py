@@ -1,7 +1,7 @@
 """Measure all scenarios and write docs/explanation/benchmarks.md and its pictures.
 
-python benchmarks/run.py                # all
-python benchmarks/run.py 1:2 equal      # some; prints them and writes nothing
+python benchmarks/run.py                # all scenarios
+python benchmarks/run.py 1:2 equal      # some; prints the results and writes no page
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ PORT = 29511
 HEADER = """# Benchmarks
 
 Written by `tox -e bench`: {machine}, {cores} cores, Python {python}, torch {torch}, Lightning {lightning}, gloo, one
-thread a rank, {minutes:.0f} minutes in all. What is compared runs in the same processes, in turn, so the ratios hold
-although the machine is shared. Samples/s are medians over rounds of the median step of blocks of eight.
+thread per rank, {minutes:.0f} minutes in total. Whatever is compared runs in the same processes, in turn, so the
+ratios hold although the machine is shared. Samples/s are medians over rounds; each round contributes the median step
+of a block of eight.
 
-- *cold*: the first 100 steps of `strategy="hetero_ddp"`, warm-up and tuning included (the very first step not).
+- *cold*: the first 100 steps of `strategy="hetero_ddp"`, including warm-up and tuning, but not the very first step.
 - *tuned*: the split that the tuning found.
-- *best fixed*: the fastest of all splits tried: with two ranks every twelfth of the global batch is tried first, then
-  in each round the best three of them, the tuned split and six around it; with more ranks those around it. *tuned /
-  best* compares, in each round, with the split that was the fastest in the other rounds, since the best of many noisy
-  figures is the luckiest.
-- *bound*: the sum of what each rank processes alone, in a Trainer without peers, at the mini-batch that it has when
+- *best fixed*: the fastest of all splits that were tried. With two ranks, every twelfth of the global batch is tried
+  first, and then in each round the best three of them, the tuned split and six around it; with more ranks, those
+  around the tuned split. *tuned / best* compares, in each round, with the split that was the fastest in the other
+  rounds, since the best of many noisy figures is the luckiest.
+- *bound*: the sum of the samples/s of each rank alone, in a Trainer without peers, with the mini-batch that it has when
   tuned.
 
-![Throughput as a part of the bound](../images/benchmarks.png)
+![Throughput as a fraction of the bound](../images/benchmarks.png)
 
 ## Devices of known speed
 
 Every rank is a process whose steps last as long as those of a device of known speed
-(`lightning_hetero.testing.SlowDown`); two rounds. The last two lines have 2.6 MB of gradients and two nodes, network
-namespaces with a link between them.
+(`lightning_hetero.testing.SlowDown`); two rounds. The last two lines have 2.6 MB of gradients and two nodes, which are
+network namespaces with a link between them.
 
 """
 COLUMNS = "devices|ddp|cold|tuned|best fixed|bound|tuned / ddp|tuned / best|tuned / bound|cold / best"
@@ -63,18 +64,19 @@ DETAILS = """
 REAL = """
 ## Real work on processors with a quota
 
-Each rank's computing thread has one core, and of that core only a part (the kernel's cpu controller, 10 ms period); the
-thread really contends, and its speed is not proportional to its quota. *Calibrated* is what each rank alone did under
-equal shares, in the same run; the batch is so large that a step takes 120 ms at those speeds, since a quota that
-refills while a rank waits makes short steps faster than its speed. The CNN trains on the digits of scikit-learn, the
-transformer on characters of the standard library's source. Five rounds; *tuned / best* is median (least to most).
+Each rank's computing thread may use one core for only a part of the time (the kernel's cpu controller, 10 ms period).
+The thread really contends for the core, and its speed is not proportional to its quota. *Calibrated* is the speed of
+each rank alone under equal shares, in the same run. The batch is so large that a step takes 120 ms at those speeds,
+because a quota that refills while a rank waits makes short steps faster than its speed. The CNN trains on the digits
+of scikit-learn, the transformer on characters of the standard library's source code. Five rounds; *tuned / best* is
+the median (minimum to maximum).
 
 """
 COST = """
 ## Equal devices
 
-The step time of `hetero_ddp` over that of `ddp`: medians of {steps} steps side by side, {pairs} pairs; ± standard
-error.
+The step time of `hetero_ddp` divided by that of `ddp`: medians of {steps} steps each, in {pairs} pairs of runs; ±
+standard error.
 
 | devices | ddp step ms | ratio | changes of shares |
 |---|---|---|---|
@@ -83,50 +85,51 @@ PIPELINE_COLUMNS = " found / uniform | found / optimum | predicted ms | error | 
 PIPELINE = """
 ## Layers in proportion to speed
 
-Twelve equal layers, batches of 16 samples in 8 micro-batches, 1F1B; two rounds of {steps} steps, medians.
-*Uniform* are equal numbers of layers, *found* those that `hetero_pipeline` finds by timing layers; *optimum* is the
-best plan's simulated step of devices that need no time beside their layers; *alone* is the fastest device with all
-layers.
+Twelve equal layers, batches of 16 samples in 8 micro-batches, 1F1B; medians of two rounds of {steps} steps. *Uniform*
+stages have equal numbers of layers, *found* are the stages that `hetero_pipeline` finds by timing layers. *Optimum*
+is the simulated step of the best plan, on devices that need time for their layers only. *Alone* is the fastest device
+with all layers.
 
 {lines}
-![Who computes what when, with equal numbers of layers and with those found](../images/pipeline.png)
+![Which stage computes which micro-batch when, with equal numbers of layers and with those found](../images/pipeline.png)
 
-Through the Trainer a step of three ranks, whose layers take hardly any time, takes {through:.1f} ms, with torch's bare
-schedule {bare:.1f} ms; in two rounds {added} ms more.
+With three ranks whose layers take hardly any time, a step through the Trainer takes {through:.1f} ms, and with torch's
+bare schedule {bare:.1f} ms. In two rounds the Trainer added {added} ms.
 """
 DRIFT = """
 ## A device that slows down and recovers
 
-Rank 0 of two equal devices becomes twice as slow at step {slow} and recovers at step {fast}: {found} steps pass until
-steps are within 5 % of the new optimum. Changes of shares: {changes}.
+Rank 0 of two equal devices becomes twice as slow at step {slow} and recovers at step {fast}. It takes {found} steps
+until steps are within 5 % of the new optimum. Changes of shares: {changes}.
 """
 SCALE = """
 ## At scale
 
-{ranks} simulated ranks, one of them a straggler that takes twice as long, 3 % jitter where nothing else is said, and
-one step in two hundred five times as long, {seeds} trainings each. Efficiency is how long the best plan takes over how
-long the plan of that step takes, both without jitter: median (and what 99 of 100 reach).
+{ranks} simulated ranks, one of them a straggler that takes twice as long. Steps have 3 % jitter unless stated
+otherwise, and one step in two hundred takes five times as long; {seeds} training runs each. Efficiency is the step
+time of the best plan divided by that of the plan at that step, both without jitter: the median (and what 99 of 100
+runs reach).
 
 | ranks | {steps} |
 |---|{bars}
 """
 DECISIONS = """
-Decisions for 10,000 ranks and a global batch of 640,000: {times}.
+Time of decisions for 10,000 ranks and a global batch of 640,000 samples: {times}.
 """
 
 
 def measured(name: str, scenario: Scenario) -> dict[str, Any]:
-    """Run a scenario in processes of its own."""
+    """Run a scenario in its own processes and return its results."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
         script = [str(HERE / "scenario.py"), name, str(path)]
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         if scenario.megabits_per_s:
             with link.linked_nodes(scenario.megabits_per_s) as nodes:
-                meeting = [f"--master-addr={nodes[0].address}", f"--master-port={PORT}", "--nnodes=2"]
+                rendezvous = [f"--master-addr={nodes[0].address}", f"--master-port={PORT}", "--nnodes=2"]
                 run_together(
                     [
-                        (node.command(*torchrun, *meeting, f"--node-rank={node.rank}", *script), node.interface)
+                        (node.command(*torchrun, *rendezvous, f"--node-rank={node.rank}", *script), node.interface)
                         for node in nodes
                     ]
                 )
@@ -138,7 +141,7 @@ def measured(name: str, scenario: Scenario) -> dict[str, Any]:
 
 
 def run_together(commands: Sequence[tuple[list[str], str | None]]) -> None:
-    """Run commands at the same time, each with the network interface that it is to use."""
+    """Run commands at the same time, each with its network interface."""
     running = []
     for command, interface in commands:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -152,15 +155,15 @@ def run_together(commands: Sequence[tuple[list[str], str | None]]) -> None:
         for process in running:
             process.terminate()
     if any(codes):
-        raise RuntimeError(f"A benchmark must end well, got the exit codes {codes}.")
+        raise RuntimeError(f"All processes of a benchmark must succeed, got the exit codes {codes}.")
 
 
 def why_not(scenario: Scenario) -> str | None:
-    """Return why this machine cannot run a scenario; None where it can."""
+    """Return why this machine cannot run a scenario; None if it can."""
     if scenario.quotas and not contention.available():
         return "needs a writable cpu controller of control groups v1"
     if scenario.megabits_per_s and not link.available():
-        return "needs the right to make network namespaces, and ip, tc and unshare"
+        return "needs the right to create network namespaces, and the tools ip, tc and unshare"
     return None
 
 
@@ -187,13 +190,13 @@ def details(name: str, r: dict[str, Any]) -> str:
 
 
 def shares_tables(results: dict[str, dict[str, Any]], solution: str) -> str:
-    """Return both tables of the scenarios that compare shares."""
+    """Return both tables of scenarios that compare shares."""
     lines = "".join(row(name, r) for name, r in results.items())
     return TABLE + lines + DETAILS.format(solution=solution) + "".join(details(name, r) for name, r in results.items())
 
 
 def scale_text() -> str:
-    """Measure and describe what is done at scale."""
+    """Measure the tuning of many ranks and describe the results."""
     text = SCALE.format(
         ranks=at_scale.RANKS,
         seeds=at_scale.SEEDS,
@@ -207,7 +210,7 @@ def scale_text() -> str:
 
 
 def pipeline_text(of_splits: dict[str, dict[str, Any]], trainer: dict[str, Any]) -> str:
-    """Describe what was measured of pipelines."""
+    """Describe the results of pipelines."""
     head = "|".join((" speeds ", *(f" {n} ms " for n in ("uniform", "found", "optimum", "alone")), PIPELINE_COLUMNS))
     lines = f"|{head}|\n{'|---' * (head.count('|') + 1)}|\n"
     for name, r in of_splits.items():
@@ -226,7 +229,7 @@ def pipeline_text(of_splits: dict[str, dict[str, Any]], trainer: dict[str, Any])
 
 
 def plot_timelines(result: dict[str, Any], path: Path) -> None:
-    """Draw who computes what when."""
+    """Draw which stage computes which micro-batch when."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(12, 5), sharex=True)
@@ -250,7 +253,7 @@ def plot_timelines(result: dict[str, Any], path: Path) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]], drift: dict[str, Any], path: Path) -> None:
-    """Draw throughput against the bound, and the steps of the run with a drift."""
+    """Draw the throughput relative to the bound, and the step times of the run with a drift."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -263,7 +266,7 @@ def plot(results: dict[str, dict[str, Any]], drift: dict[str, Any], path: Path) 
         left.bar([x + (i - 1.5) * 0.2 for x in range(len(heights))], heights, 0.2, label=kind, color=colour)
     left.axhline(1.0, color="black", linewidth=0.8)
     left.set_xticks(range(len(results)), results, rotation=20, ha="right")
-    left.set_ylabel("samples/s, as a part of the bound")
+    left.set_ylabel("samples/s, as a fraction of the bound")
     left.legend(ncols=4, loc="lower right")
     right.plot([s * 1e3 for s in drift["step_s"][1:]], color=kinds["tuned"], linewidth=1)
     right.set(xlabel="training step", ylabel="ms", title="rank 0 throttled, then recovered", ylim=(0, None))
@@ -304,7 +307,7 @@ def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: f
     )
     text += scale
     if skipped:
-        text += "\n## Left out on this machine\n\n" + "".join(f"- {name}: {why}\n" for name, why in skipped.items())
+        text += "\n## Skipped on this machine\n\n" + "".join(f"- {name}: {why}\n" for name, why in skipped.items())
     return text
 
 
@@ -316,7 +319,7 @@ def main() -> None:
         reason = why_not(SCENARIOS[name])
         if reason is not None:
             skipped[name] = reason
-            print(f"{name}: left out, {reason}", flush=True)
+            print(f"{name}: skipped, {reason}", flush=True)
             continue
         begun_s = time.perf_counter()
         results[name] = measured(name, SCENARIOS[name])

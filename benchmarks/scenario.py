@@ -1,8 +1,8 @@
-"""Measure one scenario; every rank runs this under torchrun, rank zero writes what was found.
+"""Measure one scenario; every rank runs this under torchrun, and rank zero writes the results.
 
     torchrun --nproc-per-node 2 benchmarks/scenario.py "1:2" result.json
 
-Everything that is compared runs in the same processes, in turn: a machine that becomes slower makes all slower.
+Everything that is compared runs in the same processes, in turn, so a machine that becomes slower slows down all of it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ QUOTA_STEP_S = 0.12
 
 
 class Sweep(Callback):
-    """Follows one fixed split after the other, each for a block of steps."""
+    """Trains with one fixed split after the other, each for a block of steps."""
 
     def __init__(self, plans: Sequence[BatchPlan], steps_a_block: int) -> None:
         self.plans, self.steps_a_block = plans, steps_a_block
@@ -59,14 +59,14 @@ class Sweep(Callback):
 
 
 class Throttle(Callback):
-    """Makes rank 0 twice as slow, and quick again."""
+    """Makes rank 0 twice as slow, and later as fast as before."""
 
     def __init__(self, scenario: Scenario, slow_down: SlowDown) -> None:
         self.changes = {scenario.throttled_at: 2.0, scenario.recovered_at: 0.5}
         self.slow_down = slow_down
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Change the speed at two steps."""
+        """Change the speed of rank 0 at two steps."""
         self.slow_down.factors[0] *= self.changes.get(trainer.global_step, 1.0)
 
 
@@ -74,7 +74,7 @@ class Throttle(Callback):
 
 
 def fit(scenario: Scenario, strategy: Any, steps: int, *callbacks: Callback) -> None:
-    """Train for some steps, all ranks together."""
+    """Train on all ranks together for some steps."""
     nodes = int(os.environ["GROUP_WORLD_SIZE"])
     spread = {"devices": scenario.world_size // nodes, "num_nodes": nodes, "strategy": strategy}
     train(scenario, spread, steps, scenario.batch_size, scenario.world_size, [*slowed(scenario, callbacks), *callbacks])
@@ -91,14 +91,14 @@ def train(
 
 
 def slowed(scenario: Scenario, callbacks: Sequence[Callback] = ()) -> list[Callback]:
-    """Return what makes the devices of the scenario, unless it is among ``callbacks`` or they do real work."""
+    """Return the callback that simulates the scenario's devices, unless there is one or the devices do real work."""
     if not scenario.is_virtual or any(isinstance(callback, SlowDown) for callback in callbacks):
         return []
     return [SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)]
 
 
 def rates_alone(scenario: Scenario, plan: BatchPlan, steps: int = 14) -> list[float]:
-    """Return what each rank processes alone, in mini-batches of its size in ``plan``; all at the same time."""
+    """Return the samples/s of each rank alone, with its mini-batch in ``plan``; all ranks run at the same time."""
     rank = dist.get_rank()
     samples, clock = plan.samples[rank], StepClock()
     dist.barrier()
@@ -116,7 +116,7 @@ def rates_alone(scenario: Scenario, plan: BatchPlan, steps: int = 14) -> list[fl
 
 
 def rates_of(scenario: Scenario, plans: Sequence[BatchPlan], steps_a_block: int = STEPS_A_BLOCK) -> list[float]:
-    """Return the samples/s of each plan, one after the other in one training."""
+    """Return the samples/s of each plan, measured one after the other in one training run."""
     clock, shares = StepClock(), [float(n) for n in plans[0].samples]
     sweep = Sweep(plans, steps_a_block)
     fit(scenario, HeteroDDPStrategy(shares=shares), steps_a_block * len(plans), sweep, clock)
@@ -127,7 +127,7 @@ def rates_of(scenario: Scenario, plans: Sequence[BatchPlan], steps_a_block: int 
 
 
 def neighbours(plan: BatchPlan, factors: Sequence[float]) -> list[BatchPlan]:
-    """Return splits around ``plan``: samples move between the fast and the slow half, and between any two kinds."""
+    """Return splits around ``plan`` that move samples between the fast and the slow half, or between two kinds."""
     order = sorted(range(len(factors)), key=lambda rank: -plan.samples[rank])
     half = len(order) // 2
     moves = [(order[:half], list(reversed(order[-half:])), part) for part in (-0.25, -0.12, -0.06, 0.06, 0.12, 0.25)]
@@ -147,22 +147,22 @@ def neighbours(plan: BatchPlan, factors: Sequence[float]) -> list[BatchPlan]:
 
 
 def scanned(scenario: Scenario, batch: int) -> list[BatchPlan]:
-    """Return the fastest three of all splits of two ranks in twelfths, each run for a few steps."""
+    """Return the fastest three of all splits of two ranks into twelfths, each run for a few steps."""
     plans = [
         BatchPlan((batch * part // SCANNED_SPLITS, batch - batch * part // SCANNED_SPLITS))
         for part in range(1, SCANNED_SPLITS)
     ]
     rates = rates_of(scenario, plans, STEPS_A_SCANNED_SPLIT)
-    # every rank sees nearly the same times; the splits must be those of rank zero on all of them
+    # The ranks measure nearly the same times, but all of them must use the splits that rank zero chose.
     found = [sorted(range(len(plans)), key=lambda i: -rates[i])[:3]]
     dist.broadcast_object_list(found)
     return [plans[i] for i in found[0]]
 
 
 def against_best(by_plan: dict[BatchPlan, list[float]], tuned: BatchPlan) -> list[float]:
-    """Return of each round the tuned split over the split that was the fastest in the other rounds.
+    """Return for each round the rate of the tuned split over that of the split that was fastest in the other rounds.
 
-    Chosen by the round that it is compared in, the best of many noisy splits would be the luckiest.
+    If the best of many noisy splits were chosen by the round that it is compared in, it would be the luckiest one.
     """
     ratios = []
     for r, rate in enumerate(by_plan[tuned]):
@@ -175,11 +175,11 @@ def against_best(by_plan: dict[BatchPlan, list[float]], tuned: BatchPlan) -> lis
 
 
 def measure_shares(scenario: Scenario) -> dict[str, Any]:
-    """Return everything that is compared; samples/s unless the name says otherwise."""
+    """Return everything that is compared, in samples/s unless the name says otherwise."""
     equal = BatchPlan((scenario.batch_size,) * scenario.world_size)
     calibrated = rates_alone(scenario, equal) if not scenario.is_virtual else []
     if calibrated:
-        # a quota that refills while a rank waits makes short steps faster than its speed; see the pages' text
+        # A quota that refills while a rank waits makes short steps faster than its speed; see the text of the page.
         wanted = int(QUOTA_STEP_S * sum(calibrated) / scenario.world_size)
         scenario = replace(scenario, batch_size=max(scenario.batch_size, wanted))
         equal = BatchPlan((scenario.batch_size,) * scenario.world_size)
@@ -234,7 +234,7 @@ def measure_shares(scenario: Scenario) -> dict[str, Any]:
 
 
 def measure_drift(scenario: Scenario) -> dict[str, Any]:
-    """Return how many steps pass behind each change of speed until 95 % of the new optimum is reached."""
+    """Return how many steps it takes after each change of speed until 95 % of the new optimum is reached."""
     clock = StepClock()
     slow_down = SlowDown(list(scenario.factors), scenario.seconds_per_sample, scenario.overhead_s)
     balancer, steps = LoadBalancer(verbose=False), 2 * scenario.recovered_at - scenario.throttled_at
@@ -248,17 +248,17 @@ def measure_drift(scenario: Scenario) -> dict[str, Any]:
         factor = 2.0 if name == "throttled" else 1.0
         times = [StepTime(0, f * scenario.seconds_per_sample) for f in (factor, 1.0)]
         optimum_s = predicted_step_s(times, solve_batch(times, 2 * scenario.batch_size))
-        # what this machine adds to a step is measured where the split is known to be right: at the end
+        # The time that this machine adds to a step is measured at the end, where the split is known to be right.
         added_s = median(seconds[-20:]) - scenario.batch_size * scenario.seconds_per_sample
-        # medians of five steps: a step that the machine disturbed says nothing about the split; the last median that
-        # is late is that of three late steps and two that are not
+        # Medians of five steps, because a step that the machine disturbed says nothing about the split. The last median
+        # that is late belongs to three late steps and two that are not.
         late = [i for i in range(begin, end - 4) if median(seconds[i : i + 5]) > (optimum_s + added_s) / 0.95]
         found[f"steps_{name}"] = max(late) + 3 - begin if late else 0
     return {**found, "changes": [(step, plan.samples) for step, plan in balancer.changes], "step_s": seconds}
 
 
 def measure_cost(scenario: Scenario) -> dict[str, Any]:
-    """Return the step time of hetero_ddp over that of ddp on equal devices, of pairs of trainings side by side."""
+    """Return the step time of hetero_ddp over that of ddp on equal devices, measured in pairs of training runs."""
     ratios, milliseconds, changes = [], [], 0
     for pair in range(PAIRS):
         found = {}

@@ -1,4 +1,4 @@
-"""The set-ups that are measured."""
+"""The scenarios that are measured."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Scenario:
     """Devices and the training that runs on them.
 
     Attributes:
-        factors: how many times as long each rank takes, one number a rank.
-        seconds_per_sample: seconds that a sample takes on a device of factor 1; 0 where devices do real work, as fast
-            as they can.
-        overhead_s: seconds that a step takes besides, on a device of factor 1.
-        batch_size: samples a rank under equal shares.
-        measures: "shares" compares ddp, hetero_ddp and fixed splits; "drift" makes a device slow in mid-run; "cost"
-            compares ddp with hetero_ddp on equal devices; "pipeline" compares divisions of layers, and "trainer" what
-            the Trainer adds to a schedule of passes. There ``seconds_per_sample`` is that of a layer.
-        workload: what is trained, a name in ``workloads.WORKLOADS``.
-        quotas: the part of a core that each rank may use; empty for all.
-        megabits_per_s: bandwidth between two nodes of one rank each; 0 for one node.
-        throttled_at: with "drift" the step at which rank 0 becomes twice as slow.
-        recovered_at: with "drift" the step at which it recovers.
+        factors: How many times as long each rank takes, one number per rank.
+        seconds_per_sample: Seconds that a sample takes on a device of factor 1 (with "pipeline" and "trainer": for one
+            layer); 0 if devices do real work, as fast as they can.
+        overhead_s: Seconds that a step takes in addition on a device of factor 1.
+        batch_size: Number of samples per rank under equal shares.
+        measures: What is measured. "shares" compares ddp, hetero_ddp and fixed splits; "drift" slows down a device in
+            the middle of a run; "cost" compares ddp with hetero_ddp on equal devices; "pipeline" compares ways to
+            divide the layers; "trainer" measures what the Trainer adds to a pipeline schedule.
+        workload: Name of the workload in ``workloads.WORKLOADS``.
+        quotas: Fraction of a core that each rank may use; empty for whole cores.
+        megabits_per_s: Bandwidth between two nodes of one rank each; 0 for a single node.
+        throttled_at: Step at which rank 0 becomes twice as slow, with "drift".
+        recovered_at: Step at which rank 0 recovers, with "drift".
     """
 
     factors: tuple[float, ...]
@@ -46,7 +46,7 @@ class Scenario:
 
     @property
     def is_virtual(self) -> bool:
-        """Whether the devices are of known speed."""
+        """Whether the devices are simulated ones of known speed."""
         return self.seconds_per_sample > 0
 
 

@@ -1,4 +1,4 @@
-"""How steps are timed, whatever is measured."""
+"""Time steps, whatever is measured."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class StepClock(Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time."""
+        """Note when the step ends."""
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the length of each step but the first."""
+        """Return the duration of each step but the first."""
         return [b - a for a, b in pairwise(self.ends)]
 
     def rates(self, samples: int, blocks: int, steps_a_block: int = STEPS_A_BLOCK) -> list[float]:
-        """Return samples/s of each block of steps, by its median step."""
+        """Return the samples/s of each block of steps, computed from its median step."""
         seconds = [0.0, *self.seconds()]
         starts = [block * steps_a_block for block in range(blocks)]
         return [samples / median(seconds[start + SKIPPED_STEPS : start + steps_a_block]) for start in starts]
@@ -49,7 +49,7 @@ class StepClock(Callback):
 
 @contextmanager
 def without_launcher() -> Iterator[None]:
-    """Let Lightning believe that this process is alone."""
+    """Hide torchrun's environment, so that Lightning takes this process for the only one."""
     hidden = {k: os.environ.pop(k) for k in list(os.environ) if k.startswith("TORCHELASTIC") or k in LAUNCHER}
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is trained: a network of no weight on devices of known speed, and real networks on real data."""
+"""The models that are trained: a tiny one for devices of known speed, and real ones on real data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["WORKLOADS", "Workload"]
 
 
 class Workload(LightningModule):
-    """A network, its loss and the data that it is trained on.
+    """A network with its loss and its training data.
 
     Args:
-        network: what is trained.
-        loss: of the network's output and the target.
-        data: what it is trained on, over and over.
+        network: Network to train.
+        loss: Loss function of the network's output and the target.
+        data: Training data, which are repeated as often as needed.
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], data: TensorDataset) -> None:
@@ -39,7 +39,7 @@ class Workload(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
     def samples(self, count: int) -> Dataset[Any]:
-        """Return so many samples."""
+        """Return a dataset of ``count`` samples."""
         return _Repeated(self.data, count)
 
 
@@ -55,18 +55,18 @@ class _Repeated(Dataset[Any]):
 
 
 def light(width: int = 64) -> Workload:
-    """Return a network whose own work hardly counts; ``width`` sets how much there is to all-reduce."""
+    """Return a network whose own work is negligible; ``width`` sets the size of the all-reduce."""
     network = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 1))
     return Workload(network, nn.functional.mse_loss, TensorDataset(torch.randn(4096, 32), torch.randn(4096, 1)))
 
 
 def heavy_gradients() -> Workload:
-    """Return the same with 2.6 MB of gradients (650,000 parameters)."""
+    """Return the light network with 2.6 MB of gradients (650,000 parameters)."""
     return light(19_000)
 
 
 def convolutional() -> Workload:
-    """Return a convolutional network on the scanned digits of scikit-learn, enlarged to 16 x 16."""
+    """Return a convolutional network on the scanned digits of scikit-learn, enlarged to 16 x 16 pixels."""
     digits = load_digits()
     images = nn.functional.interpolate(
         torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, scale_factor=2
@@ -94,7 +94,7 @@ class _CharacterModel(nn.Module):
 
 
 def transformer(length: int = 64) -> Workload:
-    """Return a character-level transformer on the source of modules of Python's standard library."""
+    """Return a character-level transformer on the source code of modules of Python's standard library."""
     text = "".join(inspect.getsource(module) for module in (inspect, json, textwrap)).encode()
     characters = torch.tensor(list(text[: (len(text) - 1) // length * length + 1]))
     data = TensorDataset(characters[:-1].view(-1, length), characters[1:].view(-1, length))

@@ -1,14 +1,14 @@
-"""Train on scanned digits with ``ddp`` and with ``hetero_ddp``, on two CPU ranks of which one runs at half speed.
+"""Train on scanned digits with ``ddp`` and with ``hetero_ddp``, on two CPU ranks, one of which runs at half speed.
 
-Without arguments it runs both, one after the other, and compares them:
+Without arguments it trains with both strategies, one after the other, and compares them:
 
     python examples/digits.py
 
-With arguments it is a LightningCLI:
+With a subcommand it is a LightningCLI:
 
     python examples/digits.py fit --config examples/digits.yaml
 
-The data are the 1797 scans of handwritten digits that ship inside scikit-learn; nothing is downloaded.
+The data are the 1797 scans of handwritten digits that ship with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ EVALUATION_SIZE = 358
 class DigitsData(LightningDataModule):
     """Scans of 8 x 8 pixels, split into 1438 for training and 358 for evaluation.
 
-    One scan of the 1797 is left out: ``ddp`` pads sets of odd size with duplicates, and then the two strategies would
+    One of the 1797 scans is left out: ``ddp`` pads datasets of odd size with duplicates, so the two strategies would
     not train on the same data.
 
     Args:
-        batch_size: Samples a rank in one step, under equal shares.
+        batch_size: Number of samples per rank in one step under equal shares.
     """
 
     def __init__(self, batch_size: int = 64) -> None:
@@ -50,7 +50,7 @@ class DigitsData(LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Read the scans; stage is ignored."""
+        """Read the scans; ``stage`` is ignored."""
         digits = load_digits()
         images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
         labels = torch.tensor(digits.target)
@@ -59,19 +59,19 @@ class DigitsData(LightningDataModule):
         self.training = TensorDataset(images[order[EVALUATION_SIZE:]], labels[order[EVALUATION_SIZE:]])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches."""
+        """Return shuffled batches."""
         return DataLoader(self.training, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Batches in order."""
+        """Return batches in order."""
         return DataLoader(self.evaluation, batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches in order."""
+        """Return batches in order."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches in order."""
+        """Return batches in order."""
         return self.val_dataloader()
 
 
@@ -79,8 +79,8 @@ class DigitsClassifier(LightningModule):
     """A small convolutional network; an ordinary LightningModule that knows nothing of lightning_hetero.
 
     Args:
-        width: Channels of the first layer.
-        learning_rate: Step size of SGD with momentum.
+        width: Number of channels of the first layer.
+        learning_rate: Learning rate of SGD with momentum.
     """
 
     def __init__(self, width: int = 8, learning_rate: float = 0.05) -> None:
@@ -109,11 +109,11 @@ class DigitsClassifier(LightningModule):
         self.log("accuracy", self.accuracy)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count correct answers."""
+        """Update and log the accuracy."""
         self._evaluate(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Count correct answers."""
+        """Update and log the accuracy."""
         self._evaluate(batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -127,7 +127,7 @@ class DigitsClassifier(LightningModule):
 
 
 class Throughput(Callback):
-    """Measures the samples a second of the training, from its first step to its last."""
+    """Measures the samples per second of the training, from its start to its end."""
 
     samples_per_s = 0.0
 
@@ -164,7 +164,7 @@ def train(strategy: str, epochs: int, width: int, slow_down: SlowDown) -> tuple[
 
 
 def compare(factors: list[float], epochs: int, width: int, seconds_per_sample: float | None) -> None:
-    """Train with both strategies and print what differs and what does not."""
+    """Train with both strategies, and compare speed, accuracy and parameters."""
     warnings.filterwarnings("ignore", module="lightning.*|torch.*")
     runs = {}
     for strategy in ("ddp", "hetero_ddp"):
@@ -182,7 +182,7 @@ def compare(factors: list[float], epochs: int, width: int, seconds_per_sample: f
     bound = max(factors) * sum(1 / factor for factor in factors) / len(factors)
     console = Console(highlight=False)
     console.print(
-        f"digits, {epochs} epochs on two CPU ranks whose steps take {factors[0]:g} and {factors[1]:g} times as long"
+        f"digits, {epochs} epochs on two CPU ranks, slowed down by factors of {factors[0]:g} and {factors[1]:g}"
     )
     console.print(table)
     console.print(f"ratio {samples_per_s / ddp_samples_per_s:.2f} of at most {bound:.2f}")
@@ -194,20 +194,29 @@ def _is_rank_zero() -> bool:
 
 
 def main() -> None:
-    """Compare the strategies, or run the LightningCLI where a subcommand is given."""
+    """Compare the strategies, or run the LightningCLI if a subcommand is given."""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("--"):
-        # without a saved copy of the configuration, so that the command can be repeated
+        # No copy of the configuration is saved, so that the command can be repeated.
         HeteroCLI(DigitsClassifier, DigitsData, save_config_callback=None)
         return
-    parser = argparse.ArgumentParser(description="compare ddp and hetero_ddp on two unequal CPU ranks")
-    parser.add_argument("--factors", type=float, nargs=2, default=[1.0, 2.0], help="how much longer each rank takes")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of 12 steps each")
-    parser.add_argument("--width", type=int, default=8, help="channels of the network's first layer")
+    parser = argparse.ArgumentParser(description="Compare ddp and hetero_ddp on two unequal CPU ranks.")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs=2,
+        default=[1.0, 2.0],
+        help="how many times as long each rank takes (default: 1 2)",
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="number of epochs of 12 steps each (default: 20)")
+    parser.add_argument(
+        "--width", type=int, default=8, help="number of channels of the network's first layer (default: 8)"
+    )
     parser.add_argument(
         "--seconds-per-sample",
         type=float,
         default=0.001,
-        help="time a sample takes on the faster rank; 0 slows the real work of this machine instead",
+        help="seconds that a sample takes on a rank of factor 1; 0 slows down the machine's real work instead"
+        " (default: 0.001)",
     )
     arguments = parser.parse_args()
     compare(arguments.factors, arguments.epochs, arguments.width, arguments.seconds_per_sample or None)

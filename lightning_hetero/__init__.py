@@ -1,6 +1,6 @@
 """PyTorch Lightning on mixed hardware: every device gets work in proportion to its speed.
 
-Importing this package registers its strategies, so that ``Trainer(strategy="hetero_ddp")`` finds them.
+Importing this package registers its strategies, so ``Trainer(strategy="hetero_ddp")`` finds them.
 """
 
 import sys
@@ -21,11 +21,11 @@ __version__ = "0.1.0"
 
 def _is_command() -> bool:
     started = Path(sys.argv[0] if sys.argv else "").name
-    # "-m" stands there while `python -m` looks for its module, be it this one or one of the user's
+    # sys.argv[0] is "-m" while `python -m` looks for its module, which may be this one or one of the user's.
     return started == "lightning-hetero" or (started == "-m" and ("-m", __name__) in pairwise(sys.orig_argv))
 
 
-# The command needs no Lightning, whose import takes seconds.
+# The command does not need Lightning, whose import takes seconds.
 if not _is_command():
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
     from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer

@@ -1,4 +1,4 @@
-"""LightningCLI, but a wrong value for a class of this package ends in one line instead of a traceback."""
+"""A LightningCLI that answers a wrong argument of this package with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -23,16 +23,28 @@ _USAGE_ERROR = 2
 
 
 class HeteroCLI(LightningCLI):
-    """LightningCLI that ends with one line where an argument of this package breaks its rule.
+    """LightningCLI that answers an invalid argument of this package with one line instead of a traceback.
 
-    Everything else is that of LightningCLI, which all classes of this package work with as well; only there such a
-    line stands at the end of a traceback. Needs the extra ``lightning-hetero[cli]``.
+    In everything else it behaves like LightningCLI. The classes of this package also work with LightningCLI itself,
+    where the same line stands at the end of a traceback. Needs the extra ``lightning-hetero[cli]``.
+
+    Args:
+        args: Positional arguments of LightningCLI.
+        kwargs: Keyword arguments of LightningCLI.
 
     Raises:
-        SystemExit: with status 2, after the line, where a
-            :class:`~lightning_hetero.exceptions.ConfigurationError` or
-            :class:`~lightning_hetero.exceptions.UnsupportedFeatureError` was raised from the configuration on to the
-            end of the subcommand.
+        SystemExit: With status 2, after the line, if a :class:`~lightning_hetero.exceptions.ConfigurationError` or
+            :class:`~lightning_hetero.exceptions.UnsupportedFeatureError` was raised while the configuration was read or
+            the subcommand ran.
+
+    Example::
+
+        from lightning_hetero.cli import HeteroCLI
+
+        if __name__ == "__main__":
+            HeteroCLI(MyModule, MyDataModule)
+
+    Then run, for example, ``python train.py fit --trainer.strategy hetero_ddp``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,13 +58,13 @@ class HeteroCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        from jsonargparse import ArgumentParser, Namespace  # where it is missing, LightningCLI has said what to install
+        from jsonargparse import ArgumentParser, Namespace  # if it is missing, LightningCLI has said what to install
 
         super().before_instantiate_classes()
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         for class_path, init_args in _own_classes(config.trainer):
-            # The parser tries each type of `strategy: str | Strategy` and tells of all in one long message. A class by
-            # itself tells what is wrong.
+            # The parser tries each type of `strategy: str | Strategy` and puts the errors of all into one long message.
+            # Constructing the class alone gives only the error that matters.
             module, _, name = class_path.rpartition(".")
             parser = ArgumentParser()
             parser.add_class_arguments(getattr(import_module(module), name), "alone")

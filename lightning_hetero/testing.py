@@ -1,4 +1,4 @@
-"""Mixed hardware for those who have none: slow chosen ranks down, for trying the package and for tests."""
+"""Simulate mixed hardware by slowing down chosen ranks, to try the package and to test it."""
 
 from __future__ import annotations
 
@@ -21,40 +21,46 @@ from lightning_hetero.plugin.pipeline.layers import layers_of
 
 __all__ = ["SlowDown", "SlowLayers"]
 
-# of a training step on most networks a third is the forward pass, two thirds the backward pass
+# On most networks the forward pass takes a third of a training step, the backward pass two thirds.
 _FORWARD_PART = 1 / 3
 
 
 class SlowDown(Callback):
-    """Makes the training steps of each rank take ``factors[rank]`` times as long; works under any strategy.
+    """Makes the training steps of each rank take ``factors[rank]`` times as long, under any strategy.
 
-    By default a rank sleeps after each stretch of its own work, ``factor - 1`` times as long as the stretch lasted: in
-    the forward pass, and in the backward pass before each gradient reaches DDP, as on a device that is that much
-    slower. How exact that is depends on how steady the machine is.
+    By default a rank sleeps after each stretch of its own work, ``factor - 1`` times as long as the stretch lasted. It
+    does so in the forward pass, and in the backward pass before each gradient reaches DDP, like a device that is slower
+    by that factor. The accuracy depends on how steady the machine is.
 
     With ``seconds_per_sample`` every rank becomes a device of known speed: a step of n samples lasts
-    ``factor * (overhead_s + seconds_per_sample * n)``, its real work included, as long as the real work is shorter.
-    That is exact to a few per cent even on a busy machine, so it is what to use for comparisons.
+    ``factor * (overhead_s + seconds_per_sample * n)`` including its real work, as long as the real work is shorter.
+    That is accurate to a few per cent even on a busy machine, so use it for comparisons.
 
     Args:
-        factors: How many times as long each rank takes, one positive number a rank. Without ``seconds_per_sample`` a
-            factor is at least 1.
-        seconds_per_sample: Seconds that a sample takes on a device of factor 1.
-        overhead_s: Seconds that a step takes besides, whatever its size, on a device of factor 1.
+        factors: How many times as long each rank takes for a step, one positive number per rank. Without
+            ``seconds_per_sample`` every factor must be at least 1.
+        seconds_per_sample: Seconds that one sample takes on a device of factor 1. By default steps take as long as
+            their real work, multiplied by the factor.
+        overhead_s: Seconds that each step takes in addition on a device of factor 1, whatever its number of samples.
+            Needs ``seconds_per_sample``.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
+        ConfigurationError: If an argument is invalid.
 
     Example:
         >>> slow_second_rank = SlowDown(factors=[1, 2])
-        >>> ten_ms_and_two_ms_a_sample = SlowDown(factors=[1, 2], seconds_per_sample=0.002, overhead_s=0.010)
+        >>> ten_ms_and_two_ms_per_sample = SlowDown(factors=[1, 2], seconds_per_sample=0.002, overhead_s=0.010)
+
+    Add it to the callbacks of a Trainer::
+
+        trainer = Trainer(strategy="hetero_ddp", accelerator="cpu", devices=2, callbacks=[SlowDown([1, 2])])
     """
 
     def __init__(
         self, factors: Sequence[float], seconds_per_sample: float | None = None, overhead_s: float = 0.0
     ) -> None:
         if isinstance(factors, str) or not isinstance(factors, Sequence) or not factors:
-            raise ConfigurationError(f"`factors` must be one number a rank, got {factors!r}. For example [1, 2].")
+            raise ConfigurationError(f"`factors` must be one number per rank, got {factors!r}. For example [1, 2].")
         if seconds_per_sample is not None:
             arguments.check_positive("seconds_per_sample", seconds_per_sample)
         arguments.check_at_least("overhead_s", overhead_s, 0, whole=False)
@@ -77,7 +83,7 @@ class SlowDown(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if len(self.factors) != trainer.world_size:
             raise ConfigurationError(
-                f"`factors` must have one number a rank ({trainer.world_size}),"
+                f"`factors` must have one number per rank ({trainer.world_size}),"
                 f" got {len(self.factors)}: {self.factors}."
             )
 
@@ -86,7 +92,7 @@ class SlowDown(Callback):
         self._remove_hooks()
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
         total, done = sum(p.numel() for p in parameters), 0
-        # backward computes the gradients of the last layers first
+        # The backward pass computes the gradients of the last layers first.
         for parameter in reversed(parameters):
             done += parameter.numel()
             part = _FORWARD_PART + (1 - _FORWARD_PART) * done / total
@@ -131,24 +137,30 @@ class SlowDown(Callback):
 
 
 class SlowLayers(Callback):
-    """Makes each layer of a pipeline take ``factors[rank]`` times as long on each rank; for ``hetero_pipeline``.
+    """Makes each layer of a pipeline take ``factors[rank]`` times as long on each rank, under ``hetero_pipeline``.
 
-    By default a rank sleeps after each layer's forward pass in proportion to what that took, and twice as long before
-    its backward pass. With ``seconds_per_sample`` every rank becomes a device of known speed: the two passes of a layer
-    and n samples together last ``factor * seconds_per_sample * n``, as long as the real work is shorter.
+    By default a rank sleeps after each layer's forward pass in proportion to the time that it took, and twice as long
+    before the layer's backward pass. With ``seconds_per_sample`` every rank becomes a device of known speed: a layer's
+    forward and backward pass for n samples together last ``factor * seconds_per_sample * n``, as long as the real work
+    is shorter.
 
     Args:
-        factors: How many times as long each rank takes, one positive number a rank. Without ``seconds_per_sample`` a
-            factor is at least 1.
-        seconds_per_sample: Seconds that a layer's forward and backward pass take for a sample on a device of factor 1,
-            one number for all layers or one a layer.
+        factors: How many times as long each rank takes for a layer, one positive number per rank. Without
+            ``seconds_per_sample`` every factor must be at least 1.
+        seconds_per_sample: Seconds that a layer's forward and backward pass together take for one sample on a device of
+            factor 1: one number for all layers, or one per layer. By default layers take as long as their real work,
+            multiplied by the factor.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
+        ConfigurationError: If an argument is invalid.
 
     Example:
         >>> slow_second_rank = SlowLayers(factors=[1, 2])
-        >>> three_ms_a_sample = SlowLayers(factors=[1, 2], seconds_per_sample=0.003)
+        >>> three_ms_per_sample = SlowLayers(factors=[1, 2], seconds_per_sample=0.003)
+
+    Add it to the callbacks of a Trainer::
+
+        trainer = Trainer(strategy="hetero_pipeline", accelerator="cpu", devices=2, callbacks=[SlowLayers([1, 2])])
     """
 
     def __init__(self, factors: Sequence[float], seconds_per_sample: float | Sequence[float] | None = None) -> None:
@@ -174,7 +186,8 @@ class SlowLayers(Callback):
             seconds = [seconds] * len(layers)
         if seconds is not None and len(seconds) != len(layers):
             raise ConfigurationError(
-                f"`seconds_per_sample` must be one number, or one a layer ({len(layers)}), got {len(seconds)} numbers."
+                f"`seconds_per_sample` must be one number, or one per layer ({len(layers)}), got {len(seconds)}"
+                f" numbers."
             )
         self._remove_hooks()
         for number, layer in enumerate(layers):
@@ -236,5 +249,5 @@ def _samples_in(batch: Any) -> int:
     except MisconfigurationException as error:
         raise ConfigurationError(
             f"`seconds_per_sample` needs batches with a tensor whose first dimension counts samples, got a batch of"
-            f" type {type(batch).__name__}. Leave it out: the rank's real work is slowed down then."
+            f" type {type(batch).__name__}. Leave it out, and the rank's real work is slowed down instead."
         ) from error

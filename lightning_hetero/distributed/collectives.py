@@ -1,4 +1,4 @@
-"""Let all ranks take one decision."""
+"""Exchange values between ranks, and make one decision for all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def all_gather(message: Message) -> list[Message]:
     """Return the messages of all ranks, in the order of ranks, on every rank.
 
     Args:
-        message: a small picklable value. Every rank has to call this at the same point.
+        message: A small picklable value. Every rank must call this at the same point.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [message]
@@ -31,11 +31,11 @@ def all_gather(message: Message) -> list[Message]:
 
 
 def all_gather_counts(count: int, device: torch.device) -> list[int]:
-    """Return the whole numbers of all ranks, in the order of ranks, on every rank, in one small all-reduce.
+    """Return the integers of all ranks, in the order of ranks, on every rank, with one small all-reduce.
 
     Args:
-        count: the number of this rank. Every rank has to call this at the same point.
-        device: where the process group communicates from.
+        count: The integer of this rank. Every rank must call this at the same point.
+        device: Device from which the process group communicates.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [count]
@@ -45,28 +45,29 @@ def all_gather_counts(count: int, device: torch.device) -> list[int]:
     return counts.tolist()
 
 
-def broadcast_from(value: Message, lender: int) -> Message:
-    """Return the picklable value of rank ``lender`` on every rank; every rank has to call this at the same point."""
+def broadcast_from(value: Message, source: int) -> Message:
+    """Return the picklable value of rank ``source`` on every rank; every rank must call this at the same point."""
     values = [value]
-    dist.broadcast_object_list(values, src=lender)
+    dist.broadcast_object_list(values, src=source)
     return values[0]
 
 
 def decide_on_rank_zero(
     numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision], device: torch.device
 ) -> Decision:
-    """Gather some numbers of every rank, decide on rank zero, and return that decision on all ranks.
+    """Gather numbers from every rank, decide on rank zero, and return that decision on all ranks.
 
-    One rank decides because floating-point results may differ in the last bit between processors, and ranks that
-    differ in a plan would lose samples. The numbers travel in one small all-reduce, whatever the number of ranks.
+    One rank decides because floating-point results may differ in the last bit between processors, and ranks that follow
+    different plans would lose samples. The numbers travel in one small all-reduce, whatever the number of ranks.
 
     Args:
-        numbers: as many on every rank. Every rank has to call this at the same point.
-        decide: called on rank zero with the numbers of all ranks, in the order of ranks; returns a picklable value.
-        device: where the process group communicates from.
+        numbers: Numbers of this rank, equally many on every rank. Every rank must call this at the same point.
+        decide: Function that rank zero calls with the numbers of all ranks, in the order of ranks; it returns a
+            picklable value.
+        device: Device from which the process group communicates.
 
     Raises:
-        Exception: whatever ``decide`` raised, on every rank, so that none is left waiting.
+        Exception: Whatever ``decide`` raised, on every rank, so that no rank is left waiting.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return decide([list(numbers)])
@@ -86,36 +87,35 @@ def decide_on_rank_zero(
 
 
 class SizedOrder(Protocol):
-    """The order of an epoch: any sampler with a length, or a list."""
+    """The order of an epoch: a sampler with a length, or a list."""
 
     def __len__(self) -> int:
         """Return the number of entries."""
         ...
 
     def __iter__(self) -> Iterator[int]:
-        """Begin an epoch."""
+        """Return an iterator over a new epoch."""
         ...
 
 
 class BroadcastOrder(Generic[Entry]):
-    """The order of a sampler on rank zero, on all ranks.
+    """Gives all ranks the order that the sampler has on rank zero.
 
-    A sampler that draws from the global random generator gives another order on each rank as soon as the generators
-    have drawn different amounts, which with mini-batches of different size a single dropout layer brings about. Ranks
-    that divide different orders lose samples and repeat others.
+    A sampler that draws from the global random generator gives each rank another order as soon as the generators have
+    drawn different amounts. With mini-batches of different size, a single dropout layer is enough for that. Ranks that
+    divide different orders lose some samples and repeat others.
 
-    The ranks communicate when it is constructed and when the epoch changes, which all of them do at the same point,
-    and not when one of them iterates: some read ahead, and a callback may iterate on one rank only.
+    The ranks communicate on construction and when the epoch changes, which all of them do at the same point. They do
+    not communicate when one of them iterates: some read ahead, and a callback may iterate on one rank only.
 
     Args:
-        sampler: yields samples or batches; is asked once an epoch.
-        epoch: the epoch that the first order is for.
-        resumed: what ``random_state`` was on rank zero when an earlier run drew that order; None for an order that
-            nobody has drawn yet.
+        sampler: Sampler of samples or of batches; it is iterated once per epoch.
+        epoch: Epoch of the first order.
+        resumed: The ``random_state`` of rank zero when an earlier run drew that order; None for a new order.
 
     Attributes:
-        entries: the order of the present epoch.
-        random_state: of this rank, before it drew that order; see :func:`random_state`.
+        entries: Order of the current epoch.
+        random_state: Random state of this rank before it drew that order; see :func:`random_state`.
     """
 
     def __init__(self, sampler: Iterable[Entry], epoch: int, resumed: Any = None) -> None:
@@ -136,19 +136,19 @@ class BroadcastOrder(Generic[Entry]):
         return iter(self.entries)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of another epoch; every rank has to call this at the same point."""
+        """Draw the order of another epoch; every rank must call this at the same point."""
         if epoch != self._epoch:
             self._epoch = epoch
             self.random_state = random_state(self.sampler)
             self.entries = self._agree()
 
     def _agree(self) -> list[Entry]:
-        # a batch sampler leaves the epoch to the sampler inside it
+        # A batch sampler leaves the epoch to the sampler inside it.
         for drawn in (self.sampler, getattr(self.sampler, "sampler", None)):
             set_epoch = getattr(drawn, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(self._epoch)
-        # drawn on every rank, so that the generators advance alike
+        # Every rank draws, so that all generators advance equally.
         order: list[Any] = [list(self.sampler)]
         if dist.is_available() and dist.is_initialized():
             dist.broadcast_object_list(order, src=0)

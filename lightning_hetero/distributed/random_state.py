@@ -1,4 +1,4 @@
-"""Where the random numbers stand from which a loader draws its order, as plain values that a checkpoint may hold."""
+"""Save and restore the random state from which a loader draws its order, as values that fit into a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["random_state", "restore_random_state"]
 
 
 def random_state(loader: Any) -> dict[str, Any]:
-    """Return the state of everything that the samplers of ``loader`` may draw from in this process.
+    """Return the state of all random generators in this process that the samplers of ``loader`` may draw from.
 
-    torch's state is a tensor of bytes, the others are lists and numbers, so ``torch.load(weights_only=True)`` reads it.
+    torch's states are tensors of bytes and the others are lists and numbers, so ``torch.load(weights_only=True)`` can
+    read them.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -28,11 +29,11 @@ def random_state(loader: Any) -> dict[str, Any]:
 
 
 def restore_random_state(loader: Any, state: Any) -> bool:
-    """Go back to a state that :func:`random_state` has returned; return False, and change nothing, if it is none."""
+    """Restore a state from :func:`random_state`; if ``state`` is not one, return False and change nothing."""
     before, generators = random_state(loader), _generators_of(loader)
     try:
         _set(generators, state)
-    except Exception:  # a checkpoint may hold anything, and each of the libraries has errors of its own
+    except Exception:  # a checkpoint may hold anything, and each library raises its own errors
         _set(generators, before)
         return False
     return True
@@ -49,17 +50,17 @@ def _set(generators: list[torch.Generator], state: Any) -> None:
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a user has given to a loader, or to its samplers, each once.
+    """Return the generators that the user has given to a loader or to its samplers, each of them once.
 
     Args:
-        loader: a loader, or a sampler of samples or of batches.
+        loader: A loader, or a sampler of samples or of batches.
     """
     holders, found = [loader], {}
     for holder in holders:
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
-        # Lightning puts a user's sampler into a data set, which it then samples
+        # Lightning wraps a user's sampler in a dataset, from which it then samples.
         inside = tuple(getattr(holder, name, None) for name in ("sampler", "batch_sampler", "batches"))
         if isinstance(holder, DistributedSampler):
             inside = (*inside, getattr(holder.dataset, "_sampler", None))

@@ -1,15 +1,15 @@
-"""Measure a rank's own time: how long a step takes it, without the waiting for other ranks.
+"""Measure a rank's own time: the time that a step takes without waiting for other ranks.
 
-The timer is a stopwatch.  It stands still wherever the rank may be waiting for others: from its last local gradient
-until the gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own
-time is what ran between the last gradients of two consecutive steps, so it counts the optimiser, the callbacks, the
-waiting for data, the transfer, forward and backward; the rest between those gradients is waiting.  Only durations of
-one clock are taken; clocks are never compared.
+The timer is a stopwatch.  It stops wherever the rank may be waiting for others: from its last local gradient until the
+gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own time is
+what the stopwatch measured between the last gradients of two consecutive steps.  So it includes the optimiser, the
+callbacks, the waiting for data, the transfer, and the forward and backward passes; the rest of the time between those
+gradients is waiting.  Only durations of a single clock are used; clocks are never compared.
 
-Where a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and
-hooks on the parameters tell the last gradient.  Whether that is so is found out in a first step, which is not counted.
+If a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and hooks
+on the parameters mark the last gradient.  The first step, which is not counted, shows whether that is so.
 
-On CUDA the marks are events in the current stream, read when the timings are asked for, steps later.
+On CUDA the marks are events in the current stream.  They are read when the timings are requested, steps later.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ __all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
 
 
 class Clock(Protocol):
-    """Marks moments and measures between two of them."""
+    """Marks moments and measures the time between two of them."""
 
     def mark(self) -> Any:
-        """Return a mark of this moment; must not wait for the device."""
+        """Return a mark of the current moment; must not wait for the device."""
         ...
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Return the seconds between two marks; may wait until the device has passed the second."""
+        """Return the seconds between two marks; may wait until the device has passed the second one."""
         ...
 
 
 class HostClock:
-    """The processor's monotonic clock."""
+    """A clock that reads the processor's monotonic time."""
 
     def mark(self) -> float:
-        """Return the present reading in seconds."""
+        """Return the current reading in seconds."""
         return time.perf_counter()
 
     def seconds(self, start: float, end: float) -> float:
@@ -53,7 +53,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events in the current stream of the current device."""
+    """A clock that records events in the current stream of the current device."""
 
     def mark(self) -> torch.cuda.Event:
         """Record an event and return it."""
@@ -62,7 +62,7 @@ class CudaClock:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return the seconds between two events, once the device has passed them."""
+        """Wait until the device has passed both events, and return the seconds between them."""
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
@@ -78,10 +78,10 @@ class _Step:
 
 
 class StepTimer:
-    """The stopwatch of one rank; does nothing while it is not enabled.
+    """Measures the steps of one rank; does nothing until it is enabled.
 
     Args:
-        clock: what marks the moments.
+        clock: Clock that marks the moments.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -93,21 +93,21 @@ class StepTimer:
         self._running: list[_Span] = []
         self._step = _Step()
         self._measured: list[_Step] = []
-        self._nested: bool | None = None  # None until a step was looked at
+        self._nested: bool | None = None  # None until a step was examined
         self._pass = -1
         self._last_gradient: Any = None
         self._gradient_hooks: list[RemovableHandle] = []
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is measured."""
+        """Whether steps are measured."""
         return self._enabled
 
     def enable(self, parameters: Iterable[torch.Tensor] = ()) -> None:
-        """Begin to measure; the step under way is not whole and will not be counted.
+        """Begin to measure; the current step is incomplete and is not counted.
 
         Args:
-            parameters: what is trained; they carry a hook in the first step, and longer only where backward passes
+            parameters: Trained parameters. They carry a hook during the first step, and longer only if backward passes
                 turn out to be nested.
         """
         if not self._enabled:
@@ -118,7 +118,7 @@ class StepTimer:
                 self._gradient_hooks = [parameter.register_hook(self._note_gradient) for parameter in hooked]
 
     def disable(self) -> None:
-        """Measure nothing any more and forget what was not read."""
+        """Stop measuring, and discard steps that were not read."""
         self._enabled = False
         self._since = self._ready = self._ready_in_step_before = self._last_gradient = None
         self._running = []
@@ -132,19 +132,19 @@ class StepTimer:
         self._gradient_hooks = []
 
     def resume(self) -> None:
-        """From here on the rank works."""
+        """Start the stopwatch: from here on the rank works."""
         if self._enabled and self._since is None:
             self._since = self._clock.mark()
 
     def pause(self) -> None:
-        """From here on the rank may wait for others."""
+        """Stop the stopwatch: from here on the rank may wait for others."""
         if self._enabled and self._since is not None:
             self._running.append((self._since, self._clock.mark()))
             self._since = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In this context the rank may wait for others."""
+        """Stop the stopwatch in this context, in which the rank may wait for others."""
         was_running = self._since is not None
         self.pause()
         try:
@@ -154,31 +154,31 @@ class StepTimer:
                 self.resume()
 
     def watch_backward(self, loss: torch.Tensor) -> None:
-        """Note the moment at which the coming backward pass has computed its last gradient.
+        """Note the moment at which the next backward pass has computed its last gradient.
 
         Args:
-            loss: what ``backward`` will be called on.
+            loss: Loss whose ``backward`` method will be called.
         """
         if self._enabled and loss.requires_grad:
             loss.register_hook(self._queue_gradients_ready)
 
     def _queue_gradients_ready(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
         # Callbacks of the engine run in the order in which they were queued, once all gradients are computed. DDP
-        # waits for its peers in such a callback, which it queues in the midst of the backward pass; this one was
-        # queued at its start. Nothing public marks this moment: hooks on parameters cost Python for each of them.
-        # tests/distributed/test_step_timer.py fails where the order changes.
+        # waits for its peers in such a callback, which it queues in the middle of the backward pass; this one is queued
+        # at its start. Nothing public marks this moment, and hooks on parameters cost Python time for each of them.
+        # tests/distributed/test_step_timer.py fails if the order changes.
         torch.autograd.Variable._execution_engine.queue_callback(self.gradients_ready)
         self._pass = torch._C._current_graph_task_id()
 
     def _note_gradient(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
-        # the number of the running pass is private; torch tells nested passes apart by it (graph.py), and the test of
-        # the timer under reentrant checkpointing fails without it
+        # The number of the running backward pass is private. torch tells nested passes apart by it (graph.py), and the
+        # test of the timer under reentrant checkpointing fails without it.
         if torch._C._current_graph_task_id() != self._pass:
             self._nested = True
         self._last_gradient = self._clock.mark()
 
     def gradients_ready(self) -> None:
-        """The last local gradient is computed."""
+        """Note that the last local gradient has been computed."""
         if not self._enabled:
             return
         noted, self._last_gradient = self._last_gradient, None
@@ -190,18 +190,18 @@ class StepTimer:
         self._running = []
 
     def finish_step(self, samples: int, keep: bool = True) -> None:
-        """Close the account of a step.
+        """End the measurement of a step.
 
         Args:
-            samples: what the rank processed in it.
-            keep: whether the step counts as measured.
+            samples: Number of samples that the rank processed in it.
+            keep: Whether the step counts as measured.
         """
         if not self._enabled:
             return
         step, self._step = self._step, _Step()
         begin, end = self._ready_in_step_before, self._ready
         self._ready_in_step_before, self._ready = end, None
-        # the first step lacks what came before the timer was enabled
+        # The first step lacks the time before the timer was enabled.
         if keep and begin is not None and end is not None:
             step.samples, step.whole = samples, (begin, end)
             self._measured.append(step)

@@ -18,21 +18,21 @@ from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = ["register_strategies"]
 
-# as Lightning's own `ddp` family
+# The same as in Lightning's own `ddp` family.
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 _UNUSED_PARAMETERS: dict[str, dict[str, bool]] = {
     "": {},
     "_find_unused_parameters_false": {"find_unused_parameters": False},
     "_find_unused_parameters_true": {"find_unused_parameters": True},
 }
-# a second copy of Lightning with classes of its own, which this package's are no subclasses of
+# A second copy of Lightning with its own classes; this package's classes do not inherit from them.
 _OTHER_STRATEGIES = "pytorch_lightning.strategies"
 
 
 def register_strategies() -> None:
     """Register the ``hetero_ddp`` family and ``hetero_pipeline``; calling it again changes nothing.
 
-    The registry of ``pytorch_lightning`` answers these names with a clear error, whichever package is imported first.
+    In the registry of ``pytorch_lightning`` these names raise a clear error, whichever package is imported first.
     """
     for launcher, start_method in _START_METHODS.items():
         for suffix, parameters in _UNUSED_PARAMETERS.items():
@@ -62,7 +62,7 @@ def register_strategies() -> None:
 
 
 class _OtherFinder(MetaPathFinder):
-    """Waits for ``pytorch_lightning`` to be imported, which takes too long to do so for the sake of a message."""
+    """Waits for ``pytorch_lightning`` to be imported; importing it here would take too long for a message."""
 
     @override
     def find_spec(

@@ -1,4 +1,4 @@
-"""What a rank tells the others at the end of a window, and what all of it looks like in a run's record."""
+"""The report that each rank sends at the end of a window, and the event of the record that it becomes part of."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["RankReport", "check_agreement", "fingerprint_of", "run_window"]
 
 @dataclass(frozen=True)
 class RankReport:
-    """What a rank tells.
+    """The report of one rank on one window.
 
     Attributes:
-        window: what its steps took.
-        memory: what its passes took.
-        micro_batch_limit: the largest micro-batch allowed on the rank, in samples, by the user or since memory ran
+        window: Timing of the rank's steps.
+        memory: Memory use of the rank's steps.
+        micro_batch_limit: Largest micro-batch in samples that the rank may process, set by the user or since memory ran
             out; 0 for no limit.
-        fetched_through: the latest step for which it has drawn its samples.
-        fingerprint: of the plans and the position that the rank believes in; below 2^32.
+        fetched_through: Latest step for which the rank has drawn its samples.
+        fingerprint: Fingerprint of the plans that the rank follows and of its position, below 2^32.
     """
 
     window: WindowTiming
@@ -34,7 +34,7 @@ class RankReport:
     fingerprint: int
 
     def to_numbers(self) -> list[float]:
-        """Return the fields as floating-point numbers, fit for a collective."""
+        """Return the fields as floating-point numbers, which a collective can send."""
         return [
             *self.window.to_numbers(),
             *self.memory.to_numbers(),
@@ -45,14 +45,14 @@ class RankReport:
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> RankReport:
-        """Return what :meth:`to_numbers` described."""
+        """Return the report that :meth:`to_numbers` has encoded."""
         *rest, micro_batch_limit, fetched_through, fingerprint = numbers
         window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
         return cls(window, memory, int(micro_batch_limit), int(fetched_through), int(fingerprint))
 
 
 def fingerprint_of(schedule: PlanSchedule, step: int, epoch: int) -> int:
-    """Return a number below 2^32 that differs, but for a chance in 2^32, where a rank follows other plans."""
+    """Return a hash below 2^32 of the plans and the position; other plans have the same with a chance of 1 in 2^32."""
     return zlib.crc32(repr((schedule.first_steps, schedule.plans[-1].samples, step, epoch)).encode())
 
 
@@ -60,15 +60,15 @@ def check_agreement(reports: Sequence[RankReport]) -> None:
     """Check that all ranks follow the same plans and are at the same step.
 
     Raises:
-        DivergedRanksError: some do not; the message names them.
+        DivergedRanksError: If some ranks differ; the message names them.
     """
-    # what most ranks believe is taken for right
+    # The majority is taken to be right.
     (common, _), *others = Counter(report.fingerprint for report in reports).most_common()
     if others:
         ranks = [rank for rank, report in enumerate(reports) if report.fingerprint != common]
         raise DivergedRanksError(
             f"All ranks must follow the same plan and be at the same step, but rank {', '.join(map(str, ranks))} of"
-            f" {len(reports)} differ from the others. Training on would lose or repeat samples. Do all ranks run the"
+            f" {len(reports)} differ from the others. Continuing would lose or repeat samples. Do all ranks run the"
             f" same program, and did all of them load the same checkpoint?"
         )
 
@@ -83,7 +83,7 @@ def run_window(
     time_s: float,
     tuning: bool,
 ) -> RunWindow:
-    """Return the event of a record that holds the reports of all ranks, rank 0 first."""
+    """Return the event of the record that holds the reports of all ranks, rank 0 first."""
     memory = [report.memory for report in reports] if any(report.memory.samples for report in reports) else []
     return RunWindow(
         step=step,

@@ -1,1 +1,1 @@
-"""Loaders and samplers that all ranks divide alike."""
+"""Loaders and samplers that all ranks divide in the same way."""

@@ -1,4 +1,4 @@
-"""The global batches of an epoch, the same on every rank, from which each rank takes its share."""
+"""Make the global batches of an epoch, the same on every rank, from which each rank takes its share."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ class GlobalBatches(Protocol):
     """An epoch as a sequence of global batches.
 
     Attributes:
-        order: what they are made from; has ``set_epoch`` where the epochs differ.
-        size: samples of a whole global batch.
+        order: Order that the global batches are made from; has ``set_epoch`` if epochs differ.
+        size: Number of samples of a full global batch.
     """
 
     order: Any
     size: int
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of global batches."""
         ...
 
     def size_at(self, block: int) -> int:
-        """Return the size of one."""
+        """Return the size of global batch number ``block``."""
         ...
 
     def since(self, block: int) -> Iterator[list[int]]:
-        """Begin an epoch at global batch number ``block``."""
+        """Iterate over the epoch from global batch number ``block`` on."""
         ...
 
 
 class CutBatches:
-    """Consecutive pieces of an order of single samples.
+    """Global batches that are consecutive pieces of an order of single samples.
 
     Args:
-        order: the order of the whole epoch, the same on every rank; has a length.
-        size: samples in a global batch.
-        drop_last: leave out a last one that is not full.
-        least: samples that the last one has at least, where the one before it can spare them.
+        order: Order of the whole epoch, the same on every rank; has a length.
+        size: Number of samples of a full global batch.
+        drop_last: Whether to drop a ragged last batch.
+        least: Number of samples that the last batch has at least, if the one before it can spare them.
     """
 
     def __init__(self, order: SizedOrder, size: int, *, drop_last: bool, least: int = 1) -> None:
@@ -55,19 +55,19 @@ class CutBatches:
 
     @property
     def _blocks(self) -> Blocks:
-        # not kept: the length of an order may change between epochs
+        # Not cached: the length of an order may change between epochs.
         return Blocks(len(self.order), self.size, self._drop_last, self._least)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of global batches."""
         return len(self._blocks)
 
     def size_at(self, block: int) -> int:
-        """Return the size of one."""
+        """Return the size of global batch number ``block``."""
         return self._blocks.size_at(block)
 
     def since(self, block: int) -> Iterator[list[int]]:
-        """Begin an epoch at global batch number ``block``."""
+        """Iterate over the epoch from global batch number ``block`` on."""
         blocks = self._blocks
         entries = islice(self.order, sum(blocks.size_at(b) for b in range(min(block, len(blocks)))), None)
         for number in range(block, len(blocks)):
@@ -75,12 +75,12 @@ class CutBatches:
 
 
 class ListedBatches:
-    """The batches of a batch sampler, or several of them joined.
+    """Global batches that are the batches of a batch sampler, or several of these joined.
 
     Args:
-        batches: the lists of indices, the same on every rank.
-        size: samples of a whole global batch.
-        join: how many consecutive batches make one global batch.
+        batches: Lists of indices, the same on every rank.
+        size: Number of samples of a full global batch.
+        join: Number of consecutive batches that make one global batch.
     """
 
     def __init__(self, batches: BroadcastOrder[list[int]], size: int, join: int = 1) -> None:
@@ -89,15 +89,15 @@ class ListedBatches:
         self._join = join
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of global batches."""
         return math.ceil(len(self.order) / self._join)
 
     def size_at(self, block: int) -> int:
-        """Return the size of one."""
+        """Return the size of global batch number ``block``."""
         return len(self._joined(block))
 
     def since(self, block: int) -> Iterator[list[int]]:
-        """Begin an epoch at global batch number ``block``."""
+        """Iterate over the epoch from global batch number ``block`` on."""
         return (self._joined(number) for number in range(block, len(self)))
 
     def _joined(self, block: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A batch sampler that gives a rank its share of every global batch."""
+"""A batch sampler that gives a rank its part of every global batch."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["ShareBatchSampler"]
 class ShareBatchSampler(Sampler[list[int]]):
     """Yields one rank's part of each global batch.
 
-    Every rank iterates over the same global batches, so the ranks need not speak to each other: which plan holds at
-    which step is all that they have to agree on.
+    Every rank iterates over the same global batches, so the ranks need not communicate. They only have to agree on
+    which plan holds at which step.
 
     Args:
-        batches: the global batches of the epoch, the same on every rank.
-        batch_size: samples a rank under equal shares, as the user's loader had it, if it did.
-        drop_last: as the user's loader had it.
-        rank: the rank whose part is yielded.
-        plan_of: the plan of a global batch, from where it stands and its size. It is asked when the batch is drawn,
-            which with workers is ahead of its step.
-        begin: where to begin. It is asked at each ``iter()``.
-        original: the batch sampler that this one takes the place of.
-        stand_in: where a global batch has no sample for the rank, yield samples of others, so that the rank takes part
-            in the step (the slice says 0 samples); otherwise the rank has one batch less.
+        batches: Global batches of the epoch, the same on every rank.
+        batch_size: Number of samples per rank under equal shares, as in the user's loader; None if it has none.
+        drop_last: Whether to drop a ragged last batch, as in the user's loader.
+        rank: Rank whose part is yielded.
+        plan_of: Function that returns the plan of a global batch, given its position and size. It is called when the
+            batch is drawn, which with workers is ahead of its step.
+        begin: Function that returns the position at which to begin. It is called at each ``iter()``.
+        original: The batch sampler that this one replaces.
+        stand_in: Whether to yield samples of other ranks if a global batch has none for this rank, so that the rank
+            takes part in the step (its slice has 0 samples). Otherwise the rank has one batch less.
 
     Attributes:
-        slices: what the latest iteration has drawn and nobody has taken yet, in the order of batches.
-        fetched_through: latest step drawn so far; -1 before the first.
+        slices: Slices that the latest iteration has drawn and nobody has taken yet, in the order of batches.
+        fetched_through: Latest step drawn so far; -1 before the first.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ShareBatchSampler(Sampler[list[int]]):
         original: Any = None,
         stand_in: bool = True,
     ) -> None:
-        # under these names Lightning finds the sampler whose epoch it sets, and users find what they passed
+        # Lightning looks for the sampler whose epoch it sets under these names, and users for what they passed.
         self.sampler = batches.order
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -65,11 +65,11 @@ class ShareBatchSampler(Sampler[list[int]]):
         self._stand_in = stand_in
 
     def __len__(self) -> int:
-        """Return the number of steps, equal on all ranks; without ``stand_in`` a rank may have fewer batches."""
+        """Return the number of steps, the same on all ranks; without ``stand_in`` a rank may have fewer batches."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # not a generator itself: an epoch begins where it stands at the moment at which it is begun
+        # Not a generator itself: the position is read when the iterator is created, not at its first item.
         self.slices = deque()
         return self._draw(self._begin(), self.slices)
 
@@ -77,10 +77,10 @@ class ShareBatchSampler(Sampler[list[int]]):
         for block in self.batches.since(cursor.block):
             plan = self._plan_of(cursor, len(block))
             batch = [block[position] for position in positions_of_rank(plan, self.rank)]
-            # several iterations may be alive: a callback that looks at a batch begins one of its own
+            # Several iterators may be alive: a callback that looks at a batch creates one of its own.
             self.fetched_through = max(self.fetched_through, cursor.step)
             if batch or self._stand_in:
                 slices.append(BatchSlice(cursor.step, self.rank, plan))
-                # two, because batch normalisation refuses to train on one
+                # Two samples, because batch normalisation refuses to train on one.
                 yield batch or (block * 2)[:2]
             cursor = cursor.moved(1)

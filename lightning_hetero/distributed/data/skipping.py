@@ -1,4 +1,4 @@
-"""Begin a pass over a loader later than at its beginning."""
+"""Start to iterate over a loader later than at its first batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["SkippingSampler", "can_skip", "is_stateful", "length_of"]
 
 
 class SkippingSampler:
-    """A batch sampler that can begin later, so that a resumed run need not load what it has seen.
+    """A batch sampler that can start later, so that a resumed run need not load samples that it has seen.
 
     Args:
-        batches: the batch sampler.
+        batches: The batch sampler to wrap.
 
     Attributes:
-        skip: how many batches the next pass, and only that, leaves out.
+        skip: Number of batches that the next iteration, and only that one, skips.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -39,12 +39,12 @@ class SkippingSampler:
 
 
 def can_skip(loader: Any) -> bool:
-    """Return whether batches of a loader can be left out without loading them: its indices are counted."""
+    """Return whether batches of a loader can be skipped without loading them, since its batch sampler has a length."""
     return isinstance(loader, DataLoader) and length_of(loader.batch_sampler) is not None
 
 
 def length_of(loader: Any) -> int | None:
-    """Return the number of batches of a loader, or None where that is not known."""
+    """Return the number of batches of a loader, or None if it is unknown."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -52,5 +52,5 @@ def length_of(loader: Any) -> int | None:
 
 
 def is_stateful(loader: Any) -> bool:
-    """Return whether a loader saves its position itself, as torchdata's ``StatefulDataLoader``."""
+    """Return whether a loader saves its own position, like torchdata's ``StatefulDataLoader``."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")

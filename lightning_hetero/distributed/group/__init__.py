@@ -1,1 +1,1 @@
-"""The process group's beginning, failures and end."""
+"""Start and end of the process group, and its failures."""

@@ -1,8 +1,8 @@
-"""A store that holds nothing of ranks that have died, for ranks that torchrun has started again.
+"""Give restarted ranks a store without entries from ranks that have died.
 
-torchrun keeps one store over all restarts.  A rank that is back before a peer would read there where that peer was
-listening before it died, and fail to connect (https://github.com/pytorch/pytorch/issues/135712); it would also read
-what failed then.  torchrun's count of restarts does not tell attempts apart: each node counts for itself.
+torchrun keeps one store over all restarts.  A rank that restarts before a peer would read the address at which that
+peer listened before it died, and fail to connect (https://github.com/pytorch/pytorch/issues/135712); it would also read
+the failure of that time.  torchrun's count of restarts does not distinguish attempts: each node counts for itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAUSE_S = 0.02
 
 
 def may_be_stale() -> bool:
-    """Whether torchrun has given this process a store that earlier ranks may have written to."""
+    """Return whether torchrun has given this process a store that earlier ranks may have written to."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -33,14 +33,14 @@ def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: 
     """Connect to torchrun's store and return a part of it that belongs to these ranks alone.
 
     Args:
-        address: of the host that keeps the store.
-        port: where it listens.
-        rank: of this process.
-        world_size: number of ranks; all of them have to call this.
-        timeout: how long to wait for the others.
+        address: Address of the host that keeps the store.
+        port: Port at which the store listens.
+        rank: Rank of this process.
+        world_size: Number of ranks; all of them must call this.
+        timeout: How long to wait for the other ranks.
 
     Raises:
-        TimeoutError: not all ranks have come in time; the message names those that have not, on rank 0.
+        TimeoutError: If not all ranks have called in time; on rank 0 the message names those that have not.
     """
     store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
     return PrefixStore(_attempt(store, rank, world_size, timeout.total_seconds()), store)
@@ -49,8 +49,8 @@ def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: 
 def _attempt(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """Return a name of this attempt, the same on all ranks and never used before.
 
-    Every other rank shows a number that it has just drawn, and believes rank 0 only if that answers this very number;
-    rank 0 goes on answering until every rank has said, under the name of the attempt, that it has understood.
+    Every other rank shows a random identifier, and accepts the answer of rank 0 only if it repeats that identifier.
+    Rank 0 keeps answering until every rank has confirmed under the name of the attempt.
     """
     mine = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_s
@@ -82,5 +82,5 @@ def _read(store: Store, key: str) -> str:
 
 def _wait(deadline: float, whom: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"{whom} has not started in time; all ranks have to, before a process group can be made")
+        raise TimeoutError(f"{whom} has not started in time; a process group needs all ranks")
     time.sleep(_PAUSE_S)

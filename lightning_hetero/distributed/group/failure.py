@@ -1,4 +1,4 @@
-"""Say why a rank fails, so that its peers, whose communication breaks off, can say it too."""
+"""Announce why a rank fails, so that its peers, whose communication breaks off, can report the reason."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["announce", "announced", "failure_of_peers", "forget", "why_communica
 
 _KEY = "lightning_hetero/failure"
 _SEEN = "lightning_hetero/seen"
-# What gloo and NCCL say; torch has no type of its own for most of it.
+# Words in the errors of gloo and NCCL; torch has no exception type for most of them.
 _COMMUNICATION = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|timed out", re.IGNORECASE)
-# Peers that are alive see the same failure at about the same time.
+# Peers that are alive notice the same failure at about the same time.
 _PATIENCE_S = 5.0
 
 
 def announce(message: str) -> None:
-    """Leave ``message`` where the peers look for it; never raises."""
+    """Leave ``message`` for the peers; never raises."""
     with suppress(Exception):
         store = _store()
         if store is not None:
@@ -32,7 +32,7 @@ def announce(message: str) -> None:
 
 
 def announced() -> str | None:
-    """Return what a failing rank has left; None where nobody has, or where the rank that keeps it is gone."""
+    """Return the message of a failing rank; None if there is none, or if the rank that keeps the store is gone."""
     with suppress(Exception):
         store = _store()
         if store is not None and store.check([_KEY]):
@@ -41,7 +41,7 @@ def announced() -> str | None:
 
 
 def forget() -> None:
-    """Take back what was announced and seen in an earlier run of these processes; never raises."""
+    """Delete the entries of an earlier run of these processes; never raises."""
     with suppress(Exception):
         store = _store()
         if store is not None:
@@ -51,10 +51,10 @@ def forget() -> None:
 
 @contextmanager
 def failure_of_peers() -> Iterator[None]:
-    """Replace what torch says when a peer is gone by what that peer has left, or by which peers do not answer.
+    """Replace torch's error after a peer is gone by that peer's message, or by a list of ranks that do not answer.
 
     Raises:
-        RankFailedError: something in this context failed after a peer had.
+        RankFailedError: If something in this context failed because a peer had failed before.
     """
     try:
         yield
@@ -66,10 +66,10 @@ def failure_of_peers() -> Iterator[None]:
 
 
 def why_communication_failed(error: BaseException) -> str | None:
-    """Return which ranks do not answer; None where ``error`` is not of communication.
+    """Return a sentence that names the ranks that do not answer; None if ``error`` is not about communication.
 
-    Every rank that sees communication fail says so; those that do not are stopped, gone, or busy with something else.
-    This takes some seconds, and no longer where the rank that keeps the answers is the one that does not answer.
+    Every rank whose communication fails reports so in the store; those that do not are stopped, gone, or busy with
+    something else. This takes some seconds, and no longer if the rank that keeps the store does not answer.
     """
     if isinstance(error, HeteroError) or not isinstance(error, RuntimeError) or not _COMMUNICATION.search(str(error)):
         return None
@@ -81,20 +81,20 @@ def why_communication_failed(error: BaseException) -> str | None:
     search.start()
     try:
         search.join(2 * _PATIENCE_S)
-    finally:  # a signal may cut this short, and a thread that is inside the store then would abort the process
+    finally:  # a signal may interrupt this, and a thread that is still inside the store would abort the process
         enough.set()
         search.join(1.0)
-    reason = announced() if found else None  # it may have come late
+    reason = announced() if found else None  # it may have arrived late
     if reason is not None:
         return reason
     if not found:
-        return "the rank that keeps the ranks' common store (rank 0, or torchrun on its node) does not answer"
+        return "the process that keeps the ranks' common store (rank 0, or torchrun on its node) does not answer"
     if not found[0]:
-        return f"communication has broken off, although every rank answers; this rank says: {error}"
+        return f"communication has broken off although every rank answers; this rank's error: {error}"
     ranks = ", ".join(map(str, found[0]))
     return (
         f"rank {ranks} does not answer (it is stopped, gone, cut off from the network, or at another point of the"
-        f" program); this rank says: {error}"
+        f" program); this rank's error: {error}"
     )
 
 
@@ -110,6 +110,6 @@ def _silent_ranks(enough: threading.Event) -> list[int]:
 
 
 def _store() -> Any:
-    # the store by which the ranks found each other; nothing public returns it, and a collective cannot be used where a
-    # rank is gone. tests/plugin/ddp/test_micro_batches.py fails where this changes.
+    # The store through which the ranks found each other. Nothing public returns it, and a collective cannot be used
+    # when a rank is gone. tests/plugin/ddp/test_micro_batches.py fails if this changes.
     return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None

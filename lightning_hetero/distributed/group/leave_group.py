@@ -1,7 +1,7 @@
-"""End the process group before the interpreter does.
+"""Close the process group before the interpreter shuts down.
 
-gloo's threads may still hold tensors of the last collective when the interpreter is taken down, and abort the process
-then: a training that has finished would look like one that has failed, and torchrun would start it again
+gloo's threads may still hold tensors of the last collective when the interpreter shuts down, and then they abort the
+process.  A training run that has finished would look like one that has failed, and torchrun would start it again
 (https://github.com/pytorch/pytorch/pull/179291).
 """
 
@@ -15,20 +15,20 @@ import torch.distributed as dist
 
 __all__ = ["leave_group_at_exit", "stay_in_group"]
 
-# A group whose peers are gone may wait for them until its time-out; that must not keep this process.
+# A group whose peers are gone may wait for them until its time-out, which must not delay the end of this process.
 _PATIENCE_S = 5.0
 
 
 def leave_group_at_exit() -> None:
-    """Have this process, whose training has ended well, leave gloo's group at its end; may be called more than once."""
+    """Close gloo's group when this process exits, since its training has succeeded; may be called more than once."""
     atexit.unregister(_leave)
     atexit.register(_leave)
 
 
 def stay_in_group() -> None:
-    """Have this process end in the group, since it has failed.
+    """Leave the group open when this process exits, since it has failed.
 
-    Its peers wait for it; were the group closed before the process ends, they would fail before this one has told why.
+    Its peers wait for it. If the group were closed first, they would fail before this process has announced why.
     """
     atexit.unregister(_leave)
 

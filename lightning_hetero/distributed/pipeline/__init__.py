@@ -1,1 +1,1 @@
-"""Layers that live on several ranks."""
+"""Models whose layers are split over several ranks."""

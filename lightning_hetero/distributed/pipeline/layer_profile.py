@@ -1,8 +1,8 @@
-"""Time every layer of a model on every rank, on a real micro-batch.
+"""Time every layer of a model on every rank, with a real micro-batch.
 
-A layer is timed alone, with inputs that carry no graph of the layers before: shares of the whole so measured repeat,
-and are not distorted as those from hooks on a whole backward pass are.  Ranks borrow one layer after the other, so a
-rank holds one that is not its own at a time.
+Each layer is timed alone, with inputs that carry no graph of the layers before it.  Measured like this, each layer's
+part of the total is repeatable, and not distorted as it would be with hooks on a whole backward pass.  The layers are
+copied to the ranks one after the other, so a rank holds at most one layer that is not its own.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PINGS = 7
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What this rank's device makes of each layer and one micro-batch.
+    """The time and memory that each layer takes on this rank's device for one micro-batch.
 
     Attributes:
-        forward_s: of each layer; the last one's holds what the loss takes, where losses are computed.
-        backward_s: likewise.
-        parameter_bytes: of each layer's trained parameters.
-        constant_bytes: of its other parameters and its buffers.
-        activations_bytes: what each layer keeps for its backward pass.
-        transfer_s: what it takes to hand on what is between two layers.
+        forward_s: Seconds of each layer's forward pass; the last one includes the loss on ranks that compute it.
+        backward_s: Seconds of each layer's backward pass; the last one includes the loss on ranks that compute it.
+        parameter_bytes: Bytes of each layer's trained parameters.
+        constant_bytes: Bytes of each layer's other parameters and buffers.
+        activations_bytes: Bytes that each layer keeps for its backward pass.
+        transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
 
     forward_s: tuple[float, ...]
@@ -50,13 +50,13 @@ class LayerProfile:
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
-        """Return all values in one list, the transfer last."""
+        """Return all values in one list, the transfer time last."""
         rows = (self.forward_s, self.backward_s, self.parameter_bytes, self.constant_bytes, self.activations_bytes)
         return [*(value for row in rows for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
-        """Return what :meth:`to_numbers` described."""
+        """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
         n = len(values) // 5
         forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(5))
@@ -78,30 +78,30 @@ def profile_layers(
     loss_of: Callable[[Any], Tensor] | None,
     device: torch.device,
 ) -> LayerProfile:
-    """Return the profile of this rank; every rank has to call it at the same point.
+    """Return the profile of this rank; every rank must call this at the same point.
 
-    Nothing remains of it: no gradient, no running statistic, no random number drawn.
+    Nothing remains of the measurement: no gradient, no running statistic, no random number drawn.
 
     Args:
-        placement: where the layers live.
-        layers: all layers, in order.
-        inputs: what the first layer is called with, on every rank.
-        loss_of: returns the loss of a micro-batch, given the last layer's output; None on ranks that compute no loss,
-            and where there is none.
-        device: where this rank computes.
+        placement: Placement of the layers on the ranks.
+        layers: All layers of the model, in order.
+        inputs: Arguments of the first layer, the same on every rank.
+        loss_of: Function that returns the loss of a micro-batch, given the last layer's output; None on ranks that
+            compute no loss, and if there is no loss.
+        device: Device on which this rank computes.
     """
     timings: list[_Timing] = []
     sizes: list[tuple[int, int]] = []
-    borders: list[int] = []
+    boundaries: list[int] = []
     value: Any = inputs
     cuda = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
         for number, layer in enumerate(layers):
-            lent = placement.broadcast_layer(number)
-            timing, value = _timed(layer, lent, value, device, first=number == 0)
+            copies = placement.broadcast_layer(number)
+            timing, value = _timed(layer, copies, value, device, first=number == 0)
             timings.append(timing)
-            sizes.append(_bytes_of(lent))
-            borders.append(sum(t.numel() * t.element_size() for t in flatten(value)[0]))
+            sizes.append(_bytes_of(copies))
+            boundaries.append(sum(t.numel() * t.element_size() for t in flatten(value)[0]))
         if loss_of is not None:
             tail = _timed_loss(loss_of, value, device)
             last = timings[-1]
@@ -114,22 +114,22 @@ def profile_layers(
         parameter_bytes=tuple(trained for trained, _ in sizes),
         constant_bytes=tuple(constant for _, constant in sizes),
         activations_bytes=tuple(t.kept_bytes for t in timings),
-        transfer_s=_transfer_s(int(median(borders)), device),
+        transfer_s=_transfer_s(int(median(boundaries)), device),
     )
 
 
 def _timed(
-    layer: nn.Module, lent: dict[str, Tensor], value: Any, device: torch.device, *, first: bool
+    layer: nn.Module, copies: dict[str, Tensor], value: Any, device: torch.device, *, first: bool
 ) -> tuple[_Timing, Any]:
     tensors, structure = flatten(value)
 
     def forward() -> tuple[list[Tensor], Any, Any]:
         given = [t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors]
         value = unflatten(given, structure)
-        output = functional_call(layer, lent, value if first else (value,))
-        return [*given, *lent.values()], output, flatten(output)[0]
+        output = functional_call(layer, copies, value if first else (value,))
+        return [*given, *copies.values()], output, flatten(output)[0]
 
-    return _timed_often(forward, device, set(map(_storage, lent.values())))
+    return _timed_often(forward, device, set(map(_storage, copies.values())))
 
 
 def _timed_loss(loss_of: Callable[[Any], Tensor], value: Any, device: torch.device) -> _Timing:
@@ -146,7 +146,7 @@ def _timed_loss(loss_of: Callable[[Any], Tensor], value: Any, device: torch.devi
 def _timed_often(
     forward: Callable[[], tuple[list[Tensor], Any, list[Tensor]]], device: torch.device, own: set[int]
 ) -> tuple[_Timing, Any]:
-    """Return the medians of several times, the first of which warms up and says what is kept, and an output."""
+    """Return the median times and an output; a first run warms up and shows which tensors are kept."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -181,9 +181,9 @@ def _without_graph(output: Any) -> Any:
     return unflatten([t.detach().requires_grad_(t.requires_grad) for t in tensors], structure)
 
 
-def _bytes_of(lent: dict[str, Tensor]) -> tuple[int, int]:
+def _bytes_of(copies: dict[str, Tensor]) -> tuple[int, int]:
     """Return the bytes of trained parameters and of everything else."""
-    sizes = [(t.requires_grad, t.numel() * t.element_size()) for t in lent.values()]
+    sizes = [(t.requires_grad, t.numel() * t.element_size()) for t in copies.values()]
     return sum(n for trained, n in sizes if trained), sum(n for trained, n in sizes if not trained)
 
 
@@ -192,7 +192,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _transfer_s(size_bytes: int, device: torch.device) -> float:
-    """Return the seconds that a message takes between ranks 0 and 1, as one of them measured; 0 on other ranks."""
+    """Return the seconds that a message takes between ranks 0 and 1, as measured by each; 0 on other ranks."""
     rank = dist.get_rank()
     if dist.get_world_size() == 1 or rank > 1:
         return 0.0

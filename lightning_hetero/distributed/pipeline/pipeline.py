@@ -1,9 +1,9 @@
 """Run micro-batches through stages of layers on several ranks, with ``torch.distributed.pipelining``.
 
-That package is used with static shapes only: its inference of shapes runs layers on memory that nobody has written, and
-its schedules keep the shapes of their first batch.  So stages and schedules are made anew for each kind of micro-batch,
-whose borders are found by one forward pass, and micro-batches of another size run in a schedule of their own.  What
-enters the first stage and what the loss needs is looked up by the number of the micro-batch.
+That package is used with static shapes only: its inference of shapes runs layers on uninitialised memory, and its
+schedules keep the shapes of their first batch.  So each kind of micro-batch gets its own stages and schedule, whose
+boundaries one forward pass finds, and micro-batches of another size run in another schedule.  The inputs of the first
+stage and whatever the loss needs are looked up by the number of the micro-batch.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Pipeline:
     """One rank's part of a pipeline.
 
     Args:
-        layers: those of this rank's stage.
-        plan: the stages of all ranks.
-        schedule: the order of passes; "1f1b" needs as many micro-batches as stages, and is "gpipe" with fewer.
-        rank: this rank.
-        device: where its layers are.
+        layers: Layers of this rank's stage.
+        plan: Stages of all ranks.
+        schedule: Order of forward and backward passes. "1f1b" needs at least as many micro-batches as stages; with
+            fewer, "gpipe" is used.
+        rank: This rank.
+        device: Device of this rank's layers.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Pipeline:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank's stage takes what enters the pipeline."""
+        """Whether this rank has the first stage, which gets the inputs of the pipeline."""
         return self._stage == 0
 
     @property
@@ -74,18 +75,18 @@ class Pipeline:
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank's stage makes the output."""
+        """Whether this rank has the last stage, which computes the output."""
         return self._stage == self._plan.num_stages - 1
 
     def train(self, kind: Hashable, count: int, inputs: Sequence[Any], loss_of: LossOf) -> None:
-        """Run forward and backward passes of ``count`` micro-batches of one shape; gradients are accumulated.
+        """Run forward and backward passes of ``count`` micro-batches of one shape, and accumulate gradients.
 
         Args:
-            kind: what the shapes at the borders follow from; the same on all ranks.
-            count: micro-batches.
-            inputs: what the first layer is called with for each of them; empty but on the first stage.
-            loss_of: returns the loss of a micro-batch, given its number and the last layer's output; used on the last
-                stage.
+            kind: A value that determines the shapes at the boundaries; the same on all ranks.
+            count: Number of micro-batches.
+            inputs: Arguments of the first layer for each micro-batch; empty on all stages but the first.
+            loss_of: Function that returns the loss of a micro-batch, given its number and the last layer's output; used
+                on the last stage.
         """
         stage, schedule = self._prepared(("train", kind, count), count, inputs, training=True)
         stage.loss_of = loss_of
@@ -99,21 +100,21 @@ class Pipeline:
         self._micro_batches_before += count
 
     def record(self) -> None:
-        """Note from now on when passes begin and end; every rank has to call it at the same point.
+        """Start to record when passes begin and end; every rank must call this at the same point.
 
-        That waits for the device at the end of each pass. Ranks do not compare clocks: each counts from here.
+        Recording waits for the device at the end of each pass. Ranks do not compare clocks: each counts from this call.
         """
         dist.barrier()
         self._recorded, self._record_from_s, self._micro_batches_before = [], time.perf_counter(), 0
 
     def stop_recording(self) -> Timeline:
-        """Return what all ranks have noted; every rank has to call it at the same point."""
+        """Stop recording and return the passes of all ranks; every rank must call this at the same point."""
         own, self._recorded = self._recorded or [], None
         passes = [one for part in all_gather(own) for one in part]
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
     def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
-        """Run the pass of a micro-batch, and note it where passes are recorded."""
+        """Run a forward or backward pass of a micro-batch, and record it if passes are being recorded."""
         if self._recorded is None:
             return run(number, *args, **kwargs)
         start_s = time.perf_counter() - self._record_from_s
@@ -123,9 +124,9 @@ class Pipeline:
         return result
 
     def close(self) -> None:
-        """Let go of stages and schedules.
+        """Release the stages and schedules.
 
-        They hold the process group; one that outlives its destruction ends the process with an error now and then.
+        They hold the process group. If one of them outlives the group, the process sometimes ends with an error.
         """
         self._kinds.clear()
 
@@ -133,12 +134,12 @@ class Pipeline:
         """Run forward passes of ``count`` micro-batches of one shape.
 
         Args:
-            kind: what the shapes at the borders follow from; the same on all ranks.
-            count: micro-batches.
-            inputs: what the first layer is called with for each of them; empty but on the first stage.
+            kind: A value that determines the shapes at the boundaries; the same on all ranks.
+            count: Number of micro-batches.
+            inputs: Arguments of the first layer for each micro-batch; empty on all stages but the first.
 
         Returns:
-            The outputs of the last layer; empty but on the last stage.
+            The outputs of the last layer for each micro-batch; empty on all stages but the last.
         """
         stage, schedule = self._prepared(("evaluate", kind, count), count, inputs, training=False)
         with stage.fed(inputs):
@@ -152,24 +153,24 @@ class Pipeline:
         # importing it takes a while, which those who train otherwise need not wait
         from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
-        before, behind = self._boundaries(inputs[0] if inputs else None)
-        module = _Stage(self._layers, before, behind if training or not self.is_last else None, first=self.is_first)
+        before, after = self._boundaries(inputs[0] if inputs else None)
+        module = _Stage(self._layers, before, after if training or not self.is_last else None, first=self.is_first)
         stage = _observed_stage()(
             module,
             self._stage,
             self._plan.num_stages,
             self._device,
             input_args=_index() if self.is_first else before.examples(),
-            output_args=behind.examples() if module.behind is not None else _index(),
+            output_args=after.examples() if module.after is not None else _index(),
         )
-        # public, but not documented: which rank has which stage; by default stage s is on rank s
+        # Public, but not documented: which rank has which stage. By default stage s is on rank s.
         stage.stage_index_to_group_rank = dict(enumerate(self._plan.ranks))
         stage.observe = self._observed
         if not training:
             schedule: Any = ScheduleGPipe(stage, count)
         else:
             kind = Schedule1F1B if self._schedule == "1f1b" and count >= self._plan.num_stages else ScheduleGPipe
-            # the weights of micro-batches are in their losses
+            # Losses already contain the weights of their micro-batches.
             schedule = kind(stage, count, loss_fn=module.loss, scale_grads=False)
         self._kinds[key] = (module, schedule)
         if len(self._kinds) > _KINDS_KEPT:
@@ -177,7 +178,7 @@ class Pipeline:
         return self._kinds[key]
 
     def _boundaries(self, example: Any) -> tuple[StageBoundary, StageBoundary]:
-        """Find what crosses the borders, by one forward pass of a micro-batch through all stages."""
+        """Find what this stage receives and sends, by one forward pass of a micro-batch through all stages."""
         ranks, stage = self._plan.ranks, self._stage
         if not self.is_first:
             received: list[Any] = [None]
@@ -185,7 +186,7 @@ class Pipeline:
             tensors, structure, requires_grad = received[0]
             moved = [t.to(self._device).requires_grad_(needs) for t, needs in zip(tensors, requires_grad, strict=True)]
             example = unflatten(moved, structure)
-        # ordinary tensors and a graph, even under inference mode: which of them carry gradients has to be known
+        # Ordinary tensors with a graph, even in inference mode: it has to be known which of them carry gradients.
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._layers), torch.random.fork_rng():
             output = run_layers(self._layers, _as_ordinary(example), first=self.is_first)
         tensors, structure = flatten(output)
@@ -196,15 +197,15 @@ class Pipeline:
 
 
 class _Stage(nn.Module):
-    """The layers of a stage, between flat tensors."""
+    """The layers of a stage, with flat tensors as inputs and outputs."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], before: StageBoundary, behind: StageBoundary | None, *, first: bool
+        self, layers: Sequence[nn.Module], before: StageBoundary, after: StageBoundary | None, *, first: bool
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.before = before
-        self.behind = behind
+        self.after = after
         self.first = first
         self.inputs: Sequence[Any] = ()
         self.outputs: list[Any] = []
@@ -221,35 +222,35 @@ class _Stage(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         value = self.inputs[int(tensors[0])] if self.first else unflatten(tensors, self.before.structure)
         output = run_layers(self.layers, value, first=self.first)
-        if self.behind is None:
+        if self.after is None:
             self.outputs.append(output)
             return _index()
         found, structure = flatten(output)
-        if structure != self.behind.structure or tuple(tuple(t.shape) for t in found) != self.behind.shapes:
+        if structure != self.after.structure or tuple(tuple(t.shape) for t in found) != self.after.shapes:
             raise UnsupportedFeatureError(
-                f"The shapes between the stages of a pipeline must follow from those of the batch, got"
-                f" {[tuple(t.shape) for t in found]} where an equal batch had {list(self.behind.shapes)}. Cut or pad"
-                f" samples in the collate function instead of in the step."
+                f"The shapes between the stages of a pipeline must depend only on those of the batch, got"
+                f" {[tuple(t.shape) for t in found]} where a batch of the same shape had {list(self.after.shapes)}."
+                f" Truncate or pad samples in the collate function instead of in the step."
             )
         flat = tuple(t.contiguous() for t in found)
         return flat[0] if len(flat) == 1 else flat
 
     def loss(self, output: Any, number: Tensor) -> Tensor:
         assert self.loss_of is not None
-        assert self.behind is not None
+        assert self.after is not None
         tensors = output if isinstance(output, tuple) else (output,)
-        return self.loss_of(int(number), unflatten(tensors, self.behind.structure))
+        return self.loss_of(int(number), unflatten(tensors, self.after.structure))
 
 
 @cache
 def _observed_stage() -> Any:
-    """Return a stage whose passes can be timed: without what it waits for, which its schedule waits for before."""
+    """Return a stage class whose passes can be timed without waiting, since the schedule waits before it calls them."""
     from torch.distributed.pipelining import PipelineStage
 
     class ObservedStage(PipelineStage):
         observe: Any
 
-        # public, and the test of the recorder fails where a schedule does not call them
+        # Public; the test of the recorder fails if a schedule does not call these methods.
         def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
             return self.observe("forward", super().forward_one_chunk, *args, **kwargs)
 
@@ -260,7 +261,7 @@ def _observed_stage() -> Any:
 
 
 def run_layers(layers: Any, value: Any, *, first: bool) -> Any:
-    """Call one layer after the other, the first layer of a model with its arguments."""
+    """Call one layer after the other; the first layer of the model gets ``value`` as its arguments."""
     for number, layer in enumerate(layers):
         value = layer(*value) if first and number == 0 else layer(value)
     return value
@@ -272,13 +273,13 @@ def _index() -> Tensor:
 
 def _as_ordinary(value: Any) -> Any:
     tensors, structure = flatten(value)
-    # a clone of a tensor of inference mode is an ordinary one outside of it
+    # Outside inference mode, the clone of an inference tensor is an ordinary tensor.
     return unflatten([t.clone() if t.is_inference() else t for t in tensors], structure)
 
 
 @contextmanager
 def _evaluating(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Nothing random, and no running statistics, in this context."""
+    """Switch off randomness and running statistics in this context."""
     training = [(module, module.training) for layer in layers for module in layer.modules()]
     for module, _ in training:
         module.training = False

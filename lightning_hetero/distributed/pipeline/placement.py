@@ -1,7 +1,7 @@
-"""Which tensors of a model live on which rank, where its layers are split over ranks.
+"""Place the tensors of a model on the ranks over which its layers are split.
 
-A tensor that lives elsewhere has a name, a shape and an identity, but no memory: names, order and groups of parameters
-stay those of the whole model, for optimisers and checkpoints.
+A tensor that lives on another rank keeps its name, shape and identity, but has no memory here.  So optimisers and
+checkpoints see the names, order and groups of parameters of the whole model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["TensorPlacement", "gather_on_rank_zero"]
 
 
 class TensorPlacement:
-    """Keeps on this rank what its stage needs.
+    """Keeps on this rank the tensors that its stage needs.
 
-    Parameters and buffers that are in no layer belong to the last stage, where losses are computed. Those that several
-    layers share live wherever one of these layers does.
+    Parameters and buffers that are in no layer belong to the last stage, where losses are computed. A tensor that
+    several layers share lives on every rank that has one of these layers.
 
     Args:
-        module: the whole model; every rank has all of it in the beginning.
-        layers: its layers, in order.
-        plan: the stages.
-        device: where this rank computes.
+        module: The whole model; at first every rank has all of it.
+        layers: Layers of the model, in order.
+        plan: The stages.
+        device: Device on which this rank computes.
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], plan: StagePlan, device: torch.device) -> None:
@@ -40,16 +40,16 @@ class TensorPlacement:
         self._owners: dict[int, tuple[int, ...]] = {}
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
-        self._know_owners(plan)
+        self._set_owners(plan)
         for tensor in self._tensors():
             if self.owns(tensor):
                 tensor.data = tensor.data.to(device)
             else:
                 _swap(tensor, _without_memory(tensor))
-        for parameter, group in self.tied:  # scripts that set no seed begin with different values
+        for parameter, group in self.tied:  # without a seed, ranks begin with different values
             dist.broadcast(parameter.data, src=self._source(parameter), group=group)
 
-    def _know_owners(self, plan: StagePlan) -> None:
+    def _set_owners(self, plan: StagePlan) -> None:
         self.plan = plan
         ranks_of: dict[int, set[int]] = {}
         for stage, owner in enumerate(plan.ranks):
@@ -62,7 +62,7 @@ class TensorPlacement:
         for tensor in self._tensors():
             owners = self._owners[id(tensor)]
             if isinstance(tensor, nn.Parameter) and len(owners) > 1:
-                group = dist.new_group(list(owners))  # every rank has to call it
+                group = dist.new_group(list(owners))  # every rank must call this
                 if self._rank in owners:
                     self.tied.append((tensor, group))
 
@@ -73,36 +73,36 @@ class TensorPlacement:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters that live here."""
+        """The trained parameters that live on this rank."""
         return [p for p in self._module.parameters() if p.requires_grad and self.owns(p)]
 
     def owns(self, tensor: Tensor) -> bool:
-        """Return whether a parameter or buffer of the module lives here."""
+        """Return whether a parameter or buffer of the module lives on this rank."""
         return self._rank in self._owners_of(tensor)
 
     def counts(self, parameter: nn.Parameter) -> bool:
-        """Return whether this rank is the one that counts ``parameter`` in a sum over all."""
+        """Return whether this rank is the one that counts ``parameter`` in a sum over all ranks."""
         return self._source(parameter) == self._rank
 
     def broadcast_layer(self, number: int) -> dict[str, Tensor]:
-        """Return the parameters and buffers of a layer, on every rank, which is to call this at the same point.
+        """Return copies of a layer's parameters and buffers on every rank; every rank must call this at the same point.
 
-        They are copies: what is done to them changes no layer.
+        Changing the copies does not change the layer.
         """
         layer = self._layers[number]
-        lent: dict[str, Tensor] = {}
+        copies: dict[str, Tensor] = {}
         for name, tensor in _named(layer):
-            copy = self._borrowed(tensor)
-            lent[name] = copy.requires_grad_(tensor.requires_grad)
-        return lent
+            copy = self._broadcast(tensor)
+            copies[name] = copy.requires_grad_(tensor.requires_grad)
+        return copies
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
-        """Go over to other stages: values, and what optimisers keep beside them, move to their new ranks.
+        """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
 
-        Every rank has to call this at the same point, between two steps.
+        Every rank must call this at the same point, between two steps.
         """
         before = self._owners
-        self._know_owners(plan)
+        self._set_owners(plan)
         for tensor in self._tensors():
             source, new = before[id(tensor)][0], self._owners[id(tensor)]
             for target in new:
@@ -126,13 +126,13 @@ class TensorPlacement:
             dist.recv_object_list(received, src=source, device=self._device)
             for optimizer, state in zip(optimizers, received[0], strict=True):
                 if state:
-                    # a count of steps stays on the processor, as optimisers keep it
+                    # A step count stays on the CPU, where optimisers keep it.
                     optimizer.state[tensor] = {
                         k: v.to(self._device) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()
                     }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the whole module on rank 0, nothing elsewhere; every rank has to call it."""
+        """Return the state of the whole module on rank 0, and an empty dict elsewhere; every rank must call this."""
         if self._is_complete:
             return {name: _on_cpu(value) for name, value in self._module.state_dict().items()}
         own = {name: _on_cpu(value) for name, value in self._module.state_dict().items() if not _is_meta(value)}
@@ -143,10 +143,10 @@ class TensorPlacement:
         return {name: merged[name] for name in self._module.state_dict()}
 
     def load(self, state_dict: dict[str, Any], *, strict: bool) -> None:
-        """Load what lives here; names of all are compared.
+        """Load the tensors that live on this rank, and compare the names of all tensors.
 
         Raises:
-            RuntimeError: names are missing or unexpected, as torch says it.
+            RuntimeError: If names are missing or unexpected, with torch's wording.
         """
         module = self._module
         own = {name for name, value in module.state_dict().items() if not _is_meta(value)}
@@ -160,21 +160,21 @@ class TensorPlacement:
             )
 
     def complete(self) -> None:
-        """Bring the parameters and buffers of all stages to every rank's processor; every rank has to call it."""
-        borrowed = []
+        """Copy the parameters and buffers of all stages to every rank's CPU; every rank must call this."""
+        copies = []
         for tensor in self._tensors():
-            borrowed.append(self._borrowed(tensor))
+            copies.append(self._broadcast(tensor))
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, borrowed[-1].cpu()))
+                _swap(tensor, _like(tensor, copies[-1].cpu()))
             else:
                 tensor.data = tensor.data.cpu()
         self._is_complete = True
-        # a thread of gloo that is the last to let go of a tensor needs the interpreter, which may be about to end
+        # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         dist.barrier()
-        borrowed.clear()
+        copies.clear()
 
-    def _borrowed(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor of the module, on every rank."""
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor of the module on every rank."""
         copy = (
             torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
             if tensor.is_meta
@@ -187,25 +187,25 @@ class TensorPlacement:
         return self._owners_of(tensor)[0]
 
     def _owners_of(self, tensor: Tensor) -> tuple[int, ...]:
-        # an optimiser may train what is registered nowhere; only the loss can depend on it
+        # An optimiser may train a tensor that is registered nowhere; only the loss can depend on it.
         return self._owners.get(id(tensor), self.plan.ranks[-1:])
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Return each parameter and buffer once, in the same order on all ranks."""
+        """Yield each parameter and buffer once, in the same order on all ranks."""
         yield from self._module.parameters()
         yield from self._module.buffers()
 
 
 def gather_on_rank_zero(value: Any) -> list[Any] | None:
-    """Return the values of all ranks on rank 0, None elsewhere."""
+    """Return the values of all ranks on rank 0, and None on other ranks."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, parts, dst=0)
     return parts
 
 
 def _swap(tensor: Tensor, other: Tensor) -> None:
-    """Give ``tensor`` the values and the memory of ``other``; whoever holds it holds the new ones."""
-    other.__dict__.update(tensor.__dict__)  # marks that users put on parameters stay with the name
+    """Give ``tensor`` the values and the memory of ``other``; all references to it see the new ones."""
+    other.__dict__.update(tensor.__dict__)  # attributes that users set on a parameter stay with it
     torch.utils.swap_tensors(tensor, other)
 
 
@@ -214,8 +214,8 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return ``value`` as a tensor of the kind of ``tensor``, which nobody else holds."""
-    value = value.clone()  # communication that is over may still hold what it wrote to
+    """Return a copy of ``value`` as a parameter if ``tensor`` is one, and otherwise as a plain tensor."""
+    value = value.clone()  # finished communication may still hold the tensor that it wrote to
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 

@@ -1,4 +1,4 @@
-"""Take nested structures of tensors apart for the wire, and put them together behind it."""
+"""Flatten nested structures of tensors to send them, and rebuild them on the receiving side."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["StageBoundary", "flatten", "unflatten"]
 
 @dataclass(frozen=True)
 class StageBoundary:
-    """What crosses from one stage to the next.
+    """Describes the value that one stage sends to the next.
 
     Attributes:
-        structure: the value with each tensor replaced by its number.
-        shapes: of each tensor.
-        dtypes: of each tensor.
-        requires_grad: whether a gradient comes back for it.
+        structure: The value, with each tensor replaced by its number.
+        shapes: Shape of each tensor.
+        dtypes: Data type of each tensor.
+        requires_grad: Whether a gradient comes back for each tensor.
     """
 
     structure: Any
@@ -32,7 +32,7 @@ class StageBoundary:
 
     @classmethod
     def of(cls, value: Any) -> StageBoundary:
-        """Return what has to be known of ``value`` to receive its like."""
+        """Return the description that is needed to receive values like ``value``."""
         tensors, structure = flatten(value)
         return cls(
             structure,
@@ -42,7 +42,7 @@ class StageBoundary:
         )
 
     def examples(self) -> tuple[Tensor, ...]:
-        """Return tensors like those that cross, without memory."""
+        """Return tensors like those that are sent, but without memory."""
         return tuple(
             torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
             for shape, dtype, requires_grad in zip(self.shapes, self.dtypes, self.requires_grad, strict=True)
@@ -51,26 +51,26 @@ class StageBoundary:
 
 @dataclass(frozen=True)
 class _Number:
-    """Where a tensor belongs."""
+    """The position of a tensor in a flattened structure."""
 
     number: int
 
 
 def flatten(value: Any) -> tuple[list[Tensor], Any]:
-    """Return the tensors of a nested structure, and the structure with their numbers.
+    """Return the tensors of a nested structure, and the structure with their numbers in place of them.
 
     Args:
-        value: tensors in tuples, lists and mappings; None, numbers and strings are part of the structure.
+        value: Tensors in tuples, lists and mappings; None, numbers and strings are part of the structure.
 
     Raises:
-        UnsupportedFeatureError: there is an object of another kind in it.
+        UnsupportedFeatureError: If it holds an object of any other type.
     """
     tensors: list[Tensor] = []
     return tensors, _numbered(value, tensors)
 
 
 def unflatten(tensors: Any, structure: Any) -> Any:
-    """Return what :func:`flatten` took apart."""
+    """Return the nested structure that :func:`flatten` has taken apart."""
     if isinstance(structure, _Number):
         return tensors[structure.number]
     if isinstance(structure, Mapping):
@@ -91,8 +91,8 @@ def _numbered(value: Any, tensors: list[Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UnsupportedFeatureError(
-        f"Layers of a pipeline must exchange tensors, in tuples, lists and dicts, got a {type(value).__name__!r}."
-        f" Return its tensors instead, or put the two layers into one."
+        f"Layers of a pipeline must exchange tensors in tuples, lists and dicts, got a {type(value).__name__!r}."
+        f" Return its tensors instead, or combine the two layers into one."
     )
 
 

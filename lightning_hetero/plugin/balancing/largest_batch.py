@@ -1,4 +1,4 @@
-"""Find the largest mini-batch that fits into each rank's memory, on all ranks at the same time."""
+"""A callback that finds the largest micro-batch that fits into each rank's memory, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -29,22 +29,30 @@ __all__ = ["LargestBatchFinder"]
 
 
 class LargestBatchFinder(Callback):
-    """Finds how many samples fit into a pass of each rank, and has the strategy respect it.
+    """Finds how many samples each rank can process at once, and makes the strategy respect that limit.
 
-    Lightning's BatchSizeFinder does not run under a distributed strategy. This one tries sizes behind the first
-    training step, when the state of the optimiser is allocated: each rank runs forward and backward passes on samples
-    of the training set for itself, doubling the size and then bisecting, while nothing of it remains: no gradient, no
-    metric, no log, no random number. A LoadBalancer then divides the batch accordingly.
+    Lightning's BatchSizeFinder does not run under a distributed strategy. This one tries sizes after the first training
+    step, when the state of the optimiser is allocated. Each rank runs forward and backward passes on samples of the
+    training set by itself; it doubles the size and then bisects. Nothing remains of these trials: no gradient, no
+    metric, no log, no random number drawn. A LoadBalancer then divides the global batch within these limits.
 
     Args:
-        verbose: Whether to print what was found.
+        verbose: Whether to print the sizes that were found.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
-        UnsupportedFeatureError: the strategy is another one, or the training data are no DataLoader of samples.
+        ConfigurationError: If an argument is invalid.
+        UnsupportedFeatureError: If the strategy is not ``hetero_ddp``, or the training data are not a DataLoader of
+            samples.
 
     Attributes:
-        found: Most samples of a pass of each rank, at most the global batch size; empty before they are found.
+        found: Largest micro-batch of each rank in samples, at most the global batch size; empty before the search.
+
+    Example::
+
+        finder = LargestBatchFinder()
+        trainer = Trainer(strategy="hetero_ddp", devices=2, callbacks=[finder])
+        trainer.fit(model, train_loader)
+        print(finder.found)  # for example (96, 24)
     """
 
     def __init__(self, verbose: bool = True) -> None:
@@ -74,7 +82,7 @@ class LargestBatchFinder(Callback):
         self.found = tuple(all_gather(own))
         strategy.micro_batches.limit = min(own, strategy.micro_batches.limit or own)
         if self.verbose:
-            say(trainer, f"hetero_ddp: the largest mini-batches that fit are {list(self.found)}")
+            say(trainer, f"hetero_ddp: the largest micro-batches that fit, in samples per rank, are {list(self.found)}")
 
     def _largest(self, strategy: BalancedStrategy, trainer: Trainer, module: LightningModule) -> int:
         loader, part = trainer.train_dataloader, strategy.training_slice
@@ -83,7 +91,7 @@ class LargestBatchFinder(Callback):
                 f"`LargestBatchFinder` needs a DataLoader over a dataset with a length, from which it can draw batches"
                 f" of any size, got {type(loader).__name__}. Set `max_batch_size` instead."
             )
-        # what has run in the step before, in passes if memory ran out
+        # Start with the size that the step before has run: its micro-batches are smaller if memory ran out.
         start = max(micro_batch_sizes(part.samples, strategy.micro_batches.most), default=1)
         search = Search(start, most=part.global_samples)
         while (size := search.next_size()) is not None:
@@ -96,7 +104,7 @@ class LargestBatchFinder(Callback):
             for context in (*kept, strategy.micro_batches.alone()):
                 stack.enter_context(context)
             try:
-                _run_pass(strategy, module, loader, size)
+                _run_passes(strategy, module, loader, size)
                 fits = True
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -106,16 +114,16 @@ class LargestBatchFinder(Callback):
         return fits
 
 
-def _run_pass(strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:
-    """Run a forward and a backward pass on ``size`` samples; no gradient is kept."""
+def _run_passes(strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:
+    """Run a forward and a backward pass on ``size`` samples, and discard the gradients."""
     dataset: Any = loader.dataset
     batch = loader.collate_fn([dataset[i % len(dataset)] for i in range(size)])
-    # as Lightning's loop does, whose hook before the transfer has no public caller
+    # The same as in Lightning's loop. The hook before the transfer has no public caller.
     batch = module._on_before_batch_transfer(strategy.precision_plugin.convert_input(batch), 0)
     batch = strategy.batch_to_device(batch, strategy.root_device)
     numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     with torch.enable_grad(), strategy.precision_plugin.train_step_context():
         loss = loss_of(module.training_step(batch, 0) if numbered else module.training_step(batch))
-    # DDP is not told of this pass, so its hooks on the parameters let it be
+    # DDP does not prepare for this backward pass, so its hooks on the parameters leave the gradients alone.
     with taken_aside([p for p in module.parameters() if p.requires_grad]):
         loss.backward()

@@ -1,4 +1,4 @@
-"""Tell what the balancer does: in the terminal, through the user's loggers, and in the record that reports read."""
+"""Report what the balancer does: in the terminal, through the user's loggers and in the run's record."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["RunReporter"]
 
 
 class RunReporter:
-    """Does nothing on ranks other than zero, but every rank has to make one at the same point.
+    """Reports on a run from rank zero; every rank must construct one at the same point.
 
     Args:
-        trainer: of the run.
-        profiles: what each rank runs on.
-        global_batch_size: samples of a step.
-        record: as ``LoadBalancer`` takes it.
-        verbose: likewise.
+        trainer: The Trainer of the run.
+        profiles: Device of each rank.
+        global_batch_size: Number of samples of all ranks in one step.
+        record: The argument ``record`` of ``LoadBalancer``.
+        verbose: The argument ``verbose`` of ``LoadBalancer``.
     """
 
     def __init__(
@@ -48,30 +48,30 @@ class RunReporter:
 
     @property
     def path(self) -> Path | None:
-        """Where the record is; None where there is none, and on ranks other than zero."""
+        """The path of the record; None if there is no record, and on all ranks but zero."""
         return None if self._writer is None else self._writer.path
 
     @property
     def time_s(self) -> float:
-        """Seconds since the run began."""
+        """The seconds since the run began."""
         return time.monotonic() - self._started_s
 
     # ---- the terminal ----------------------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
-        """Print a line, if lines are wanted."""
+        """Print a line if the user wants lines printed."""
         if self._verbose:
             say(self._trainer, f"hetero_ddp: {message}")
 
     def say_progress(self, message: str) -> None:
-        """Print a line that is of interest only while one watches."""
+        """Print a line that only matters to someone who watches the progress bar."""
         if has_progress_bar(self._trainer):
             self.say(message)
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
     def window(self, window: RunWindow) -> None:
-        """Take what was measured of all ranks."""
+        """Record and log the measurements of all ranks in one window."""
         if self._writer is not None:
             self._writer.add(window)
         if not all(window.own_s):
@@ -85,19 +85,19 @@ class RunReporter:
                 logger.log_metrics(scalars, step=step)
 
     def change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
-        """Take a change of shares."""
+        """Record a change of shares."""
         if self._writer is not None:
             self._writer.add(RunChange(first_step, self.time_s, plan.samples, reason))
 
     def advice(self, advice: Advice) -> None:
-        """Take what is predicted of the plan that was found."""
+        """Record the predictions for the plan that was found."""
         if self._writer is not None:
             step = TrainingProgress(self._trainer).step
-            told = (advice.step_s, advice.speed_up, advice.efficiency, tuple(advice.sentences()))
-            self._writer.add(RunAdvice(step, self.time_s, *told))
+            fields = (advice.step_s, advice.speed_up, advice.efficiency, tuple(advice.sentences()))
+            self._writer.add(RunAdvice(step, self.time_s, *fields))
 
     def end(self, reason: str) -> None:
-        """Take the end of the run; what comes behind it is left out."""
+        """Record the end of the run; events after it are left out."""
         if self._writer is not None:
             self._writer.add(RunEnd(max(TrainingProgress(self._trainer).step, 0), self.time_s, reason))
         self._writer = None

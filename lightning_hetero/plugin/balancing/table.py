@@ -1,4 +1,4 @@
-"""The table that is printed once the shares are found."""
+"""Print the table of ranks once the shares are found."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["balance_table", "print_balance"]
 def balance_table(
     profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
 ) -> Table:
-    """Build the table of what each rank does before and after the change of shares.
+    """Return a table that compares each rank's step before and after the change of shares.
 
     Args:
-        profiles: what each rank runs on, shape ``(world_size,)``.
-        before: each rank under the plan that was measured first.
-        after: each rank under the plan that was found.
+        profiles: Device of each rank, shape ``(world_size,)``.
+        before: Timing of each rank under the plan that was measured first.
+        after: Timing of each rank under the plan that was found.
     """
     table = Table()
     table.add_column("rank", justify="right")
@@ -46,12 +46,12 @@ def balance_table(
 def print_balance(
     trainer: Trainer, profiles: Sequence[DeviceProfile], before: Sequence[WindowTiming], after: Sequence[WindowTiming]
 ) -> None:
-    """Print the table and the speed-up; on a terminal no wider than the terminal, elsewhere in 80 columns."""
+    """Print the table and the speed-up, as wide as the terminal, or 80 columns wide if there is none."""
     console = Console()
     console = Console(width=None if console.is_terminal else 80, highlight=False)
     bar = trainer.progress_bar_callback
     with console.capture() if bar is not None else nullcontext() as captured:
-        console.print("hetero_ddp, a step of each rank: own time, and waiting for the other ranks")
+        console.print("hetero_ddp: own time of each rank per step, and waiting for the other ranks")
         console.print(balance_table(profiles, before, after))
         console.print(f"speed-up {measured_speed_up(before, after):.2f} (samples/s after the change / before)")
     if bar is not None and captured is not None:

@@ -1,8 +1,8 @@
-"""Check what users pass to the strategy and the callback.
+"""Check what users pass to the strategies and callbacks.
 
 Each check raises one :class:`~lightning_hetero.exceptions.ConfigurationError` that names the argument, the rule, the
-value and the way out.  The checks that need the number of ranks run when the Trainer is constructed, before any process
-is launched.
+value and the way out.  Checks that need the number of ranks run when the Trainer is constructed, before any process is
+launched.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ __all__ = [
 
 
 def check_shares(shares: Any, world_size: int | None = None) -> None:
-    """Check the ``shares`` argument; its length too where ``world_size`` is known."""
+    """Check the ``shares`` argument, and its length if ``world_size`` is known."""
     if isinstance(shares, str):
         if shares != "auto":
             raise ConfigurationError(
-                f'`shares` must be "auto", one positive number a rank, or a mapping from device name to number,'
-                f' got {shares!r}. Use "auto" to have them found, or for example [1, 2].'
+                f'`shares` must be "auto", one positive number per rank, or a mapping from device name to number,'
+                f' got {shares!r}. Use "auto" to have the shares found, or a list such as [1, 2].'
             )
         return
     if isinstance(shares, Mapping):
@@ -58,14 +58,14 @@ def check_shares(shares: Any, world_size: int | None = None) -> None:
         return
     if not _is_list(shares):
         raise ConfigurationError(
-            f'`shares` must be "auto", one positive number a rank, or a mapping from device name to number,'
+            f'`shares` must be "auto", one positive number per rank, or a mapping from device name to number,'
             f" got {shares!r}. For example [1, 2] gives rank 1 twice the samples of rank 0."
         )
     for rank, share in enumerate(shares):
         _check_share(f"shares[{rank}]", share)
     if world_size is not None and len(shares) != world_size:
         raise ConfigurationError(
-            f"`shares` must have one number a rank ({world_size}), got {len(shares)}: {list(shares)}."
+            f"`shares` must have one number per rank ({world_size}), got {len(shares)}: {list(shares)}."
             f" Add or remove numbers, or set `devices` and `num_nodes` to match."
         )
 
@@ -79,11 +79,11 @@ def _check_names(name: str, numbers: Mapping[Any, Any]) -> None:
 
 
 def _check_share(name: str, share: Any) -> None:
-    check_positive(name, share, " A rank that shall not work is left out of `devices`.")
+    check_positive(name, share, " To exclude a rank, remove it from `devices`.")
 
 
 def check_global_batch_size(global_batch_size: Any, batch_multiple: int, world_size: int | None = None) -> None:
-    """Check that the global batch gives every rank a sample."""
+    """Check that the global batch has at least one sample for every rank."""
     check_optional_positive_integer("global_batch_size", global_batch_size)
     if global_batch_size is None or world_size is None:
         return
@@ -106,11 +106,11 @@ Caps = int | Sequence[int] | Mapping[str, int] | None
 def check_caps(
     name: str, caps: Any, batch_multiple: int = 1, world_size: int | None = None, *, by_name: bool = True
 ) -> None:
-    """Check an argument that limits ranks: a number, one a rank, or (``by_name``) one for each device name."""
+    """Check a limit: one number for all ranks, one per rank, or (if ``by_name``) one per device name."""
     if caps is None:
         return
     forms = (
-        "a positive integer, one a rank, or one for each device name" if by_name else "a positive integer or one a rank"
+        "a positive integer, one per rank, or one per device name" if by_name else "a positive integer, or one per rank"
     )
     if isinstance(caps, Mapping) and not by_name:
         raise ConfigurationError(f"`{name}` must be {forms}, got {caps!r}.")
@@ -127,13 +127,13 @@ def check_caps(
             )
     if world_size is not None and _is_list(caps) and len(caps) != world_size:
         raise ConfigurationError(
-            f"`{name}` must have one number a rank ({world_size}), got {len(caps)}: {caps}."
-            f" Add or remove numbers, or give one number for all."
+            f"`{name}` must have one number per rank ({world_size}), got {len(caps)}: {caps}."
+            f" Add or remove numbers, or give one number for all ranks."
         )
 
 
 def check_sum_of_caps(caps: Caps, world_size: int, global_batch_size: int | None, batch_multiple: int = 1) -> None:
-    """Check that ``max_batch_size`` holds the global batch, where both are known."""
+    """Check that the limits of ``max_batch_size`` together hold the global batch, if both are known."""
     if caps is None or isinstance(caps, Mapping) or global_batch_size is None:
         return
     of_ranks = list(caps) if isinstance(caps, Sequence) else [caps] * world_size
@@ -143,16 +143,16 @@ def check_sum_of_caps(caps: Caps, world_size: int, global_batch_size: int | None
             f" which hold {sum(of_ranks)}: {global_batch_size - sum(of_ranks)} too few."
             f" Raise the limits or lower `global_batch_size` to {sum(of_ranks)}."
         )
-    # in multiples they may hold less
+    # In multiples of `batch_multiple` they may hold less.
     limits = BatchLimits(tuple(int(cap) for cap in of_ranks), batch_multiple)
     proportional_plan([1.0] * world_size, global_batch_size, limits, min_samples=1)
 
 
 def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> list[int] | None:
-    """Return one limit a rank, given what each rank runs on; None where there is none.
+    """Return one limit per rank, given the device of each rank; None if there is no limit.
 
     Raises:
-        ConfigurationError: a rank's device is not in the mapping.
+        ConfigurationError: If a rank's device is not in the mapping.
     """
     if caps is None:
         return None
@@ -162,32 +162,33 @@ def caps_of_ranks(name: str, caps: Caps, profiles: Sequence[DeviceProfile]) -> l
 
 
 def check_numbers(name: str, numbers: Any, world_size: int | None = None, of: str = "rank") -> None:
-    """Check that ``numbers`` are one positive number a rank, or a layer."""
+    """Check that ``numbers`` is a list with one positive number per rank, or per whatever ``of`` names."""
     if not _is_list(numbers) or not numbers:
-        raise ConfigurationError(f"`{name}` must be one positive number a {of}, got {numbers!r}. For example [1, 2].")
+        raise ConfigurationError(f"`{name}` must be one positive number per {of}, got {numbers!r}. For example [1, 2].")
     for i, number in enumerate(numbers):
         check_positive(f"{name}[{i}]", number)
     if world_size is not None and len(numbers) != world_size:
         raise ConfigurationError(
-            f"`{name}` must have one number a rank ({world_size}), got {len(numbers)}: {list(numbers)}."
+            f"`{name}` must have one number per rank ({world_size}), got {len(numbers)}: {list(numbers)}."
             f" Add or remove numbers, or set `devices` and `num_nodes` to match."
         )
 
 
 def check_splits(splits: Any, world_size: int | None = None) -> None:
-    """Check the ``splits`` argument; its length too where ``world_size`` is known."""
+    """Check the ``splits`` argument, and its length if ``world_size`` is known."""
     if isinstance(splits, str) and splits == "auto":
         return
     if not _is_list(splits) or not all(is_integer(split) for split in splits):
         raise ConfigurationError(
-            f'`splits` must be "auto", or the first layer of every stage but the first, got {splits!r}.'
-            f" For example [4] for two stages, the first of four layers."
+            f'`splits` must be "auto", or a list with the first layer of every stage but the first, got {splits!r}.'
+            f" For example, [4] makes two stages, the first with four layers."
         )
     if any(a >= b for a, b in pairwise((0, *splits))):
-        raise ConfigurationError(f"`splits` must be positive and increase, got {list(splits)}.")
+        raise ConfigurationError(f"`splits` must be positive and strictly increasing, got {list(splits)}.")
     if world_size is not None and len(splits) != world_size - 1:
         raise ConfigurationError(
-            f"`splits` must have one number less than ranks ({world_size}), got {len(splits)}: {list(splits)}."
+            f"`splits` must have one number fewer than there are ranks ({world_size}), got {len(splits)}:"
+            f" {list(splits)}."
         )
 
 
@@ -204,13 +205,13 @@ def check_optional_positive_integer(name: str, value: Any) -> None:
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Check that ``value`` is a part of something: above 0 and at most 1."""
+    """Check that ``value`` is a fraction: above 0 and at most 1."""
     if not _is_number(value) or not 0 < value <= 1:
         raise ConfigurationError(f"`{name}` must be a number above 0 and at most 1, got {value!r}.")
 
 
 def check_record(record: Any) -> None:
-    """Check the ``record`` argument: yes, no, or a directory."""
+    """Check the ``record`` argument: true, false, or a directory."""
     if not isinstance(record, bool | str) or record == "" or (isinstance(record, str) and "\0" in record):
         raise ConfigurationError(f"`record` must be true, false, or the path of a directory, got {record!r}.")
 
@@ -222,9 +223,11 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_num_loss_terms(num_loss_terms: Any, loss_reduction: str) -> None:
-    """Check the ``num_loss_terms`` argument, and that there is a mean over what it counts."""
+    """Check the ``num_loss_terms`` argument, and that the loss is a mean."""
     if num_loss_terms is not None and not callable(num_loss_terms):
-        raise ConfigurationError(f"`num_loss_terms` must be callable with a batch or None, got {num_loss_terms!r}.")
+        raise ConfigurationError(
+            f"`num_loss_terms` must be a function that takes a batch, or None, got {num_loss_terms!r}."
+        )
     if num_loss_terms is not None and loss_reduction == "sum":
         raise ConfigurationError(
             '`num_loss_terms` must be None with `loss_reduction="sum"`: a sum is not averaged over terms.'
@@ -234,14 +237,14 @@ def check_num_loss_terms(num_loss_terms: Any, loss_reduction: str) -> None:
 def check_keywords(
     strategy: str, given: Collection[str], own: Collection[str], accepted: Collection[str], excluded: Mapping[str, str]
 ) -> None:
-    """Check that keywords which are passed on are known where they arrive.
+    """Check that the receiver of passed-on keyword arguments knows them.
 
     Args:
-        strategy: who passes them on.
-        given: the keywords.
-        own: the strategy's own arguments, of which a keyword may be a misspelling.
-        accepted: what is passed on.
-        excluded: what is not, and why.
+        strategy: Name of the strategy that passes them on.
+        given: Names of the given keyword arguments.
+        own: Names of the strategy's own arguments, which a keyword may misspell.
+        accepted: Names that may be passed on.
+        excluded: Names that must not be passed on, each with the reason.
     """
     for name in given:
         if name in excluded:
@@ -254,7 +257,7 @@ def check_keywords(
 
 
 def check_launching(keywords: Mapping[str, Any]) -> None:
-    """Check the arguments of Lightning's DDPStrategy that say how processes are launched and connected."""
+    """Check the arguments of Lightning's DDPStrategy that control how processes are launched and connected."""
     if "start_method" in keywords:
         check_choice("start_method", keywords["start_method"], ("popen", "spawn", "fork", "forkserver"))
     backend = keywords.get("process_group_backend")
@@ -269,7 +272,7 @@ def check_launching(keywords: Mapping[str, Any]) -> None:
 
 
 def check_at_least(name: str, value: Any, least: int, *, whole: bool = True) -> None:
-    """Check that ``value`` is a finite number, and a ``whole`` one, that is not below ``least``."""
+    """Check that ``value`` is a finite number (an integer if ``whole``) of at least ``least``."""
     if not (is_integer(value) if whole else _is_number(value)) or value < least:
         what = "an integer" if whole else "a finite number"
         raise ConfigurationError(f"`{name}` must be {what} of at least {least}, got {value!r}.")
@@ -284,10 +287,10 @@ def check_positive(name: str, value: Any, way_out: str = "") -> None:
 def shares_of_ranks(
     shares: str | Sequence[float] | Mapping[str, float], profiles: Sequence[DeviceProfile]
 ) -> list[float]:
-    """Return one number a rank, given what each rank runs on.
+    """Return one share per rank, given the device of each rank.
 
     Raises:
-        ConfigurationError: a rank's device is not in the mapping.
+        ConfigurationError: If a rank's device is not in the mapping.
     """
     if isinstance(shares, str):
         return [1.0] * len(profiles)
@@ -312,12 +315,12 @@ def _is_list(value: Any) -> bool:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether ``value`` is an integer, of Python or numpy, and no truth value."""
+    """Return whether ``value`` is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    """Whether ``value`` is a number that floating-point arithmetic can count on."""
+    """Return whether ``value`` is a real number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, whenever the process is killed."""
+"""Write checkpoints that are complete or absent, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["WholeFileCheckpointIO"]
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is on the disk.
+    """Writes a checkpoint next to its destination and renames it once it is on disk.
 
-    Lightning writes it to the system's temporary folder first. Where that is another file system, the move
-    is a copy, and a process that is killed meanwhile leaves half of it. Paths of services (``s3://``) are left to
-    Lightning, and so are checkpoints that a user's own ``CheckpointIO`` writes.
+    Lightning writes a checkpoint to the system's temporary folder first. If that is another file system, the move is a
+    copy, and a process that is killed meanwhile leaves half a file. Remote paths (``s3://``) are left to Lightning, and
+    so are checkpoints that a user's own ``CheckpointIO`` writes.
     """
 
     @override
@@ -29,7 +29,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             return
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        # one name for each place: what a killed process has left is overwritten by the next
+        # One temporary name per destination, so the next save overwrites what a killed process has left.
         part = place.with_name(f".{place.name}.part")
         try:
             with part.open("wb") as file:

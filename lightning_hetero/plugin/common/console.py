@@ -1,4 +1,4 @@
-"""Say something in the terminal without tearing a progress bar apart."""
+"""Print lines without breaking a progress bar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["has_progress_bar", "say"]
 
 
 def has_progress_bar(trainer: Trainer) -> bool:
-    """Whether the user sees, or would on rank zero see, a progress bar."""
-    # ranks other than zero disable theirs, so the Trainer's bar alone does not tell
+    """Return whether rank zero shows a progress bar."""
+    # Other ranks disable theirs, so whether this rank's bar is enabled does not tell.
     return trainer.progress_bar_callback is not None
 
 
 def say(trainer: Trainer, message: str) -> None:
-    """Print a message on rank zero: above the progress bar of a running training, else through Lightning's logger."""
+    """Print a message on rank zero: above the progress bar during training, otherwise through Lightning's logger."""
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.training:
         rank_zero_info(message)

@@ -1,4 +1,4 @@
-"""Nodes with unequal numbers of devices, which Lightning's own environment refuses."""
+"""Support nodes with unequal numbers of devices, which Lightning's own environment refuses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["UnevenTorchrunEnvironment"]
 
 
 class UnevenTorchrunEnvironment(TorchElasticEnvironment):
-    """What torchrun says of the ranks; each node may have a number of its own.
+    """The environment that torchrun sets up, in which each node may have its own number of ranks.
 
-    torchrun tells every process its rank and the number of all ranks, so nothing has to be computed from ``num_nodes``
-    and ``devices``. Lightning's own environment requires that all nodes have the same number.
+    torchrun tells every process its rank and the world size, so neither has to be computed from ``num_nodes`` and
+    ``devices``. Lightning's own environment requires the same number of ranks on all nodes.
     """
 
     @override
@@ -25,6 +25,6 @@ class UnevenTorchrunEnvironment(TorchElasticEnvironment):
         if num_devices != here:
             raise ConfigurationError(
                 f"`devices` must be the number of processes that torchrun has started on this node ({here}), got"
-                f' {num_devices}. Use Trainer(devices=int(os.environ["LOCAL_WORLD_SIZE"])), or start as many with'
-                f" `--nproc-per-node`."
+                f' {num_devices}. Use Trainer(devices=int(os.environ["LOCAL_WORLD_SIZE"])), or start {num_devices}'
+                f" processes with `--nproc-per-node`."
             )

@@ -1,4 +1,4 @@
-"""What no weight of the loss can make exact: said once, with the way out."""
+"""Warn once about what no loss weight can make exact, and name the way out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 __all__ = ["GATHERED", "inexact_parts", "warn_of_inexact"]
 
 GATHERED = (
-    "`all_gather` of the samples in a training step (in-batch negatives), because it needs mini-batches of one size,"
-    " and such a loss is no mean over samples: the shares stay equal, as under strategy='ddp'"
+    "`all_gather` of the samples in a training step (in-batch negatives), because it needs mini-batches of equal size,"
+    " and such a loss is not a mean over samples: the shares stay equal, as under strategy='ddp'"
 )
 
 
 def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
-    """Return what depends on how a global batch is divided, each with the reason and the way out.
+    """Return whatever depends on how a global batch is divided, each with its reason and the way out.
 
     Args:
-        module: what is trained.
-        strategy: what trains it.
+        module: The module that is trained.
+        strategy: The strategy that trains it.
     """
     found = []
     batch_norm = [
@@ -33,18 +33,18 @@ def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
             f"batch normalisation ({batch_norm[0]!r}{others}), because it takes its statistics from each rank's"
             f" mini-batch: use Trainer(sync_batchnorm=True)"
         )
-    # neither is public; the test of this warning fails where they change. The class goes by its name, because its
-    # module imports half of torch.
+    # Neither attribute is public; the test of this warning fails when they change. The class is compared by name,
+    # because importing its module imports half of torch.
     state = type(strategy._ddp_comm_state).__name__
     if state == "PostLocalSGDState" or strategy._model_averager is not None:
         found.append(
             "post-local SGD, because it averages the ranks' parameters as if their mini-batches were equal: use"
-            " another communication hook, or HeteroDDPStrategy(shares=[1, ...])"
+            " another communication hook, or equal shares: HeteroDDPStrategy(shares=[1, ...])"
         )
     return found
 
 
 def warn_of_inexact(parts: list[str]) -> None:
-    """Warn once of all ``parts``, if there are any."""
+    """Warn once about all ``parts``, if there are any."""
     if parts:
-        rank_zero_warn(f"`hetero_ddp` cannot be exact under unequal mini-batches for {'; nor for '.join(parts)}.")
+        rank_zero_warn(f"`hetero_ddp` cannot be exact with unequal mini-batches for {'; nor for '.join(parts)}.")

@@ -1,4 +1,4 @@
-"""Write the record of a run to a file, such that a crash costs its last seconds at most and no training."""
+"""Write the record of a run to a file, so that a crash loses at most its last seconds."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["RunWriter", "reason_of", "record_directory", "run_header"]
 
 _LONGEST_REASON = 1000
 
-# A file system across a network may take milliseconds, and all ranks wait for the one that writes.
+# A network file system may take milliseconds, and all ranks wait for the one that writes.
 _LEAST_S = 2.0
 
 
 class RunWriter:
-    """The record of one run; belongs on rank zero.
+    """Writes the record of one run; used on rank zero only.
 
-    A disk that is full or must not be written costs a warning, not the training.
+    If the disk is full or write-protected, it warns and writes no more; the training continues.
 
     Args:
-        directory: where ``hetero_run.jsonl`` goes, or ``hetero_run-1.jsonl`` where there is one already, and so on.
-        header: of the run.
+        directory: Directory of the file: ``hetero_run.jsonl``, or ``hetero_run-1.jsonl`` if that exists, and so on.
+        header: Header of the run.
     """
 
     def __init__(self, directory: Path, header: RunHeader) -> None:
@@ -45,7 +45,7 @@ class RunWriter:
             self._give_up(error)
 
     def add(self, event: Event) -> None:
-        """Take an event; looks for drift are written every two seconds at most, everything else at once."""
+        """Record an event; windows are written every two seconds at most, everything else at once."""
         if self.path is None:
             return
         lines = self._history.add(event)
@@ -65,7 +65,7 @@ class RunWriter:
 
     def _append(self) -> None:
         assert self.path is not None
-        # not kept open: callbacks are pickled, copied and killed
+        # The file is not kept open: callbacks are pickled, copied and killed.
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in self._pending))
         self._pending = []
@@ -80,7 +80,7 @@ class RunWriter:
         self._written_at_s = time.monotonic()
 
     def _give_up(self, error: OSError) -> None:
-        rank_zero_warn(f"hetero_ddp: the record of this run cannot be written, and ends here: {error}")
+        rank_zero_warn(f"lightning_hetero: the record of this run cannot be written and ends here: {error}")
         self.path = None
 
 
@@ -97,24 +97,24 @@ def _new_file(directory: Path) -> Path:
 
 
 def reason_of(exception: BaseException) -> str:
-    """Return what a record says of an error that ended a run."""
+    """Return how a record describes the error that ended a run."""
     return f"{type(exception).__name__}: {exception}"[:_LONGEST_REASON]
 
 
 def run_header(strategy: str, profiles: tuple[DeviceProfile, ...], global_batch_size: int) -> RunHeader:
-    """Return the header of a run that begins now."""
-    from lightning_hetero import __version__  # which imports this
+    """Return the header of the record of a run that begins now."""
+    from lightning_hetero import __version__  # the package imports this module
 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return RunHeader(strategy, now, global_batch_size, profiles, __version__)
 
 
 def record_directory(trainer: Trainer, record: bool | str) -> Path | None:
-    """Return where the record of a run goes; None for nowhere. Every rank has to ask at the same point."""
+    """Return the directory of a run's record, None for no record; every rank must call this at the same point."""
     if isinstance(record, str):
         return Path(record)
     if not record or not trainer.loggers:
         return None
-    directory = trainer.log_dir  # rank zero tells it to the others
-    # a logger may keep its files on a service, where no line can be appended
+    directory = trainer.log_dir  # rank zero broadcasts it
+    # A logger may keep its files on a remote service, where lines cannot be appended.
     return None if directory is None or "://" in str(directory) else Path(directory)

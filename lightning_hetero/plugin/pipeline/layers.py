@@ -1,4 +1,4 @@
-"""The layers of a LightningModule."""
+"""Find the layers of a LightningModule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["layers_of"]
 
 
 def layers_of(module: LightningModule) -> tuple[nn.Module, list[nn.Module]]:
-    """Return what steps call, and the layers that it calls one after the other.
+    """Return the model that steps call, and the layers that it calls one after the other.
 
     Raises:
-        UnsupportedFeatureError: the module does not say what its layers are.
+        UnsupportedFeatureError: If the module does not declare its layers.
     """
     called: Any = getattr(module, "model", module)
     for owner in (module, called):

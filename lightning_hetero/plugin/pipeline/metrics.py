@@ -1,7 +1,8 @@
-"""Metrics that are updated on the last stage only, and have their value on all ranks.
+"""Update metrics on the last stage only, and make their values available on all ranks.
 
-torchmetrics would add up the states of all ranks, which needs every rank to take part and to have states of the same
-kind: one that was never updated has no list of scores, say.  Here the last stage computes, and tells.
+torchmetrics would add up the states of all ranks.  For that every rank has to take part and to have a state of the same
+form, but a metric that was never updated lacks, for example, its list of scores.  So the last stage computes the value
+and broadcasts it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ __all__ = ["PipelineMetrics"]
 
 
 class PipelineMetrics:
-    """The metrics of a module.
+    """Wraps the metrics of a module so that the last stage computes them for all ranks.
 
     Args:
-        module: the user's.
-        last_rank: where steps are finished.
-        is_last: whether that is this rank.
+        module: The user's LightningModule.
+        last_rank: Rank of the last stage.
+        is_last: Whether this rank is ``last_rank``.
 
     Attributes:
-        names: of the metrics in the module, by their identity.
-        is_alone: whether this rank runs what others do not, so that nobody would answer it.
+        names: Name of each metric in the module, by its identity.
+        is_alone: Whether this rank runs code that the others do not run, so that no collective may be used.
     """
 
     def __init__(self, module: LightningModule, last_rank: int, *, is_last: bool) -> None:
@@ -45,11 +46,11 @@ class PipelineMetrics:
                 continue
             self.names[id(metric)] = name
             self._changed.append((metric, metric.compute, metric.distributed_available_fn))
-            metric.compute = self._told(metric.compute)  # type: ignore[method-assign]
+            metric.compute = self._broadcasting(metric.compute)  # type: ignore[method-assign]
             metric.distributed_available_fn = _never
 
     def restore(self) -> None:
-        """Leave the metrics as they were found."""
+        """Restore the metrics to their original state."""
         for metric, compute, distributed_available in self._changed:
             metric.compute = compute  # type: ignore[method-assign]
             metric.distributed_available_fn = distributed_available
@@ -57,25 +58,25 @@ class PipelineMetrics:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """In this context one rank runs what others do not: what it computes is told to nobody."""
+        """Compute metrics on this rank only in this context, which other ranks do not enter, and broadcast nothing."""
         before, self.is_alone = self.is_alone, True
         try:
             yield
         finally:
             self.is_alone = before
 
-    def _told(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        def told(*args: Any, **kwargs: Any) -> Any:
+    def _broadcasting(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_and_broadcast(*args: Any, **kwargs: Any) -> Any:
             if self.is_alone:
                 return compute(*args, **kwargs)
             value = None
             if self._is_last:
-                with self.alone():  # metrics made of others compute those
+                with self.alone():  # a metric that is composed of others computes those
                     value = compute(*args, **kwargs)
-            heard = broadcast_from(move_data_to_device(value, torch.device("cpu")), self._last_rank)
-            return value if self._is_last else move_data_to_device(heard, self._module.device)
+            received = broadcast_from(move_data_to_device(value, torch.device("cpu")), self._last_rank)
+            return value if self._is_last else move_data_to_device(received, self._module.device)
 
-        return told
+        return compute_and_broadcast
 
 
 def _never() -> bool:

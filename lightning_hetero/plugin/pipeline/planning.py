@@ -1,4 +1,4 @@
-"""Find the stages of a pipeline from what each rank takes for each layer of the model at hand."""
+"""Find the stages of a pipeline from the time that each rank takes for each layer of the model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["PipelineFindings", "find_stages"]
 
 @dataclass(frozen=True)
 class PipelineFindings:
-    """What was measured, and what follows.
+    """The measurements and what follows from them.
 
     Attributes:
-        plan: the stages.
-        costs: what each rank takes for each layer and one micro-batch.
-        transfer_s: what a transfer between stages takes.
-        advice: what is predicted.
-        training: whether that is of training steps.
+        plan: The best stages.
+        costs: Time that each rank takes for each layer and one micro-batch.
+        transfer_s: Seconds that a transfer between two stages takes.
+        advice: Predictions for the plan and its alternatives.
+        training: Whether the predictions are for training steps.
     """
 
     plan: StagePlan
@@ -49,19 +49,19 @@ def find_stages(
     budget_bytes: float | None,
     state_per_parameter: float,
 ) -> PipelineFindings:
-    """Return the best stages; every rank has to call this at the same point.
+    """Return the best stages; every rank must call this at the same point.
 
     Args:
-        placement: where the layers live now.
-        layers: all layers.
-        example: a micro-batch.
-        schedule: the order of passes.
-        device: where this rank computes.
-        budget_bytes: what this rank may hold; None where nothing is known.
-        state_per_parameter: numbers that the optimisers keep for each that they train.
+        placement: Current placement of the layers.
+        layers: All layers of the model, in order.
+        example: A micro-batch to time the layers with.
+        schedule: Order of forward and backward passes, "1f1b" or "gpipe".
+        device: Device on which this rank computes.
+        budget_bytes: Memory that this rank may use, in bytes; None if it is unknown.
+        state_per_parameter: Number of values that the optimisers keep for each trained value.
 
     Raises:
-        InfeasiblePlanError: the layers do not fit into the memories, on every rank.
+        InfeasiblePlanError: If the layers do not fit into the ranks' memory; raised on every rank.
     """
     profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]

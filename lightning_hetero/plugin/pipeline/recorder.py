@@ -1,4 +1,4 @@
-"""The callback that notes who computes what when in a step of a pipeline."""
+"""A callback that records which stage of a pipeline computes which micro-batch when."""
 
 from __future__ import annotations
 
@@ -27,15 +27,26 @@ class PipelineRecorder(Callback):
     """Records one training step of ``hetero_pipeline``: which stage computes which micro-batch when.
 
     Args:
-        step: The training step to record, from 0 on. The first ones prepare the stages.
-        record: Whether to keep the record that `lightning-hetero report` turns into a page: true keeps a small file
-            hetero_run.jsonl in the logger's directory, and none where there is no logger; a text names a directory.
+        step: Number of the training step to record, counted from 0. The first steps prepare the stages and are slower
+            than the others.
+        record: Whether to write the record that `lightning-hetero report` turns into a page. True writes a small file
+            hetero_run.jsonl to the logger's directory, or nothing if there is no logger; a string is the path of
+            another directory.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
+        ConfigurationError: If an argument is invalid.
 
     Attributes:
-        timeline: What was recorded, on every rank; None before. Seconds count from the start of the step.
+        timeline: The recorded passes, on every rank, in seconds from the start of the step; None before the step.
+
+    Example::
+
+        recorder = PipelineRecorder(step=10, record="runs/first")
+        trainer = Trainer(strategy="hetero_pipeline", devices=2, callbacks=[recorder])
+        trainer.fit(model, train_loader)
+        print(recorder.timeline.passes)
+
+    Then ``lightning-hetero report runs/first/hetero_run.jsonl`` writes the page.
     """
 
     def __init__(self, step: int = 2, record: bool | str = True) -> None:
@@ -112,14 +123,14 @@ class PipelineRecorder(Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, HeteroPipelineStrategy):
             raise UnsupportedFeatureError(
-                f"`PipelineRecorder` needs stages to record, got {type(strategy).__name__}."
+                f"`PipelineRecorder` needs a strategy with stages, got {type(strategy).__name__}."
                 f' Use Trainer(strategy="hetero_pipeline") or remove the callback.'
             )
         return strategy
 
 
 def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
-    """Return what the record says of the stages; of what was not measured, nothing."""
+    """Return the stages as the record holds them; fields that were not measured are empty or 0."""
     plan, found = strategy.plan, strategy.findings
     assert plan is not None
     times = None if found is None else found.costs.of_stages(plan)

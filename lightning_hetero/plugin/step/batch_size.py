@@ -1,4 +1,4 @@
-"""How many samples a batch has that was not made from samples here."""
+"""Count the samples of a batch that this package has not collated itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def samples_in(batch: Any) -> int:
     """Return the length of the first dimension of the first tensor in ``batch``, as Lightning does for logging.
 
     Raises:
-        UnsupportedFeatureError: there is no tensor.
+        UnsupportedFeatureError: If the batch holds no tensor.
     """
     try:
         samples = extract_batch_size(batch)
@@ -24,8 +24,8 @@ def samples_in(batch: Any) -> int:
         samples = None
     if samples is None:
         raise UnsupportedFeatureError(
-            f"The strategy has to know how many samples a batch has, got a {type(batch).__name__!r} without a tensor in"
-            f" it. For `hetero_ddp` pass HeteroDDPStrategy(num_loss_terms=...), which counts what the loss averages"
-            f" over; for `hetero_pipeline` collate the samples into tensors."
+            f"The strategy must know how many samples a batch has, got a {type(batch).__name__!r} that holds no tensor."
+            f" With `hetero_ddp`, pass HeteroDDPStrategy(num_loss_terms=...), which counts what the loss averages over;"
+            f" with `hetero_pipeline`, collate the samples into tensors."
         )
     return samples

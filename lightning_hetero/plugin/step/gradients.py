@@ -1,4 +1,4 @@
-"""Gradients and buffers of a module that are read, kept or added up beside DDP."""
+"""Read, set aside and add up gradients outside DDP, and keep buffers unchanged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Gradients = list[tuple[nn.Parameter, Tensor]]
 
 @contextmanager
 def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[Gradients]:
-    """Collect the gradients of this context in a list, and leave those from before it in their place.
+    """Collect the gradients that this context computes in a list, and restore the earlier ones afterwards.
 
-    Where the context ends in an error, nothing is collected.
+    If the context ends in an error, nothing is collected.
     """
     before = [(p, p.grad) for p in parameters]
     for parameter, _ in before:
@@ -33,38 +33,38 @@ def taken_aside(parameters: Sequence[nn.Parameter]) -> Iterator[Gradients]:
 
 
 def put_back(gradients: Gradients) -> None:
-    """Add what was taken aside to the gradients of the parameters."""
+    """Add gradients that were taken aside to those of the parameters."""
     for parameter, gradient in gradients:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Return the sum of two gradients, the first one's memory included; None stands for none."""
+    """Return the sum of two gradients, computed in the memory of the first; None stands for no gradient."""
     if old is None or new is None:
         return new if old is None else old
     return old.add_(new)
 
 
 def mark(parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Return what changes as soon as a gradient is accumulated."""
+    """Return a value that changes as soon as a gradient is accumulated."""
     gradient = parameter.grad
     return None if gradient is None else (id(gradient), gradient._version)
 
 
 def reduces_at_the_end(model: Any) -> bool:
-    """Return whether DDP will combine gradients only behind its next backward pass, the first of a static graph."""
-    # nothing public tells; the drawn shortages with `static_graph` in tests/plugin/ddp/test_micro_batches.py fail
-    # without it
+    """Return whether DDP will combine gradients only after its next backward pass, the first of a static graph."""
+    # Nothing public shows this. Without it the random memory shortages with `static_graph` in
+    # tests/plugin/ddp/test_micro_batches.py fail.
     return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
 
 
 def accumulate_as_backward(gradients: Gradients, reduced_at_the_end: Any = None) -> None:
-    """Accumulate ``gradients`` as an interrupted backward pass would have done, DDP's hooks included.
+    """Accumulate ``gradients`` as an interrupted backward pass would have done, including DDP's hooks.
 
     Args:
-        gradients: at least one.
-        reduced_at_the_end: the DDP module, if it was to combine gradients behind the interrupted pass; torch has
-            forgotten that with the pass.
+        gradients: Gradients to accumulate, at least one.
+        reduced_at_the_end: The DDP module, if it was about to combine gradients after the interrupted backward pass;
+            torch has dropped that callback together with the pass.
     """
     parameters, values = zip(*gradients, strict=True)
 
@@ -80,7 +80,7 @@ def accumulate_as_backward(gradients: Gradients, reduced_at_the_end: Any = None)
 
 @contextmanager
 def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep the user's hooks from seeing gradients that they have seen."""
+    """Keep the user's hooks from seeing gradients a second time."""
     hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
     for parameter, _ in hooked:
         parameter._backward_hooks = None
@@ -93,7 +93,7 @@ def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics as they were: the samples of this context were counted before."""
+    """Restore all buffers afterwards: the samples of this context must not change running statistics."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

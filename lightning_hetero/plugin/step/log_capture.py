@@ -1,4 +1,4 @@
-"""What a step logs in several passes becomes what it would log in one."""
+"""Combine what a step logs for its micro-batches into what it would log for the whole mini-batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["LogCapture", "captured_log", "in_place_of_log", "silent_log"]
 
-# among the arguments of `LightningModule.log` behind the value
+# Position of `reduce_fx` among the arguments of `LightningModule.log` after the value.
 _REDUCE_FX = 4
 
 
@@ -27,16 +27,16 @@ class _Call:
 
 
 class LogCapture:
-    """Collects what ``self.log`` is given in each pass, and hands on one value for all of them.
+    """Collects the values that ``self.log`` gets for each micro-batch, and logs one value for all of them.
 
-    Logged once, a value is synchronised over ranks once too, however many passes each of them has.
+    A value that is logged once is also synchronised over ranks once, however many micro-batches each rank has.
 
     Args:
-        log: the module's own.
+        log: The module's own ``log`` method.
 
     Attributes:
-        samples: of the pass at hand.
-        weight: what its loss counts in that of all passes.
+        samples: Number of samples of the current micro-batch.
+        weight: Weight of its loss in the sum over all micro-batches.
     """
 
     def __init__(self, log: Callable[..., None]) -> None:
@@ -52,7 +52,7 @@ class LogCapture:
         self._calls.setdefault(name, []).append(_Call(kept, self.samples, self.weight, args, kwargs))
 
     def note_loss(self, loss: Tensor) -> None:
-        """The pass at hand has returned ``loss``; what it logged and is the same adds up as losses do."""
+        """Note the ``loss`` of the current micro-batch: values that were logged from it add up as losses do."""
         for name, calls in self._calls.items():
             value = calls[-1].value
             if isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr():
@@ -71,7 +71,7 @@ class LogCapture:
 def _combined(calls: list[_Call], reduce_fx: Any, is_loss: bool) -> Any:
     last = calls[-1].value
     if len(calls) == 1 or not all(isinstance(call.value, Tensor | int | float) for call in calls):
-        return last  # a metric counts the samples of every pass itself
+        return last  # a metric counts the samples of every micro-batch itself
     stacked = torch.stack([torch.as_tensor(call.value) for call in calls])
     if is_loss:
         return _sum(stacked, [call.weight for call in calls])
@@ -96,7 +96,7 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
 
 @contextmanager
 def captured_log(module: LightningModule) -> Iterator[LogCapture]:
-    """Collect what ``module`` logs in this context, and log it at its end unless it ends in an error."""
+    """Collect what ``module`` logs in this context, and log it at the end unless the context ends in an error."""
     log = LogCapture(module.log)
     with in_place_of_log(module, log):
         yield log
@@ -112,7 +112,7 @@ def silent_log(module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def in_place_of_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
-    """Have ``module.log`` call ``log`` in this context."""
+    """Replace ``module.log`` by ``log`` in this context."""
     before = module.__dict__.get("log")
     module.__dict__["log"] = log
     try:

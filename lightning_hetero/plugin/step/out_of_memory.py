@@ -1,4 +1,4 @@
-"""Tell that memory ran out from other errors, and free what can be freed."""
+"""Distinguish out-of-memory errors from others, and free what can be freed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["free_memory", "is_out_of_memory"]
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` says that a device has no memory left for a computation.
 
-    Not every device raises ``torch.OutOfMemoryError``: libraries that allocate for themselves report a failure of their
-    own. Where memory ran out in a collective, the peers have a part in it, so that is not meant.
+    Not every device raises ``torch.OutOfMemoryError``: libraries with their own allocation raise their own errors.
+    Errors of collectives do not count, because the peers take part in those.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Free what nothing refers to any more, and what the allocator keeps for later."""
+    """Free unreferenced objects and the memory that the allocator caches."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Random numbers that are the same on several ranks, wherever each of them is in its own."""
+"""Draw the same random numbers on several ranks, whatever the state of their own generators."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["seeded"]
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Draw in this context what follows from ``numbers``, and nothing from what is drawn outside of it."""
+    """Seed all random generators from ``numbers`` in this context, and restore their states afterwards."""
     seed = int(np.random.SeedSequence([abs(number) for number in numbers]).generate_state(1)[0])
     with isolate_rng():
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # otherwise torch would note for each call when it was made
+        if torch.cuda.is_initialized():  # otherwise torch would record a traceback of each call
             torch.cuda.manual_seed_all(seed)
         np.random.seed(seed)
         random.seed(seed)

@@ -1,4 +1,4 @@
-"""What the steps of several passes return becomes what one step would have returned."""
+"""Combine the outputs of a step's micro-batches into the output for the whole mini-batch."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["combined_output", "detached_output", "loss_of"]
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the loss among what a step returns.
+    """Return the loss in the output of a step.
 
     Raises:
-        UnsupportedFeatureError: there is none.
+        UnsupportedFeatureError: If there is no loss.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise UnsupportedFeatureError(
-            f"A step that runs in several passes needs a loss from each of them, got {type(loss).__name__}. Return a"
-            f" loss for every batch, or leave `micro_batch_size` out."
+            f"A step of several micro-batches needs a loss from each of them, got {type(loss).__name__}. Return a loss"
+            f" for every batch, or leave out `micro_batch_size`."
         )
     return loss
 
 
 def detached_output(output: Any) -> Any:
-    """Return what a step has returned, without the graph behind it."""
+    """Return the output of a step, detached from its graph."""
     if isinstance(output, Mapping):
         return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
     return output.detach()
 
 
 def combined_output(outputs: Sequence[Any], sizes: Sequence[int], weights: Sequence[float]) -> Any:
-    """Return what the step would have returned in one pass; only the last pass's loss has a graph.
+    """Return the output for the whole mini-batch; only the loss of the last micro-batch has a graph.
 
     Args:
-        outputs: of each pass.
-        sizes: its samples.
-        weights: what its loss counts in that of all of them.
+        outputs: Output of each micro-batch.
+        sizes: Number of samples of each micro-batch.
+        weights: Weight of the loss of each micro-batch in their sum.
     """
     losses = [loss_of(output) * weight for output, weight in zip(outputs, weights, strict=True)]
     loss = losses[-1] + sum(losses[:-1])

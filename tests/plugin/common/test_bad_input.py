@@ -54,22 +54,22 @@ def refused(make: Callable[[], Any], message: str) -> None:
 
 # ---- values that are wrong whatever the rest is -----------------------------------------------------------------------
 
-SHARES = '`shares` must be "auto", one positive number a rank, or a mapping from device name to number, got '
+SHARES = '`shares` must be "auto", one positive number per rank, or a mapping from device name to number, got '
 WHOLE = "must be an integer of at least"
-CAP = "must be a positive integer, one a rank, or one for each device name, got "
+CAP = "must be a positive integer, one per rank, or one per device name, got "
 POSITIVE = "must be a finite positive number, got "
-SPLITS = '`splits` must be "auto", or the first layer of every stage but the first, got '
+SPLITS = '`splits` must be "auto", or a list with the first layer of every stage but the first, got '
 RECORD = "`record` must be true, false, or the path of a directory, got "
 
 DDP: list[tuple[dict[str, Any], str]] = [
-    ({"shares": "fast"}, SHARES + "'fast'. Use \"auto\" to have them found, or for example [1, 2]."),
+    ({"shares": "fast"}, SHARES + "'fast'. Use \"auto\" to have the shares found, or a list such as [1, 2]."),
     ({"shares": 2}, SHARES + "2. For example [1, 2] gives rank 1 twice the samples of rank 0."),
     ({"shares": None}, SHARES + "None"),
     ({"shares": True}, SHARES + "True"),
     ({"shares": {1, 2}}, SHARES + "{1, 2}"),
     ({"shares": b"12"}, SHARES + "b'12'"),
     ({"shares": np.ones(2)}, SHARES + "array([1., 1.])"),
-    ({"shares": [1, 0]}, f"`shares[1]` {POSITIVE}0. A rank that shall not work is left out of `devices`."),
+    ({"shares": [1, 0]}, f"`shares[1]` {POSITIVE}0. To exclude a rank, remove it from `devices`."),
     ({"shares": [-1, 2]}, f"`shares[0]` {POSITIVE}-1"),
     ({"shares": [1, NAN]}, f"`shares[1]` {POSITIVE}nan"),
     ({"shares": [1, INF]}, f"`shares[1]` {POSITIVE}inf"),
@@ -128,8 +128,8 @@ DDP: list[tuple[dict[str, Any], str]] = [
     ({"loss_reduction": None}, "`loss_reduction` must be one of 'mean', 'sum', got None."),
     ({"loss_reduction": ["mean"]}, "`loss_reduction` must be one of 'mean', 'sum', got ['mean']."),
     ({"loss_reduction": np.array(["mean", "sum"])}, "`loss_reduction` must be one of 'mean', 'sum', got array("),
-    ({"num_loss_terms": 3}, "`num_loss_terms` must be callable with a batch or None, got 3."),
-    ({"num_loss_terms": "count"}, "`num_loss_terms` must be callable with a batch or None, got 'count'."),
+    ({"num_loss_terms": 3}, "`num_loss_terms` must be a function that takes a batch, or None, got 3."),
+    ({"num_loss_terms": "count"}, "`num_loss_terms` must be a function that takes a batch, or None, got 'count'."),
     (
         {"num_loss_terms": len, "loss_reduction": "sum"},
         '`num_loss_terms` must be None with `loss_reduction="sum"`: a sum is not averaged over terms.',
@@ -155,20 +155,20 @@ DDP: list[tuple[dict[str, Any], str]] = [
     ({"process_group_backend": ""}, "`process_group_backend` must be a name such as \"gloo\" or None, got ''."),
 ]
 PIPELINE: list[tuple[dict[str, Any], str]] = [
-    ({"splits": 4}, SPLITS + "4. For example [4] for two stages, the first of four layers."),
+    ({"splits": 4}, SPLITS + "4. For example, [4] makes two stages, the first with four layers."),
     ({"splits": "even"}, SPLITS + "'even'."),
     ({"splits": None}, SPLITS + "None."),
     ({"splits": [4.0]}, SPLITS + "[4.0]."),
     ({"splits": [True]}, SPLITS + "[True]."),
     ({"splits": np.array([4, 8])}, SPLITS + "array([4, 8])."),
-    ({"splits": [0]}, "`splits` must be positive and increase, got [0]."),
-    ({"splits": [-3]}, "`splits` must be positive and increase, got [-3]."),
-    ({"splits": [4, 4]}, "`splits` must be positive and increase, got [4, 4]."),
-    ({"splits": [8, 4]}, "`splits` must be positive and increase, got [8, 4]."),
-    ({"speeds": 2}, "`speeds` must be one positive number a rank, got 2. For example [1, 2]."),
-    ({"speeds": []}, "`speeds` must be one positive number a rank, got []."),
-    ({"speeds": "12"}, "`speeds` must be one positive number a rank, got '12'."),
-    ({"speeds": {"K80": 1}}, "`speeds` must be one positive number a rank, got {'K80': 1}."),
+    ({"splits": [0]}, "`splits` must be positive and strictly increasing, got [0]."),
+    ({"splits": [-3]}, "`splits` must be positive and strictly increasing, got [-3]."),
+    ({"splits": [4, 4]}, "`splits` must be positive and strictly increasing, got [4, 4]."),
+    ({"splits": [8, 4]}, "`splits` must be positive and strictly increasing, got [8, 4]."),
+    ({"speeds": 2}, "`speeds` must be one positive number per rank, got 2. For example [1, 2]."),
+    ({"speeds": []}, "`speeds` must be one positive number per rank, got []."),
+    ({"speeds": "12"}, "`speeds` must be one positive number per rank, got '12'."),
+    ({"speeds": {"K80": 1}}, "`speeds` must be one positive number per rank, got {'K80': 1}."),
     ({"speeds": [1, 0]}, f"`speeds[1]` {POSITIVE}0."),
     ({"speeds": [NAN, 1]}, f"`speeds[0]` {POSITIVE}nan."),
     ({"speeds": [True, 1]}, f"`speeds[0]` {POSITIVE}True."),
@@ -184,13 +184,16 @@ PIPELINE: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "zigzag"}, "`schedule` must be one of '1f1b', 'gpipe', got 'zigzag'."),
     ({"schedule": None}, "`schedule` must be one of '1f1b', 'gpipe', got None."),
     ({"loss_reduction": "none"}, "`loss_reduction` must be one of 'mean', 'sum', got 'none'."),
-    ({"num_loss_terms": 7}, "`num_loss_terms` must be callable with a batch or None, got 7."),
+    ({"num_loss_terms": 7}, "`num_loss_terms` must be a function that takes a batch, or None, got 7."),
     ({"num_loss_terms": len, "loss_reduction": "sum"}, '`num_loss_terms` must be None with `loss_reduction="sum"`'),
-    ({"max_memory_bytes": 0}, "`max_memory_bytes` must be a positive integer or one a rank, got 0."),
-    ({"max_memory_bytes": 1e9}, "`max_memory_bytes` must be a positive integer or one a rank, got 1000000000.0."),
-    ({"max_memory_bytes": "1G"}, "`max_memory_bytes` must be a positive integer or one a rank, got '1G'."),
-    ({"max_memory_bytes": {"K80": 1}}, "`max_memory_bytes` must be a positive integer or one a rank, got {'K80': 1}."),
-    ({"max_memory_bytes": [1, -1]}, "`max_memory_bytes` must be a positive integer or one a rank, got [1, -1]."),
+    ({"max_memory_bytes": 0}, "`max_memory_bytes` must be a positive integer, or one per rank, got 0."),
+    ({"max_memory_bytes": 1e9}, "`max_memory_bytes` must be a positive integer, or one per rank, got 1000000000.0."),
+    ({"max_memory_bytes": "1G"}, "`max_memory_bytes` must be a positive integer, or one per rank, got '1G'."),
+    (
+        {"max_memory_bytes": {"K80": 1}},
+        "`max_memory_bytes` must be a positive integer, or one per rank, got {'K80': 1}.",
+    ),
+    ({"max_memory_bytes": [1, -1]}, "`max_memory_bytes` must be a positive integer, or one per rank, got [1, -1]."),
     ({"verbose": 1}, "`verbose` must be true or false, got 1."),
     ({"num_micro_batches": 4}, "`num_micro_batches` must be ... Did you mean `num_microbatches`?"),
     ({"split": [4]}, "`split` must be an argument of HeteroPipelineStrategy, ... Did you mean `splits`?"),
@@ -238,10 +241,10 @@ RECORDER: list[tuple[dict[str, Any], str]] = [
     ({"record": 0}, RECORD + "0."),
 ]
 SLOW_DOWN: list[tuple[dict[str, Any], str]] = [
-    ({"factors": []}, "`factors` must be one number a rank, got []. For example [1, 2]."),
-    ({"factors": "12"}, "`factors` must be one number a rank, got '12'."),
-    ({"factors": 2}, "`factors` must be one number a rank, got 2."),
-    ({"factors": None}, "`factors` must be one number a rank, got None."),
+    ({"factors": []}, "`factors` must be one number per rank, got []. For example [1, 2]."),
+    ({"factors": "12"}, "`factors` must be one number per rank, got '12'."),
+    ({"factors": 2}, "`factors` must be one number per rank, got 2."),
+    ({"factors": None}, "`factors` must be one number per rank, got None."),
     ({"factors": [1, 0.5]}, "`factors[1]` must be a finite number of at least 1, got 0.5."),
     ({"factors": [1, NAN]}, "`factors[1]` must be a finite number of at least 1, got nan."),
     ({"factors": ["1", 2]}, "`factors[0]` must be a finite number of at least 1, got '1'."),
@@ -265,8 +268,8 @@ SLOW_DOWN: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 SLOW_LAYERS: list[tuple[dict[str, Any], str]] = [
-    ({"factors": []}, "`factors` must be one positive number a rank, got []."),
-    ({"factors": "12"}, "`factors` must be one positive number a rank, got '12'."),
+    ({"factors": []}, "`factors` must be one positive number per rank, got []."),
+    ({"factors": "12"}, "`factors` must be one positive number per rank, got '12'."),
     ({"factors": [1, 0]}, f"`factors[1]` {POSITIVE}0."),
     ({"factors": [1, 0.5]}, "`factors[1]` must be a finite number of at least 1, got 0.5."),
     ({"factors": [1, INF]}, f"`factors[1]` {POSITIVE}inf."),
@@ -274,7 +277,7 @@ SLOW_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"factors": [1, 2], "seconds_per_sample": "1"}, f"`seconds_per_sample` {POSITIVE}'1'."),
     (
         {"factors": [1, 2], "seconds_per_sample": []},
-        "`seconds_per_sample` must be one positive number a layer, got [].",
+        "`seconds_per_sample` must be one positive number per layer, got [].",
     ),
     ({"factors": [1, 2], "seconds_per_sample": [0.1, NAN]}, f"`seconds_per_sample[1]` {POSITIVE}nan."),
 ]
@@ -312,11 +315,11 @@ def test_is_refused_where_it_is_given(kind: Any, given: dict[str, Any], message:
         (
             HeteroDDPStrategy,
             {"shares": [1, 2, 3]},
-            "`shares` must have one number a rank (2), got 3: [1, 2, 3]."
+            "`shares` must have one number per rank (2), got 3: [1, 2, 3]."
             " Add or remove numbers, or set `devices` and `num_nodes` to match.",
         ),
-        (HeteroDDPStrategy, {"shares": [1]}, "`shares` must have one number a rank (2), got 1: [1]."),
-        (HeteroDDPStrategy, {"shares": []}, "`shares` must have one number a rank (2), got 0: []."),
+        (HeteroDDPStrategy, {"shares": [1]}, "`shares` must have one number per rank (2), got 1: [1]."),
+        (HeteroDDPStrategy, {"shares": []}, "`shares` must have one number per rank (2), got 0: []."),
         (
             HeteroDDPStrategy,
             {"global_batch_size": 1},
@@ -331,10 +334,10 @@ def test_is_refused_where_it_is_given(kind: Any, given: dict[str, Any], message:
         (
             HeteroDDPStrategy,
             {"max_batch_size": [8, 8, 8]},
-            "`max_batch_size` must have one number a rank (2), got 3: [8, 8, 8]."
-            " Add or remove numbers, or give one number for all.",
+            "`max_batch_size` must have one number per rank (2), got 3: [8, 8, 8]."
+            " Add or remove numbers, or give one number for all ranks.",
         ),
-        (HeteroDDPStrategy, {"max_batch_size": []}, "`max_batch_size` must have one number a rank (2), got 0: []."),
+        (HeteroDDPStrategy, {"max_batch_size": []}, "`max_batch_size` must have one number per rank (2), got 0: []."),
         (
             HeteroDDPStrategy,
             {"max_batch_size": [8, 16], "global_batch_size": 32},
@@ -356,23 +359,27 @@ def test_is_refused_where_it_is_given(kind: Any, given: dict[str, Any], message:
         (
             HeteroDDPStrategy,
             {"micro_batch_size": [8]},
-            "`micro_batch_size` must have one number a rank (2), got 1: [8].",
+            "`micro_batch_size` must have one number per rank (2), got 1: [8].",
         ),
         (
             HeteroPipelineStrategy,
             {"splits": [2, 4]},
-            "`splits` must have one number less than ranks (2), got 2: [2, 4].",
+            "`splits` must have one number fewer than there are ranks (2), got 2: [2, 4].",
         ),
-        (HeteroPipelineStrategy, {"splits": []}, "`splits` must have one number less than ranks (2), got 0: []."),
+        (
+            HeteroPipelineStrategy,
+            {"splits": []},
+            "`splits` must have one number fewer than there are ranks (2), got 0: [].",
+        ),
         (
             HeteroPipelineStrategy,
             {"speeds": [1]},
-            "`speeds` must have one number a rank (2), got 1: [1]. Add or remove",
+            "`speeds` must have one number per rank (2), got 1: [1]. Add or remove",
         ),
         (
             HeteroPipelineStrategy,
             {"max_memory_bytes": [1, 2, 3]},
-            "`max_memory_bytes` must have one number a rank (2), got 3: [1, 2, 3].",
+            "`max_memory_bytes` must have one number per rank (2), got 3: [1, 2, 3].",
         ),
     ],
 )
@@ -393,7 +400,7 @@ class Running(HeteroDDPStrategy):
     """As if it had drawn the samples of step 5."""
 
     lightning_module: Any = object()
-    schedule = PlanSchedule.constant(BatchPlan((8, 8)))
+    plan_schedule = PlanSchedule.constant(BatchPlan((8, 8)))
     fetched_through = 5
     global_rank = 1
 
@@ -495,7 +502,7 @@ def from_yaml(kind: Any, given: str, directory: Path) -> None:
     [
         (HeteroDDPStrategy, "shares: fast", "shares"),
         (HeteroDDPStrategy, "shares: [1, 0]", f"`shares[1]` {POSITIVE}0"),
-        (HeteroDDPStrategy, "shares: [1, 2, 3]", "`shares` must have one number a rank (2), got 3"),
+        (HeteroDDPStrategy, "shares: [1, 2, 3]", "`shares` must have one number per rank (2), got 3"),
         (HeteroDDPStrategy, "shares: {K80: .nan}", f"`shares['K80']` {POSITIVE}nan"),
         (HeteroDDPStrategy, "share: [1, 2]", "share"),
         (HeteroDDPStrategy, "global_batch_size: many", "global_batch_size"),
@@ -505,7 +512,11 @@ def from_yaml(kind: Any, given: str, directory: Path) -> None:
         (HeteroDDPStrategy, "loss_reduction: max", "loss_reduction"),
         (HeteroDDPStrategy, "num_loss_terms: 4", "num_loss_terms"),
         (HeteroDDPStrategy, "start_method: thread", "start_method"),
-        (HeteroPipelineStrategy, "splits: [4, 8]", "`splits` must have one number less than ranks (2), got 2"),
+        (
+            HeteroPipelineStrategy,
+            "splits: [4, 8]",
+            "`splits` must have one number fewer than there are ranks (2), got 2",
+        ),
         (HeteroPipelineStrategy, "splits: even", "splits"),
         (HeteroPipelineStrategy, "'splits': [4], 'speeds': [1, 2]", "`speeds` must be None where `splits` says"),
         (HeteroPipelineStrategy, "speeds: [1, -1]", f"`speeds[1]` {POSITIVE}-1"),
@@ -513,7 +524,11 @@ def from_yaml(kind: Any, given: str, directory: Path) -> None:
         (HeteroPipelineStrategy, "schedule: zigzag", "schedule"),
         (HeteroPipelineStrategy, "loss_reduction: none", "loss_reduction"),
         (HeteroPipelineStrategy, "num_loss_terms: 4", "num_loss_terms"),
-        (HeteroPipelineStrategy, "max_memory_bytes: [1]", "`max_memory_bytes` must have one number a rank (2), got 1"),
+        (
+            HeteroPipelineStrategy,
+            "max_memory_bytes: [1]",
+            "`max_memory_bytes` must have one number per rank (2), got 1",
+        ),
         (HeteroPipelineStrategy, "verbose: loudly", "verbose"),
         (LoadBalancer, "warmup_steps: -1", f"`warmup_steps` {WHOLE} 0, got -1"),
         (LoadBalancer, "tune_steps: 0.5", "tune_steps"),
@@ -529,7 +544,7 @@ def from_yaml(kind: Any, given: str, directory: Path) -> None:
         (SlowDown, "factors: [1, 0.5]", "`factors[1]` must be a finite number of at least 1, got 0.5"),
         (SlowDown, "'factors': [1, 2], 'seconds_per_sample': 0", f"`seconds_per_sample` {POSITIVE}0"),
         (SlowDown, "'factors': [1, 2], 'overhead_s': 1", "`overhead_s` must be 0 without `seconds_per_sample`, got 1"),
-        (SlowLayers, "factors: []", "`factors` must be one positive number a rank, got []"),
+        (SlowLayers, "factors: []", "`factors` must be one positive number per rank, got []"),
         (SlowLayers, "'factors': [1, 2], 'seconds_per_sample': -1", f"`seconds_per_sample` {POSITIVE}-1"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_name_starts_ranks_that_train(tmp_path: Path, name: str) -> None:
             'HeteroDDPStrategy(shares={"Tesla K80": 1})',
             "`shares` must name the device of every rank, got ['Tesla K80']",
         ),
-        ("HeteroDDPStrategy(shares=[1, 2, 3])", "`shares` must have one number a rank (2), got 3"),
+        ("HeteroDDPStrategy(shares=[1, 2, 3])", "`shares` must have one number per rank (2), got 3"),
         ("HeteroDDPStrategy(max_batch_size=3)", "`max_batch_size` must together hold the global batch of 8 samples"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_scaled_loss_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"splits": [4, 2]}, r"`splits` must be positive and increase, got \[4, 2\]"),
+        ({"splits": [4, 2]}, r"`splits` must be positive and strictly increasing, got \[4, 2\]"),
         ({"splits": "even"}, "`splits` must be \"auto\", or the first layer of every stage but the first"),
         ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None where `splits` says"),
         ({"speeds": [1, 0]}, r"`speeds\[1\]` must be"),
@@ -261,9 +261,9 @@ def test_arguments_that_break_their_rule(arguments: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"splits": [1, 2]}, r"`splits` must have one number less than ranks \(2\), got 2"),
-        ({"speeds": [1, 2, 3]}, r"`speeds` must have one number a rank \(2\), got 3"),
-        ({"max_memory_bytes": [10**9]}, r"`max_memory_bytes` must have one number a rank \(2\), got 1"),
+        ({"splits": [1, 2]}, r"`splits` must have one number fewer than there are ranks \(2\), got 2"),
+        ({"speeds": [1, 2, 3]}, r"`speeds` must have one number per rank \(2\), got 3"),
+        ({"max_memory_bytes": [10**9]}, r"`max_memory_bytes` must have one number per rank \(2\), got 1"),
     ],
 )
 def test_arguments_that_do_not_match_the_number_of_ranks(arguments: dict[str, Any], message: str) -> None:
