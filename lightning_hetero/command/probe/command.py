@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> None:
     load = LoadMeter()
     from lightning_hetero.command.probe.device_notes import device_notes
     from lightning_hetero.command.probe.first_guess import first_guess
-    from lightning_hetero.hardware.machine import machine_here
+    from lightning_hetero.hardware.machine import describe_machine
 
-    machine = machine_here(load)
+    machine = describe_machine(load)
     if options.measure:
         machine = _measured(machine, seconds)
     guess = first_guess(machine.devices)

@@ -116,7 +116,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
         "cpu", "AMD Ryzen Threadripper PRO 5975WX 32-Cores", None, 256 * GIB, 200 * GIB, logical_cores=64
     )
     here = machine.Machine("box", (*gpus, cpu))
-    monkeypatch.setattr(machine, "machine_here", lambda load: here)
+    monkeypatch.setattr(machine, "describe_machine", lambda load: here)
 
 
 def test_all_columns_fit(mixed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,14 +135,14 @@ def test_a_device_that_fails_is_said_and_the_others_are_measured(
 ) -> None:
     def measure(device: torch.device, seconds: float) -> Measurement:
         if device == torch.device("cuda:1"):
-            raise UnsupportedFeatureError("cuda:1 was not measured: CUDA out of memory.")
+            raise UnsupportedFeatureError("cuda:1 could not be measured: CUDA out of memory.")
         return Measurement(1e-3, 1e-5, 1000.0, 0.01, "known work")
 
     monkeypatch.setattr(benchmark, "measure_device", measure)
     assert main(["probe", "--measure", "--json"]) == 0
     answer = check_schema(capsys.readouterr().out)
     assert [device["measured"] is not None for device in answer["devices"]] == [True, False, True]
-    assert answer["notes"][0] == "cuda:1 was not measured: CUDA out of memory."
+    assert answer["notes"][0] == "cuda:1 could not be measured: CUDA out of memory."
     assert answer["shares"] == [2.79, 1.0, 0.0], "the data of the devices decide where not all were measured"
 
 
