@@ -79,7 +79,7 @@ def _cuda_report(device: str, index: int, nvml: Nvml) -> DeviceReport:
     properties = torch.cuda.get_device_properties(index)
     # builds of torch for other vendors may lack it
     uuid = f"GPU-{getattr(properties, 'uuid', None)}"
-    others = nvml.others(uuid)
+    others = nvml.other_processes(uuid)
     return DeviceReport(
         device=device,
         name=properties.name,

@@ -158,7 +158,7 @@ class Nvml:
             lambda library, handle: library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU),
         )
 
-    def others(self, uuid: str) -> tuple[int, int | None] | None:
+    def other_processes(self, uuid: str) -> tuple[int, int | None] | None:
         """Return the number of other processes on the device, and the bytes that they hold; None if unknown."""
 
         def users(library: NvmlLibrary, handle: Any) -> tuple[int, int | None]:

@@ -106,7 +106,7 @@ READINGS = [
     ("throttled", "nvmlDeviceGetCurrentClocksThrottleReasons", ("power limit", "heat, detected by the hardware")),
     ("utilisation", "nvmlDeviceGetUtilizationRates", 0.37),
     ("temperature_c", "nvmlDeviceGetTemperature", 71),
-    ("others", "nvmlDeviceGetComputeRunningProcesses", (2, 2_500)),
+    ("other_processes", "nvmlDeviceGetComputeRunningProcesses", (2, 2_500)),
 ]
 
 
@@ -127,11 +127,11 @@ def test_memory_of_others_is_unknown_if_that_of_one_is(monkeypatch: pytest.Monke
     hidden = [_process(-1, 2_000), _process(-2, None)]
     monkeypatch.setattr(Driver, "nvmlDeviceGetComputeRunningProcesses", lambda *_: hidden)
     monkeypatch.setattr(Driver, "nvmlDeviceGetGraphicsRunningProcesses", lambda *_: [])
-    assert Nvml(Driver()).others(KNOWN) == (2, None)
+    assert Nvml(Driver()).other_processes(KNOWN) == (2, None)
 
 
 def test_an_old_driver_that_lists_no_processes_is_no_error() -> None:
-    assert Nvml(Driver("mismatch")).others(KNOWN) is None
+    assert Nvml(Driver("mismatch")).other_processes(KNOWN) is None
 
 
 def test_devices_are_counted() -> None:

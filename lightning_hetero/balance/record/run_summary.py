@@ -41,16 +41,16 @@ _TUNED_WINDOWS = 5
 _MAX_LOGGED_RANKS = 32
 
 
-def run_status(record: RunRecord, going_on: bool = False) -> State:
+def run_status(record: RunRecord, is_running: bool = False) -> State:
     """Return the state of the run.
 
     Args:
         record: Record of the run.
-        going_on: Whether a run without an end is known to continue; otherwise its process may have been killed.
+        is_running: Whether a run without an end is known to continue; otherwise its process may have been killed.
     """
     if record.end is not None:
         return "finished" if record.end.reason == "finished" else "failed"
-    if not going_on:
+    if not is_running:
         return "no end recorded"
     if record.windows:
         return "tuning" if record.windows[-1].tuning else "watching"

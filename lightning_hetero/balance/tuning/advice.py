@@ -83,7 +83,7 @@ def advise(
     batch = plan.global_batch_size
     step_s = predicted_step_s(step_times, plan) + communication_s
     equal = proportional_plan([1.0] * plan.world_size, batch, limits, min_samples=1)
-    dropped, without_s = _to_drop(step_times, batch, limits, step_s, communication_s)
+    dropped, without_s = _ranks_to_drop(step_times, batch, limits, step_s, communication_s)
     worth_it = step_s / without_s - 1.0 > min_gain
     rounding = rounding_loss(step_times, plan, limits, communication_s)
     return Advice(
@@ -114,7 +114,7 @@ def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, commun
     return plan.global_batch_size / step_s / alone
 
 
-def _to_drop(
+def _ranks_to_drop(
     step_times: Sequence[StepTime], batch: int, limits: BatchLimits, step_s: float, communication_s: float
 ) -> tuple[tuple[int, ...], float]:
     """Return the ranks to drop and the seconds per step without them; the slowest with one multiple go first."""

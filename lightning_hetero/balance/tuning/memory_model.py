@@ -42,12 +42,12 @@ class MemoryModel:
 
     def peak_bytes(self, rank: int, samples: int) -> float | None:
         """Return the predicted peak of a micro-batch of ``samples`` samples; None if nothing is known."""
-        line = self._line(rank)
+        line = self._peak_line(rank)
         return None if line is None else line[0] + line[1] * samples
 
     def most_samples(self, rank: int) -> int | None:
         """Return the largest micro-batch whose predicted peak is within the budget, at least 1; None if unknown."""
-        line, latest = self._line(rank), self._latest[rank]
+        line, latest = self._peak_line(rank), self._latest[rank]
         if line is None or latest is None:
             return None
         resident, per_sample = line
@@ -56,7 +56,7 @@ class MemoryModel:
         fits = [n for n, peak in self._peaks[rank].items() if peak <= latest.budget_bytes]
         return max(math.floor((latest.budget_bytes - resident) / per_sample), *fits, 1)
 
-    def _line(self, rank: int) -> tuple[float, float] | None:
+    def _peak_line(self, rank: int) -> tuple[float, float] | None:
         """Return the bytes that a micro-batch needs whatever its size, and the bytes per sample."""
         peaks, latest = self._peaks[rank], self._latest[rank]
         if latest is None:

@@ -137,8 +137,8 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
     alone = sum(n / time.seconds(n) for time, n in zip(times, plan.samples, strict=True))
     ddp_step_s, ddp_does_not_fit = _equal_shares(cluster)
     search = DeviceSearch(cluster)
-    fastest = _solved(cluster, search.fastest(_TOLERANCE))
-    cheapest = _solved(cluster, search.cheapest()) if cluster.is_priced else None
+    fastest = _solve(cluster, search.fastest(_TOLERANCE))
+    cheapest = _solve(cluster, search.cheapest()) if cluster.is_priced else None
     rounding = rounding_loss(times, plan, limits, exposed_s)
     return ClusterPlan(
         kinds=kinds,
@@ -172,7 +172,7 @@ def _why_infeasible(cluster: Cluster) -> str:
     )
 
 
-def _solved(cluster: Cluster, counts: tuple[int, ...]) -> DeviceSet | None:
+def _solve(cluster: Cluster, counts: tuple[int, ...]) -> DeviceSet | None:
     times = cluster.step_times(counts)
     try:
         plan = solve_batch(times, cluster.global_batch_size, cluster.limits(counts), min_samples=1)

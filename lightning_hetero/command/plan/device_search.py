@@ -114,19 +114,19 @@ class DeviceSearch:
         low_s, high_s = float(self._finish(np.ones_like(self._most)).min()), float(self._finish(self._most).max())
         times = np.geomspace(max(low_s, high_s * 1e-9), high_s, self._grid)
         found = np.vstack([self._cheap_within(times), np.diag(self._counts), np.eye(len(self._counts)), self._counts])
-        ranked = sorted(self._evaluated(found.astype(np.int64)))[:_STARTS]
+        ranked = sorted(self._evaluate(found.astype(np.int64)))[:_STARTS]
         improved = (self._improve(one) for one in ranked)
         return min(improved)[-1]
 
     def _improve(self, best: tuple[float, float, Counts]) -> tuple[float, float, Counts]:
         for _ in range(self._rounds):
-            candidate = min(self._evaluated(self._moves(best[-1])))
+            candidate = min(self._evaluate(self._moves(best[-1])))
             if candidate[:2] >= best[:2]:
                 break
             best = candidate
         return best
 
-    def _evaluated(self, counts: _Ints) -> Iterable[tuple[float, float, Counts]]:
+    def _evaluate(self, counts: _Ints) -> Iterable[tuple[float, float, Counts]]:
         step_s = self.step_s(counts)
         # a set that cannot hold the batch costs infinitely much, even if its devices are free
         cost = np.where(

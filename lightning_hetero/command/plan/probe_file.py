@@ -50,9 +50,9 @@ def read_probe(path: Path) -> list[ProbedDevice]:
     try:
         found = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise ConfigurationError(_no_probe(path, "a file that is not JSON.")) from None
+        raise ConfigurationError(_not_a_probe(path, "a file that is not JSON.")) from None
     if not isinstance(found, dict) or "lightning_hetero_probe" not in found:
-        raise ConfigurationError(_no_probe(path, "other JSON."))
+        raise ConfigurationError(_not_a_probe(path, "other JSON."))
     if found["lightning_hetero_probe"] != _VERSION:
         raise ConfigurationError(
             f"{path} must be of version {_VERSION}, got {found['lightning_hetero_probe']!r}. Run the probe again."
@@ -61,13 +61,13 @@ def read_probe(path: Path) -> list[ProbedDevice]:
         host = as_str(entry(found, "host"), "host")
         devices = [_read_device(host, one) for one in as_list(entry(found, "devices"), "devices")]
     except ConfigurationError as error:
-        raise ConfigurationError(_no_probe(path, f"a damaged one: {error}")) from None
+        raise ConfigurationError(_not_a_probe(path, f"a damaged one: {error}")) from None
     if not devices:
         raise ConfigurationError(f"{path} must list at least one device, got none.")
     return _comparable(path, devices)
 
 
-def _no_probe(path: Path, got: str) -> str:
+def _not_a_probe(path: Path, got: str) -> str:
     return f"{path} must contain the output of `lightning-hetero probe --measure --json`, got {got}"
 
 

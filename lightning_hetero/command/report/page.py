@@ -67,7 +67,7 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
     return template.render(
         record=record,
         header=record.header,
-        state=run_status(record, going_on=refresh_s is not None),
+        state=run_status(record, is_running=refresh_s is not None),
         refresh_s=None if refresh_s is None else max(1, round(refresh_s)),
         comparison=comparison,
         rates=None if comparison is None else (samples_per_s(comparison.before), samples_per_s(comparison.after)),

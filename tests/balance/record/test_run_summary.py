@@ -120,7 +120,7 @@ def test_unequal_first_shares_are_recognised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "going_on", "expected"),
+    ("record", "is_running", "expected"),
     [
         (RunRecord(HEADER), False, "no end recorded"),
         (RunRecord(HEADER), True, "tuning"),
@@ -131,8 +131,8 @@ def test_unequal_first_shares_are_recognised() -> None:
         (RunRecord(HEADER, end=RunEnd(1, 1.0, "ValueError: x")), True, "failed"),
     ],
 )
-def test_state(record: RunRecord, going_on: bool, expected: str) -> None:
-    assert run_status(record, going_on) == expected
+def test_state(record: RunRecord, is_running: bool, expected: str) -> None:
+    assert run_status(record, is_running) == expected
 
 
 def test_plans_follow_the_changes() -> None:
