@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose."""
+"""All errors that this package raises deliberately."""
 
 __all__ = [
     "ConfigurationError",
@@ -16,24 +16,24 @@ class HeteroError(Exception):
 
 
 class ConfigurationError(HeteroError, ValueError):
-    """An argument is outside its rule; the message names argument, rule, value and way out."""
+    """An argument breaks a rule; the message names the argument, the rule, the value and the way out."""
 
 
 class InfeasiblePlanError(ConfigurationError):
-    """No plan satisfies the constraints, for example caps that together hold less than the global batch."""
+    """No plan satisfies the limits, for example because all ranks together cannot hold the global batch."""
 
 
 class UnsupportedFeatureError(HeteroError, RuntimeError):
-    """The user's set-up is legitimate, but this version cannot train it exactly and refuses to do it wrongly."""
+    """The set-up is legitimate, but this version cannot train it exactly and refuses to train it wrongly."""
 
 
 class DivergedRanksError(HeteroError, RuntimeError):
-    """Ranks follow different plans or are at different steps; going on would train silently wrong."""
+    """Ranks follow different plans or are at different steps; continuing would silently give wrong results."""
 
 
 class RankFailedError(HeteroError, RuntimeError):
-    """Another rank has failed; the message says which, and that rank reports the cause."""
+    """Another rank has failed; the message names it, and that rank reports the cause."""
 
 
 class RankOutOfMemoryError(HeteroError, RuntimeError):
-    """This rank ran out of memory and could not go on in smaller passes; the message says where and why."""
+    """This rank ran out of memory and could not continue in smaller micro-batches; the message says where and why."""

@@ -1,1 +1,1 @@
-"""How much work each rank gets: pure arithmetic without torch, input or output, clock or environment."""
+"""Decide how much work each rank gets: pure arithmetic, without torch, I/O, clocks or environment variables."""

@@ -1,7 +1,7 @@
-"""Read plain values of a saved state, believing nothing: it may be damaged, of a later version, or of something else.
+"""Validate untrusted state: a saved state may be damaged, of a later version, or of another kind.
 
-Every function raises a :class:`~lightning_hetero.exceptions.ConfigurationError` that names what is wrong, and looks at
-a value before it makes anything of it.
+Every function checks a value before it uses it, and raises a
+:class:`~lightning_hetero.exceptions.ConfigurationError` that names the value and the rule that it breaks.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ __all__ = [
     "entry",
 ]
 
-# Whole numbers above are not exact as floating-point numbers, and none that is counted here comes near.
-_MOST_WHOLE = 2**53
-# No time in seconds, size or part comes near; what is computed from such numbers stays finite.
-_MOST_NUMBER = 1e12
-_SHOWN = 80
+# Larger integers are not exact as floating-point numbers, and no count comes near this one.
+_MAX_INT = 2**53
+# No time in seconds, size or fraction comes near; results of arithmetic on such numbers stay finite.
+_MAX_NUMBER = 1e12
+_MAX_CHARACTERS = 80
 
 
 def as_mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """Return ``value``, which has to be a mapping."""
+    """Return ``value``, which must be a mapping."""
     if not isinstance(value, Mapping):
         raise ConfigurationError(f"`{name}` must be a mapping, got {_shown(value)}.")
     return value
 
 
 def entry(values: Mapping[str, Any], name: str) -> Any:
-    """Return the entry of that name, which has to be there."""
+    """Return the entry called ``name``, which must exist."""
     if name not in values:
-        raise ConfigurationError(f"`{name}` must be there, got {_shown(sorted(map(str, values)))}.")
+        raise ConfigurationError(f"`{name}` must be present, got only {_shown(sorted(map(str, values)))}.")
     return values[name]
 
 
 def as_list(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
-    """Return ``value``, which has to be a list, of ``length`` entries where that is given."""
+    """Return ``value``, which must be a list, with ``length`` entries if that is given."""
     if not isinstance(value, list | tuple):
         raise ConfigurationError(f"`{name}` must be a list, got {_shown(value)}.")
     if length is not None and len(value) != length:
@@ -57,44 +57,44 @@ def as_list(value: Any, name: str, length: int | None = None) -> Sequence[Any]:
 
 
 def as_str(value: Any, name: str) -> str:
-    """Return ``value``, which has to be a text."""
+    """Return ``value``, which must be a string."""
     if not isinstance(value, str):
-        raise ConfigurationError(f"`{name}` must be a text, got {_shown(value)}.")
+        raise ConfigurationError(f"`{name}` must be a string, got {_shown(value)}.")
     return value
 
 
 def as_bool(value: Any, name: str) -> bool:
-    """Return ``value``, which has to be true or false."""
+    """Return ``value``, which must be true or false."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"`{name}` must be true or false, got {_shown(value)}.")
     return value
 
 
-def as_int(value: Any, name: str, least: int = 0) -> int:
-    """Return ``value``, which has to be an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST_WHOLE:
+def as_int(value: Any, name: str, minimum: int = 0) -> int:
+    """Return ``value``, which must be an integer of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _MAX_INT:
         raise ConfigurationError(
-            f"`{name}` must be an integer of at least {least} and below 2**53, got {_shown(value)}."
+            f"`{name}` must be an integer of at least {minimum} and below 2**53, got {_shown(value)}."
         )
     return value
 
 
 def as_ints(value: Any, name: str, length: int | None = None) -> tuple[int, ...]:
-    """Return ``value``, which has to be a list of integers that are not negative."""
+    """Return ``value``, which must be a list of non-negative integers."""
     return tuple(as_int(item, name) for item in as_list(value, name, length))
 
 
-def as_float(value: Any, name: str, least: float = -_MOST_NUMBER, most: float = _MOST_NUMBER) -> float:
-    """Return ``value``, which has to be a finite number of a sensible size."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+def as_float(value: Any, name: str, minimum: float = -_MAX_NUMBER, maximum: float = _MAX_NUMBER) -> float:
+    """Return ``value``, which must be a finite number from ``minimum`` to ``maximum``."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not minimum <= value <= maximum:
         raise ConfigurationError(
-            f"`{name}` must be a number of at least {least:g} and at most {most:g}, got {_shown(value)}."
+            f"`{name}` must be a number of at least {minimum:g} and at most {maximum:g}, got {_shown(value)}."
         )
     return float(value)
 
 
 def as_array(value: Any, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Return nested lists of finite numbers of exactly that shape as an array."""
+    """Return nested lists of finite numbers, which must have exactly this shape, as an array."""
     return cast("npt.NDArray[np.float64]", np.array(_nested(value, name, shape), dtype=np.float64).reshape(shape))
 
 
@@ -107,6 +107,6 @@ def _nested(value: Any, name: str, shape: tuple[int, ...]) -> Any:
 def _shown(value: Any) -> str:
     try:
         shown = repr(value)
-    except Exception:  # an object of somebody else, or an integer too long to print
+    except Exception:  # a foreign object, or an integer too long to print
         return f"an object of type {type(value).__name__}"
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}..."

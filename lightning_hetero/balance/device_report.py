@@ -1,4 +1,4 @@
-"""What ``lightning-hetero probe`` says about one device: plain numbers and strings, and therefore JSON-able."""
+"""Describe one device for ``lightning-hetero probe``, in plain numbers and strings that JSON can hold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PROCESSOR = "cpu"
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a device made of the reference network.
+    """The speed of a device on the reference network.
 
     Attributes:
-        overhead_s: what a step costs whatever its size.
-        seconds_per_sample: what each further sample costs.
-        samples_per_s: speed at the largest size that was measured.
-        spread: quartile range of that size's repetitions over their median.
-        workload: what was trained, for people.
+        overhead_s: Overhead per step, in seconds.
+        seconds_per_sample: Cost per sample, in seconds.
+        samples_per_s: Speed at the largest measured batch size.
+        spread: Interquartile range of the repetitions at that size, divided by their median.
+        workload: Description of the network that was trained.
     """
 
     overhead_s: float
@@ -32,32 +32,32 @@ class Measurement:
 
     @property
     def step_time(self) -> StepTime:
-        """The line that was fitted."""
+        """The fitted step time."""
         return StepTime(self.overhead_s, self.seconds_per_sample)
 
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """One device of this machine; whatever is unknown is None.
+    """One device of this machine; None stands for an unknown value.
 
     Attributes:
-        device: where it is, for example ``"cuda:0"`` or ``"cpu"``.
-        name: the model.
-        vendor: who made it, for example ``"NVIDIA"``.
-        memory_bytes: of the device; for a processor what this process may use of the machine's.
-        free_bytes: what nobody has of it.
-        clock_mhz: of its cores, now.
-        max_clock_mhz: the highest one.
-        throttled: why the clock is held back, one phrase a reason; empty where it is not.
-        other_processes: how many processes beside this one have memory of the device.
-        other_bytes: how much memory they have.
-        utilisation: the part of the device that is busy, 0 to 1, without this process.
-        temperature_c: in degrees Celsius.
-        nominal_speed: how fast it is by its data, comparable among devices for which it is known.
-        measured: how fast it is by measurement.
-        physical_cores: of a processor.
-        logical_cores: of a processor.
-        usable_cores: how many of them this process may use at a time; a quota need not be a whole number.
+        device: Name of the device in torch, for example ``"cuda:0"`` or ``"cpu"``.
+        name: Name of the model.
+        vendor: Name of the vendor, for example ``"NVIDIA"``.
+        memory_bytes: Memory of the device; for a processor, the part of the machine's memory that this process may use.
+        free_bytes: Memory that no process has allocated.
+        clock_mhz: Current clock rate of the cores.
+        max_clock_mhz: Highest clock rate of the cores.
+        throttled: Reasons why the clock is throttled, one phrase per reason; empty if it is not.
+        other_processes: Number of other processes that have allocated memory on the device.
+        other_bytes: Memory that these processes have allocated.
+        utilisation: Fraction of the device that is busy, 0 to 1, not counting this process.
+        temperature_c: Temperature in degrees Celsius.
+        nominal_speed: Speed according to the data sheet, comparable between devices for which it is known.
+        measured: Measured speed.
+        physical_cores: Number of physical cores of a processor.
+        logical_cores: Number of logical cores of a processor.
+        usable_cores: Number of cores that this process may use at a time; with a quota it may be a fraction.
     """
 
     device: str
@@ -80,11 +80,11 @@ class DeviceReport:
 
     @property
     def is_processor(self) -> bool:
-        """Whether it is the machine's processor and no accelerator."""
+        """Whether the device is the machine's processor rather than an accelerator."""
         return self.device == PROCESSOR
 
     def profile(self, host: str) -> DeviceProfile:
-        """Return what a rank on this device runs on."""
+        """Return the profile of a rank that runs on this device."""
         return DeviceProfile(host, self.device, self.name, self.nominal_speed)
 
     def to_dict(self) -> dict[str, Any]:

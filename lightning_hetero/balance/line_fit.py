@@ -1,9 +1,10 @@
 r"""Fit the line ``overhead + cost * n`` to repeated timings of several sizes.
 
-Repetitions of a size are pooled in their median, which a disturbed one does not move.  The line minimises the squared
-relative errors of these medians under the constraint that the overhead is not negative: non-negative least squares
-(C. Lawson and R. Hanson, *Solving Least Squares Problems*, 1974, chapter 23), which for two unknowns is the free
-solution or one of the borders.  Errors are relative because what disturbs a step grows with its length.
+The repetitions of each size are reduced to their median, which a single disturbed repetition does not move.  The line
+minimises the squared relative errors of these medians under the constraint that the overhead is not negative:
+non-negative least squares (C. Lawson and R. Hanson, *Solving Least Squares Problems*, 1974, chapter 23).  With two
+unknowns the solution is the unconstrained one or lies on the boundary.  Errors are relative because disturbances grow
+with the length of a step.
 """
 
 from __future__ import annotations
@@ -18,34 +19,36 @@ from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["fit_line", "relative_spread"]
 
-_FEWEST_SIZES = 3
-# Below this part of the proportional slope a fit is not believed: it would hand a device samples without end.
-_LEAST_SLOPE = 0.05
+_MIN_SIZES = 3
+# A slope below this fraction of the proportional one is not trusted: it would give a device ever more samples.
+_MIN_SLOPE = 0.05
 
 
 def fit_line(timings: Mapping[int, Sequence[float]]) -> StepTime:
     """Return the line through the medians of repeated timings.
 
     Args:
-        timings: seconds of each repetition, by the number of samples; at least three sizes with one repetition each,
-            all positive.
+        timings: Seconds of each repetition, keyed by the number of samples; at least three sizes with at least one
+            repetition each. Sizes and times must be positive.
 
     Raises:
-        ConfigurationError: there are fewer than three sizes, or a size or a time is not positive.
+        ConfigurationError: There are fewer than three sizes, or a size or a time is not positive.
 
     Example:
         >>> fit_line({10: [1.5, 1.5, 9.0], 20: [2.5], 40: [4.5]})
         StepTime(overhead_s=0.5, seconds_per_sample=0.1)
     """
-    if len(timings) < _FEWEST_SIZES or not all(timings.values()):
-        raise ConfigurationError(f"`timings` must have {_FEWEST_SIZES} sizes with a time each, got {dict(timings)}.")
+    if len(timings) < _MIN_SIZES or not all(timings.values()):
+        raise ConfigurationError(
+            f"`timings` must have at least {_MIN_SIZES} sizes with at least one time each, got {dict(timings)}."
+        )
     sizes = np.array(sorted(timings), dtype=np.float64)
     seconds = np.array([median(timings[size]) for size in sorted(timings)])
     if sizes[0] <= 0 or not all(np.isfinite(seconds)) or min(seconds) <= 0:
         raise ConfigurationError(f"`timings` must have positive sizes and times, got {dict(timings)}.")
-    # each equation divided by its time: ones = overhead * u + cost * v
+    # each equation is divided by its time: ones = overhead * u + cost * v
     u, v = 1 / seconds, sizes / seconds
-    least_cost = _LEAST_SLOPE * seconds[-1] / sizes[-1]
+    least_cost = _MIN_SLOPE * seconds[-1] / sizes[-1]
     (overhead, cost), *_ = np.linalg.lstsq(np.stack([u, v], axis=1), np.ones(len(sizes)), rcond=None)
     if overhead < 0:
         overhead, cost = 0.0, v.sum() / (v @ v)
@@ -55,7 +58,7 @@ def fit_line(timings: Mapping[int, Sequence[float]]) -> StepTime:
 
 
 def relative_spread(seconds: Sequence[float]) -> float:
-    """Return the quartile range of repeated timings over their median; 0 for a single one."""
+    """Return the interquartile range of repeated timings divided by their median; 0 for a single timing."""
     if len(seconds) < 2:
         return 0.0
     low, middle, high = quantiles(seconds, n=4, method="inclusive")

@@ -1,7 +1,6 @@
-"""The values that cross layers: frozen, of plain numbers and strings, and therefore JSON-able.
+"""The values that layers exchange: frozen dataclasses of plain numbers and strings, which JSON can hold.
 
-A plan travels from the solver through a broadcast into a sampler, a table and a checkpoint without being
-translated on the way.
+A plan travels from the solver through a broadcast into a sampler, a table and a checkpoint without conversion.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a rank runs on.
+    """The device that a rank runs on.
 
     Attributes:
-        host: name of the machine.
-        device: where on that machine, for example ``"cuda:0"`` or ``"cpu"``.
-        name: the model, for example ``"Tesla V100-SXM2-16GB"``.
-        nominal_speed: how fast the device is by its data, comparable among devices for which it is known; None where
-            it is not.
+        host: Name of the machine.
+        device: Name of the device in torch, for example ``"cuda:0"`` or ``"cpu"``.
+        name: Name of the model, for example ``"Tesla V100-SXM2-16GB"``.
+        nominal_speed: Speed according to the data sheet, comparable between devices for which it is known; None if
+            unknown.
     """
 
     host: str
@@ -56,9 +55,9 @@ class StepTiming:
     """One measured step of one rank.
 
     Attributes:
-        samples: size of the rank's mini-batch.
-        own_s: the rank's own time, which counts no waiting for other ranks.
-        waiting_s: the rest of the step, in which the rank may have waited for others.
+        samples: Size of the rank's mini-batch.
+        own_s: Own time of the rank in seconds, without waiting for other ranks.
+        waiting_s: Remaining seconds of the step, in which the rank may have waited for others.
     """
 
     samples: int
@@ -68,14 +67,14 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class WindowTiming:
-    """Several measured steps of one rank and one size, in a few numbers.
+    """A summary of several measured steps of one rank and one mini-batch size.
 
     Attributes:
-        samples: size of the rank's mini-batch.
-        steps: how many steps the numbers are of.
-        own_s: mean own time of a step.
-        deviation_s: standard deviation of a step's own time.
-        waiting_s: median of the rest of a step, in which the rank may have waited for others.
+        samples: Size of the rank's mini-batch.
+        steps: Number of steps that are summarised.
+        own_s: Mean own time per step, in seconds.
+        deviation_s: Standard deviation of the own time per step, in seconds.
+        waiting_s: Median of the remaining seconds of a step, in which the rank may have waited for others.
     """
 
     samples: int
@@ -85,25 +84,25 @@ class WindowTiming:
     waiting_s: float = 0.0
 
     def to_numbers(self) -> list[float]:
-        """Return the fields as floating-point numbers, fit for a collective."""
+        """Return the fields as floating-point numbers, which a collective can exchange."""
         return [float(value) for value in astuple(self)]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> WindowTiming:
-        """Return what :meth:`to_numbers` described."""
+        """Return the object that :meth:`to_numbers` has described."""
         samples, steps, *seconds = numbers
         return cls(int(samples), int(steps), *seconds)
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """The memory of one rank over some steps.
+    """The memory use of one rank over some steps.
 
     Attributes:
-        samples: of the largest pass.
-        resident_bytes: held between two steps.
-        peak_bytes: held at most.
-        budget_bytes: what the rank may hold.
+        samples: Number of samples in the largest micro-batch.
+        resident_bytes: Memory held between two steps.
+        peak_bytes: Largest memory held during a step.
+        budget_bytes: Memory that the rank may use.
     """
 
     samples: int
@@ -112,23 +111,23 @@ class MemoryReading:
     budget_bytes: float
 
     def to_numbers(self) -> list[float]:
-        """Return the fields as floating-point numbers, fit for a collective."""
+        """Return the fields as floating-point numbers, which a collective can exchange."""
         return [float(value) for value in astuple(self)]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> MemoryReading:
-        """Return what :meth:`to_numbers` described."""
+        """Return the object that :meth:`to_numbers` has described."""
         samples, *sizes = numbers
         return cls(int(samples), *sizes)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """How long a rank takes for a mini-batch of n samples: ``overhead_s + seconds_per_sample * n``.
+    """The time that a rank needs for a mini-batch of n samples: ``overhead_s + seconds_per_sample * n``.
 
     Attributes:
-        overhead_s: what a step costs whatever its size; not negative.
-        seconds_per_sample: what each further sample costs; positive.
+        overhead_s: Overhead per step in seconds, whatever its size; not negative.
+        seconds_per_sample: Cost per sample in seconds; positive.
     """
 
     overhead_s: float
@@ -143,7 +142,7 @@ class StepTime:
             )
 
     def seconds(self, samples: float) -> float:
-        """Return the predicted duration in seconds of a step on ``samples`` samples."""
+        """Return the predicted seconds of a step with ``samples`` samples."""
         return self.overhead_s + self.seconds_per_sample * samples
 
     def to_dict(self) -> dict[str, float]:
@@ -152,10 +151,10 @@ class StepTime:
 
     @classmethod
     def from_dict(cls, state: Any) -> StepTime:
-        """Return what :meth:`to_dict` described.
+        """Return the object that :meth:`to_dict` has described.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: ``state`` has another form.
         """
         values = as_mapping(state, "step_time")
         return cls(*(as_float(entry(values, name), name) for name in ("overhead_s", "seconds_per_sample")))
@@ -163,10 +162,10 @@ class StepTime:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is divided.
+    """The division of a global batch among the ranks.
 
     Attributes:
-        samples: mini-batch size of each rank, shape ``(world_size,)``.
+        samples: Mini-batch size of each rank, shape ``(world_size,)``.
     """
 
     samples: tuple[int, ...]
@@ -189,7 +188,7 @@ class BatchPlan:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Positive numbers in these proportions; half a sample stands for none."""
+        """Positive numbers in the proportions of the plan; a rank without samples counts as half a sample."""
         return tuple(max(n, 0.5) for n in self.samples)
 
     @property
@@ -200,11 +199,12 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """What every plan has to respect.
+    """The limits that every plan must respect.
 
     Attributes:
-        max_samples: most samples a rank can hold, shape ``(world_size,)``, or None for no limit.
-        batch_multiple: every size is a multiple of this, but for one rank that takes the remainder.
+        max_samples: Most samples that each rank can hold, shape ``(world_size,)``; None for no limit.
+        batch_multiple: Number that every mini-batch size is a multiple of, except on one rank, which takes the
+            remainder.
     """
 
     max_samples: tuple[int, ...] | None = None
@@ -213,12 +213,12 @@ class BatchLimits:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """A rank's part of one global batch, as it was really drawn.
+    """A rank's part of one global batch, as it was actually drawn.
 
     Attributes:
-        step: training step, counted from 0 over all epochs (in evaluation: batch of the loader).
-        rank: whose part it is.
-        plan: the samples of every rank; 0 for a rank for which a stand-in was drawn.
+        step: Training step, counted from 0 over all epochs; in evaluation, the batch index of the loader.
+        rank: Rank that the part belongs to.
+        plan: Samples of every rank; 0 for a rank for which a stand-in was drawn.
     """
 
     step: int
@@ -227,22 +227,22 @@ class BatchSlice:
 
     @property
     def samples(self) -> int:
-        """The rank's samples; 0 where the batch had none for it and a stand-in was drawn."""
+        """The rank's number of samples; 0 if the batch had none for it and a stand-in was drawn."""
         return self.plan.samples[self.rank]
 
     @property
     def global_samples(self) -> int:
-        """The samples of all ranks together."""
+        """The number of samples of all ranks together."""
         return self.plan.global_batch_size
 
     @property
     def loss_weight(self) -> float:
-        """What the rank's mean loss counts, such that the mean over ranks is the mean over samples."""
+        """The weight of the rank's mean loss with which the mean over ranks is the mean over samples."""
         return weight_in_mean(self.samples, self.global_samples, self.plan.world_size)
 
 
 def weight_in_mean(terms: int, all_terms: int, world_size: int) -> float:
-    """Return what a rank's mean over ``terms`` counts, such that the mean over ranks is the mean over ``all_terms``.
+    """Return the weight of a mean over ``terms`` with which the mean over ranks is the mean over ``all_terms``.
 
     Averaging over W ranks divides by W, and the rank holds n of the N terms, so its weight is W * n / N.
 
@@ -255,11 +255,11 @@ def weight_in_mean(terms: int, all_terms: int, world_size: int) -> float:
 
 @dataclass(frozen=True)
 class PlanSchedule:
-    """Which plan holds at which training step.
+    """The plans of a training and the steps from which they hold.
 
     Attributes:
-        first_steps: the step from which the plan of the same position holds; strictly increasing, starts with 0.
-        plans: the plans, of one global batch size and one number of ranks each.
+        first_steps: Steps from which the plans at the same positions hold; strictly increasing, starting with 0.
+        plans: Plans, all with the same global batch size and the same number of ranks.
     """
 
     first_steps: tuple[int, ...]
@@ -268,14 +268,14 @@ class PlanSchedule:
     def __post_init__(self) -> None:
         if len(self.first_steps) != len(self.plans) or not self.plans or self.first_steps[0] != 0:
             raise ConfigurationError(
-                f"`first_steps` must start with 0 and have one entry a plan, got {self.first_steps} for {self.plans}."
+                f"`first_steps` must start with 0 and have one entry per plan, got {self.first_steps} for {self.plans}."
             )
         if any(a >= b for a, b in pairwise(self.first_steps)):
-            raise ConfigurationError(f"`first_steps` must increase, got {self.first_steps}.")
+            raise ConfigurationError(f"`first_steps` must increase strictly, got {self.first_steps}.")
 
     @classmethod
     def constant(cls, plan: BatchPlan) -> PlanSchedule:
-        """Return the schedule that follows ``plan`` at every step."""
+        """Return a schedule that follows ``plan`` at every step."""
         return cls((0,), (plan,))
 
     def at(self, step: int) -> BatchPlan:
@@ -288,21 +288,21 @@ class PlanSchedule:
     def with_change(self, first_step: int, plan: BatchPlan) -> PlanSchedule:
         """Return a schedule that follows ``plan`` from ``first_step`` on.
 
-        Changes that were due at ``first_step`` or later are replaced.
+        It replaces changes that were due at ``first_step`` or later.
         """
         kept = sum(1 for known in self.first_steps if known < first_step)
         return PlanSchedule((*self.first_steps[:kept], first_step), (*self.plans[:kept], plan))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return lists of plain numbers, fit for JSON and for a checkpoint."""
+        """Return lists of plain numbers, for JSON and for checkpoints."""
         return {"first_steps": list(self.first_steps), "plans": [list(plan.samples) for plan in self.plans]}
 
     @classmethod
     def from_dict(cls, state: Any) -> PlanSchedule:
-        """Return what :meth:`to_dict` described.
+        """Return the object that :meth:`to_dict` has described.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: ``state`` has another form.
         """
         values = as_mapping(state, "schedule")
         first_steps = as_ints(entry(values, "first_steps"), "first_steps")

@@ -1,1 +1,1 @@
-"""The ``lightning-hetero`` command: what people ask without a Trainer; needs neither Lightning nor a process group."""
+"""The ``lightning-hetero`` command, which needs no Trainer: neither Lightning nor a process group."""

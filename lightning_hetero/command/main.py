@@ -1,8 +1,9 @@
-"""Take the command line apart, and turn errors of usage into one line."""
+"""Parse the command line, run the chosen command, and print usage errors on one line."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -18,24 +19,39 @@ __all__ = ["main"]
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
+_DESCRIPTION = """\
+Tools for training with PyTorch Lightning on devices of different speeds, with the strategies hetero_ddp (which divides
+the batch) and hetero_pipeline (which divides the layers): list the devices of a machine, predict how fast a cluster
+will train, and report on a run.
+"""
+_EPILOG = "`lightning-hetero COMMAND --help` describes a command and its options."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: the command line behind the command's name; that of this process by default.
+        arguments: Command line after the name of the program; by default that of this process.
 
     Returns:
-        The exit status: 0, 2 for an error of usage, 130 for Ctrl-C.
+        The exit status: 0 for success, 2 for a usage error, 130 for Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="lightning-hetero", description="See what mixed hardware can do, and what a training made of it."
+    parser = argparse.ArgumentParser(prog="lightning-hetero", description=_DESCRIPTION, epilog=_EPILOG, add_help=False)
+    _add_help(parser)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"lightning-hetero {version('lightning-hetero')}",
+        help="Print the version and exit.",
     )
-    parser.add_argument("--version", action="version", version=f"lightning-hetero {version('lightning-hetero')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in (("probe", probe), ("plan", plan), ("report", report)):
-        summary = (module.__doc__ or "").splitlines()[0].rstrip(".")
-        module.add_arguments(commands.add_parser(name, help=summary, description=f"{summary}."))
+        description = inspect.cleandoc(module.__doc__ or "")
+        command = commands.add_parser(
+            name, help=description.partition("\n")[0], description=description, add_help=False
+        )
+        _add_help(command)
+        module.add_arguments(command)
     options = parser.parse_args(arguments)
     try:
         run = {"probe": probe.run, "plan": plan.run, "report": report.run}[options.command]
@@ -45,8 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lightning-hetero {options.command}: error: {error}", file=sys.stderr)  # noqa: T201  # a command prints
         return _USAGE_ERROR
     except BrokenPipeError:
-        # the reader of a pipe has seen enough; Python must not complain again when it closes the stream
+        # the reader of the pipe has closed it; without this, Python would complain again when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _INTERRUPTED
     return 0
+
+
+def _add_help(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")

@@ -1,1 +1,1 @@
-"""What each device is; may use torch, but not torch.distributed."""
+"""Describe, measure and monitor devices; this package may use torch, but not torch.distributed."""

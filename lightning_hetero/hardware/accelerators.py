@@ -1,6 +1,6 @@
-"""The accelerators that torch can use, and those it cannot.
+"""Describe the accelerators that torch can use, and report those that it cannot.
 
-Nothing here allocates on a device: a probe must not take memory from a training that runs.
+Nothing here allocates memory on a device: a probe must not take memory from a running training.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _VENDORS = {"xpu": "Intel", "mps": "Apple"}
 
 
 def accelerator_reports(nvml: Nvml) -> tuple[list[DeviceReport], list[str]]:
-    """Return what each accelerator is, and a sentence on each that does not tell.
+    """Return a report on each accelerator, and a note on each one that cannot be described.
 
-    ``CUDA_VISIBLE_DEVICES`` is respected, as torch does.
+    As in torch, ``CUDA_VISIBLE_DEVICES`` restricts the devices.
 
     Args:
-        nvml: what asks NVIDIA's driver.
+        nvml: Access to NVIDIA's driver.
     """
     reports: list[DeviceReport] = []
     notes: list[str] = []
@@ -36,7 +36,7 @@ def accelerator_reports(nvml: Nvml) -> tuple[list[DeviceReport], list[str]]:
         for index in range(count):
             device = f"{kind}:{index}"
             try:
-                # a driver that does not fit this build of torch is a warning first, and an error afterwards
+                # a driver that does not match this build of torch causes a warning first and an error afterwards
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     reports.append(_cuda_report(device, index, nvml) if kind == "cuda" else _report(kind, index))
@@ -46,39 +46,40 @@ def accelerator_reports(nvml: Nvml) -> tuple[list[DeviceReport], list[str]]:
 
 
 def unused_devices(nvml: Nvml, visible: int, root: Path = Path("/")) -> list[str]:
-    """Return a sentence on devices that are here and that this build of torch, or this process, cannot use.
+    """Return notes on devices of this machine that this build of torch, or this process, cannot use.
 
     Args:
-        nvml: what asks NVIDIA's driver.
-        visible: how many CUDA devices torch has found.
-        root: where ``sys`` is.
+        nvml: Access to NVIDIA's driver.
+        visible: Number of CUDA devices that torch has found.
+        root: Folder that contains ``sys``.
     """
     notes = []
     nvidia, amd = nvml.device_count(), _amd_devices(root)
     if nvidia and torch.version.cuda is None:
-        notes.append(_of_another_build("NVIDIA", nvidia))
+        notes.append(_needs_another_build("NVIDIA", nvidia))
     elif nvidia > visible:
         why = "are hidden by CUDA_VISIBLE_DEVICES" if "CUDA_VISIBLE_DEVICES" in os.environ else "are not found by torch"
-        notes.append(f"{nvidia - visible} of the {nvidia} NVIDIA devices here {why}.")
+        notes.append(f"{nvidia - visible} of the {nvidia} NVIDIA devices of this machine {why}.")
     if amd and torch.version.hip is None:
-        notes.append(_of_another_build("AMD", amd))
+        notes.append(_needs_another_build("AMD", amd))
     return notes
 
 
-def _of_another_build(vendor: str, count: int) -> str:
+def _needs_another_build(vendor: str, count: int) -> str:
     devices = "device" if count == 1 else f"{count} {vendor} devices"
     devices = f"{vendor} {devices}" if count == 1 else devices
     return (
-        f"This build of torch ({torch.__version__}) cannot use the {devices} here; install one for {vendor}. "
-        "Ranks of several vendors, or on a processor, train together over gloo only."
+        f"This build of torch ({torch.__version__}) cannot use the {devices} of this machine;"
+        f" install one for {vendor}. Ranks on devices of several vendors, or on a processor, can train together only"
+        " over gloo."
     )
 
 
 def _cuda_report(device: str, index: int, nvml: Nvml) -> DeviceReport:
     properties = torch.cuda.get_device_properties(index)
-    # not every build of torch for other vendors' devices tells it
+    # builds of torch for other vendors may lack it
     uuid = f"GPU-{getattr(properties, 'uuid', None)}"
-    others = nvml.others(uuid)
+    others = nvml.other_processes(uuid)
     return DeviceReport(
         device=device,
         name=properties.name,
@@ -97,7 +98,7 @@ def _cuda_report(device: str, index: int, nvml: Nvml) -> DeviceReport:
 
 
 def _others() -> Iterator[tuple[str, int]]:
-    """Yield the kinds of accelerators that are not CUDA or ROCm, and how many devices each has."""
+    """Yield each kind of accelerator other than CUDA and ROCm, and its number of devices."""
     if torch.backends.mps.is_available():
         yield "mps", 1
     if hasattr(torch, "xpu") and torch.xpu.is_available():
@@ -110,11 +111,13 @@ def _others() -> Iterator[tuple[str, int]]:
 
 
 def _report(kind: str, index: int) -> DeviceReport:
-    """Return what torch's module for a kind of device tells, each thing where there is a function for it."""
+    """Return a report from torch's module for this kind of device, with as much as its functions provide."""
     module = torch.get_device_module(kind)
-    properties = _told(getattr(module, "get_device_properties", None), index)
-    name = getattr(properties, "name", None) or _told(getattr(module, "get_device_name", None), index)
-    memory_bytes = getattr(properties, "total_memory", None) or _told(getattr(module, "recommended_max_memory", None))
+    properties = _call_if_any(getattr(module, "get_device_properties", None), index)
+    name = getattr(properties, "name", None) or _call_if_any(getattr(module, "get_device_name", None), index)
+    memory_bytes = getattr(properties, "total_memory", None) or _call_if_any(
+        getattr(module, "recommended_max_memory", None)
+    )
     return DeviceReport(
         device=kind if kind == "mps" else f"{kind}:{index}",
         name=str(name or kind),
@@ -123,12 +126,12 @@ def _report(kind: str, index: int) -> DeviceReport:
     )
 
 
-def _told(question: Callable[..., Any] | None, *arguments: Any) -> Any:
-    return None if question is None else question(*arguments)
+def _call_if_any(function: Callable[..., Any] | None, *arguments: Any) -> Any:
+    return None if function is None else function(*arguments)
 
 
 def _amd_devices(root: Path) -> int:
-    """Return how many devices AMD's compute driver has."""
+    """Return the number of devices of AMD's compute driver."""
     count = 0
     for file in (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
         try:
@@ -137,7 +140,7 @@ def _amd_devices(root: Path) -> int:
             )
         except (OSError, UnicodeDecodeError):
             continue
-        # processors are listed too; they have no SIMD units
+        # processors are listed too, but they have no SIMD units
         count += properties.get("vendor_id") == _AMD_VENDOR_ID and properties.get("simd_count", "0") != "0"
     return count
 

@@ -1,7 +1,7 @@
-"""Train a small network on a device for a few seconds, to see how fast it is.
+"""Train a small network on a device for a few seconds to measure its speed.
 
-The steps are real ones: forward pass, backward pass, optimiser.  Sizes are interleaved, so that a lasting disturbance
-falls on all of them, and the times of each size are pooled in their median.
+Every step is a full one: forward pass, backward pass, optimiser.  Batch sizes are interleaved, so that a lasting
+disturbance affects all of them, and the times of each size are reduced to their median.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["Workload", "measure_device"]
 _FIRST_SIZE = 8
 _LARGEST_SIZE = 2048
 _SIZES = 4
-_FEWEST_ROUNDS, _ROUNDS, _MOST_ROUNDS = 3, 8, 200
-# What finding the sizes may take of the time; the rest is for rounds.
+_MIN_ROUNDS, _ROUNDS, _MAX_ROUNDS = 3, 8, 200
+# Fraction of the time that the search for the sizes may take; the rest is for rounds.
 _SEARCH_PART = 0.3
 _CHANNELS, _WIDTH, _CLASSES = 3, 32, 10
 
@@ -33,20 +33,20 @@ Step = Callable[[], object]
 
 
 class Workload(Protocol):
-    """Anything that can be trained on; tests put work of known duration here."""
+    """A network to train; tests substitute work of known duration."""
 
     description: str
 
     def step(self, samples: int) -> Step:
-        """Return a training step on ``samples`` samples."""
+        """Return a function that runs a training step with ``samples`` samples."""
         ...
 
 
 class _ReferenceNetwork:
-    """Four convolutions, trained by gradient descent with momentum on made-up pictures.
+    """Four convolutions, trained by gradient descent with momentum on random images.
 
     Args:
-        device: where.
+        device: Device to train on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class _ReferenceNetwork:
         self.description = f"four convolutions on {_CHANNELS}x{_WIDTH}x{_WIDTH}, float32, SGD{threads}"
 
     def step(self, samples: int) -> Step:
-        """Return a training step on ``samples`` samples."""
+        """Return a function that runs a training step with ``samples`` samples."""
         inputs = torch.rand(samples, _CHANNELS, _WIDTH, _WIDTH, device=self._device)
         targets = torch.randint(_CLASSES, (samples,), device=self._device)
 
@@ -77,15 +77,15 @@ class _ReferenceNetwork:
 
 
 def measure_device(device: torch.device, seconds: float, workload: Workload | None = None) -> Measurement:
-    """Return how fast a device is; takes about ``seconds``, or longer where twelve steps take longer.
+    """Measure the speed of a device, in about ``seconds``, or in the time of twelve steps if that is longer.
 
     Args:
-        device: what to measure; this process takes memory of it.
-        seconds: how long to measure.
-        workload: what to train; a small convolutional network by default.
+        device: Device to measure; this process allocates memory on it.
+        seconds: Approximate duration of the measurement.
+        workload: Network to train; a small convolutional network by default.
 
     Raises:
-        UnsupportedFeatureError: the device failed, or has too little memory for even the smallest sizes.
+        UnsupportedFeatureError: The device failed, or has too little memory even for the smallest sizes.
     """
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -93,7 +93,7 @@ def measure_device(device: torch.device, seconds: float, workload: Workload | No
             times_s = _times(workload, _sizes(workload, device, seconds), device, (1 - _SEARCH_PART) * seconds)
     except (RuntimeError, MemoryError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UnsupportedFeatureError(f"{device} was not measured: {reason}.") from error
+        raise UnsupportedFeatureError(f"{device} could not be measured: {reason}.") from error
     finally:
         if device.type == "cuda" and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -103,20 +103,20 @@ def measure_device(device: torch.device, seconds: float, workload: Workload | No
         seconds_per_sample=line.seconds_per_sample,
         samples_per_s=float(f"{largest / median(times_s[largest]):.4g}"),
         spread=round(relative_spread(times_s[largest]), 4),
-        workload=f"{workload.description}, {min(times_s)} to {largest} samples a step",
+        workload=f"{workload.description}, {min(times_s)} to {largest} samples per step",
     )
 
 
 def _sizes(workload: Workload, device: torch.device, seconds: float) -> list[int]:
-    """Return sizes that double, the largest of which takes long enough, is large enough, or just fits into memory."""
-    # with half the time and so on for the smaller sizes, a round takes less than twice what its largest step takes
+    """Return doubling sizes; a step of the largest takes long enough, or it is the limit, or just fits into memory."""
+    # each smaller size takes half the time, so a round takes less than twice the time of its largest step
     enough_s = (1 - _SEARCH_PART) * seconds / (2 * _ROUNDS)
     largest = _FIRST_SIZE
     try:
         while largest <= _LARGEST_SIZE:
             step = workload.step(largest)
-            step()  # the first one of a size may take long
-            # the lesser of two: one disturbance must not keep all sizes small
+            step()  # the first step of a size may take longer
+            # the minimum of two, so that one disturbance does not keep all sizes small
             if min(timed_call(step, device)[1] for _ in range(2)) > enough_s / 2:
                 break
             largest *= 2
@@ -130,14 +130,14 @@ def _sizes(workload: Workload, device: torch.device, seconds: float) -> list[int
 
 
 def _times(workload: Workload, sizes: list[int], device: torch.device, seconds: float) -> dict[int, list[float]]:
-    """Return what each repetition of each size takes, in seconds."""
+    """Return the seconds of each repetition of each size."""
     steps = {size: workload.step(size) for size in sizes}
     for step in steps.values():
         step()
     times_s: dict[int, list[float]] = {size: [] for size in sizes}
     start_s = time.perf_counter()
-    for number in range(_MOST_ROUNDS):
-        if number >= _FEWEST_ROUNDS and time.perf_counter() - start_s > seconds:
+    for count in range(_MAX_ROUNDS):
+        if count >= _MIN_ROUNDS and time.perf_counter() - start_s > seconds:
             break
         for size, step in steps.items():
             times_s[size].append(timed_call(step, device)[1])

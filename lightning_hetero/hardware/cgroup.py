@@ -1,6 +1,6 @@
-"""What a control group (a container, a batch system) leaves to this process.
+"""Read the limits that a control group (of a container or a batch system) sets for this process.
 
-Both versions of the interface are read, from the group of this process up to the root: the tightest limit counts.
+Both versions of the interface are read, from the group of this process up to the root; the tightest limit applies.
 Linux describes them in ``Documentation/admin-guide/cgroup-v2.rst`` and ``Documentation/admin-guide/cgroup-v1/``.
 """
 
@@ -13,27 +13,27 @@ __all__ = ["cpu_quota", "memory_limit"]
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return how many cores the process may use at a time; None where there is no quota.
+    """Return how many cores the process may use at a time; None if there is no quota.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: Folder that contains ``proc`` and ``sys``.
     """
     quotas = []
     for folder in _folders(root, "cpu"):
         quota_us, _, period_us = _text(folder / "cpu.max").partition(" ")
         quota_us = quota_us or _text(folder / "cpu.cfs_quota_us")
         period_us = period_us or _text(folder / "cpu.cfs_period_us")
-        # "max" and -1 are no quota
+        # "max" and -1 stand for no quota
         if quota_us.isdecimal() and period_us.isdecimal() and int(quota_us) and int(period_us):
             quotas.append(int(quota_us) / int(period_us))
     return min(quotas, default=None)
 
 
 def memory_limit(root: Path = Path("/")) -> tuple[int, int] | None:
-    """Return the limit of the process's memory and what is left of it, in bytes; None where there is no limit.
+    """Return the memory limit of the process and what is left of it, in bytes; None if there is no limit.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: Folder that contains ``proc`` and ``sys``.
     """
     limits = []
     for folder in _folders(root, "memory"):
@@ -46,7 +46,7 @@ def memory_limit(root: Path = Path("/")) -> tuple[int, int] | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's group and of those around it, as far as they are visible."""
+    """Yield the folders of this process's group and of its parents, as far as they are visible."""
     mount = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -57,7 +57,7 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
             top = mount / controller
         else:
             continue
-        # a container sees its own group at the top, whatever it is called outside
+        # a container sees its own group at the top, whatever its name outside
         folder = top / group.lstrip("/")
         while folder != top:
             yield folder
@@ -66,9 +66,9 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _reclaimable_bytes(folder: Path) -> int:
-    """Return what the kernel counts as used but drops when it is needed: pages of files not read lately."""
-    of = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
-    value = of.get("total_inactive_file", of.get("inactive_file", "0"))
+    """Return the memory that counts as used but that the kernel can reclaim: inactive pages of files."""
+    statistics = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    value = statistics.get("total_inactive_file", statistics.get("inactive_file", "0"))
     return int(value) if value.isdecimal() else 0
 
 

@@ -11,7 +11,7 @@ from lightning_hetero.hardware.accelerators import accelerator_reports, unused_d
 from lightning_hetero.hardware.nvml import Nvml
 from lightning_hetero.hardware.processor import LoadMeter, processor_report
 
-__all__ = ["Machine", "machine_here"]
+__all__ = ["Machine", "describe_machine"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Machine:
     """A machine and its devices.
 
     Attributes:
-        host: its name.
-        devices: the accelerators that this process may use, and the processor last.
-        notes: sentences on devices that are here but cannot be used.
+        host: Name of the machine.
+        devices: Accelerators that this process may use, followed by the processor.
+        notes: Notes on devices of the machine that cannot be used.
     """
 
     host: str
@@ -29,13 +29,13 @@ class Machine:
     notes: tuple[str, ...] = ()
 
 
-def machine_here(load: LoadMeter, nvml: Nvml | None = None, root: Path = Path("/")) -> Machine:
-    """Return what this machine has.
+def describe_machine(load: LoadMeter, nvml: Nvml | None = None, root: Path = Path("/")) -> Machine:
+    """Describe this machine and its devices.
 
     Args:
-        load: a meter that was made a while ago.
-        nvml: what asks NVIDIA's driver.
-        root: where ``proc`` and ``sys`` are.
+        load: Load meter, which averages from its creation until now.
+        nvml: Access to NVIDIA's driver.
+        root: Folder that contains ``proc`` and ``sys``.
     """
     nvml = nvml or Nvml()
     accelerators, notes = accelerator_reports(nvml)

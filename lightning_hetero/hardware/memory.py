@@ -1,4 +1,4 @@
-"""How much memory a process has used at most, and how much it may use."""
+"""Measure how much device memory a process has used and how much it could use."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_hetero.hardware.nvml import Nvml
 
 __all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "meter_of", "state_per_parameter"]
 
-_USUAL_STATE = 2.0  # of Adam and its kin
+_USUAL_STATE = 2.0  # Adam and its variants
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """A reading of one device.
+    """A reading of the memory of one device.
 
     Attributes:
-        resident_bytes: held by this process now, between two steps.
-        peak_bytes: held by this process at most since the meter was restarted.
-        available_bytes: what this process could hold: what it has, and what nobody has.
+        resident_bytes: Memory that this process holds now, between two steps.
+        peak_bytes: Largest memory that this process has held since the meter was restarted.
+        available_bytes: Memory that this process could hold: its allocated plus free memory.
     """
 
     resident_bytes: int
@@ -33,23 +33,23 @@ class MemoryUse:
 
 
 class MemoryMeter(Protocol):
-    """Anything that can read a device's memory; tests put devices here that the machine lacks."""
+    """A reader of a device's memory; tests substitute devices that the machine lacks."""
 
     def restart(self) -> None:
-        """Forget the peak; must not wait for the device."""
+        """Reset the peak; must not wait for the device."""
         ...
 
     def read(self) -> MemoryUse | None:
-        """Return what is known since the restart; None where nothing is. Must not wait for the device."""
+        """Return the memory use since the restart, None if unknown; must not wait for the device."""
         ...
 
 
 class CudaMemoryMeter:
-    """Asks torch's allocator for what this process has, and the driver for what nobody has.
+    """A meter that asks torch's allocator for this process's memory, and the driver for free memory.
 
     Args:
-        device: a CUDA device.
-        nvml: what asks the driver; where it knows nothing, torch asks in its own way.
+        device: CUDA device to read.
+        nvml: Access to NVIDIA's driver; if it cannot answer, torch is asked instead.
     """
 
     def __init__(self, device: torch.device, nvml: Nvml | None = None) -> None:
@@ -58,11 +58,11 @@ class CudaMemoryMeter:
         self._uuid = f"GPU-{getattr(torch.cuda.get_device_properties(device), 'uuid', None)}"
 
     def restart(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> MemoryUse:
-        """Return what is known since the restart."""
+        """Return the memory use since the restart."""
         free = self._nvml.free_bytes(self._uuid)
         if free is None:
             free = torch.cuda.mem_get_info(self._device)[0]
@@ -79,9 +79,9 @@ def meter_of(device: torch.device) -> MemoryMeter | None:
 
 
 def state_per_parameter(optimizer: Optimizer) -> float:
-    """Return how many numbers an optimiser keeps for each number that it trains, as it does for a small parameter."""
+    """Return how many numbers an optimiser keeps per trained number, measured on a small parameter."""
     parameter = nn.Parameter(torch.zeros(8, 8))
-    with suppress(Exception):  # not every optimiser can be made from its defaults
+    with suppress(Exception):  # not every optimiser can be created from its defaults
         twin = type(optimizer)([parameter], **optimizer.defaults)
         parameter.grad = torch.ones_like(parameter)
         twin.step()

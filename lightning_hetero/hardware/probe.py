@@ -15,28 +15,28 @@ __all__ = ["DeviceProbe", "TorchDeviceProbe"]
 
 
 class DeviceProbe(Protocol):
-    """Anything that can say what a device is; tests put devices here that the machine lacks."""
+    """A source of device profiles; tests substitute devices that the machine lacks."""
 
     def profile(self, device: torch.device) -> DeviceProfile:
-        """Return what ``device`` is."""
+        """Return the profile of ``device``."""
         ...
 
 
 class TorchDeviceProbe:
-    """Asks torch, for NVIDIA's devices the driver, and for processors the operating system.
+    """A probe that asks torch, the driver for NVIDIA's devices, and the operating system for processors.
 
     Args:
-        nvml: what asks the driver.
+        nvml: Access to NVIDIA's driver.
     """
 
     def __init__(self, nvml: Nvml | None = None) -> None:
         self._nvml = nvml or Nvml()
 
     def profile(self, device: torch.device) -> DeviceProfile:
-        """Return what ``device`` is; on CUDA this initialises the device."""
+        """Return the profile of ``device``; on CUDA this initialises the device."""
         if device.type != "cuda":
             return DeviceProfile(socket.gethostname(), str(device), processor_name())
-        # not every build of torch for other vendors' devices tells it
+        # builds of torch for other vendors may lack it
         uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
         return DeviceProfile(
             host=socket.gethostname(),

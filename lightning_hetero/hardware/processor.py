@@ -1,4 +1,4 @@
-"""What the operating system knows about the processor, and how much of it a container leaves to this process."""
+"""Describe the processor, and the part of it that a container leaves to this process."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["LoadMeter", "processor_report"]
 
 
 class LoadMeter:
-    """Tells how busy the processor is with others than this process, from the meter's creation on."""
+    """A meter of how busy other processes keep the processor, from the creation of the meter on."""
 
     def __init__(self) -> None:
         self._busy_s, self._own_s, self._start_s = _busy_s(), _own_s(), time.perf_counter()
 
     def busy_cores(self) -> float:
-        """Return how many cores others have kept busy on average; time that a hypervisor took away counts too."""
+        """Return how many cores other processes have kept busy on average; time stolen by a hypervisor counts too."""
         elapsed_s = time.perf_counter() - self._start_s
         others_s = (_busy_s() - self._busy_s) - (_own_s() - self._own_s)
         return max(others_s, 0.0) / max(elapsed_s, 1e-3)
 
 
 def processor_report(load: LoadMeter, root: Path = Path("/")) -> DeviceReport:
-    """Return what the processor is.
+    """Describe the processor.
 
     Args:
-        load: a meter that was made a while ago.
-        root: where ``proc`` and ``sys`` are.
+        load: Load meter, which averages from its creation until now.
+        root: Folder that contains ``proc`` and ``sys``.
     """
     logical = psutil.cpu_count() or 1
     quota = cpu_quota(root)
@@ -61,8 +61,8 @@ def _allowed_cores(logical: int) -> int:
 
 
 def _clocks_mhz() -> tuple[float | None, float | None]:
-    """Return the clock now and the highest one; virtual machines often tell one or none."""
-    with suppress(Exception):  # psutil lets through whatever the files of this platform provoke
+    """Return the current and the highest clock rate; virtual machines often report one or none."""
+    with suppress(Exception):  # psutil passes on any error that the files of this platform cause
         clock = psutil.cpu_freq()
         return (round(clock.current) or None, round(clock.max) or None) if clock else (None, None)
     return None, None
@@ -70,7 +70,7 @@ def _clocks_mhz() -> tuple[float | None, float | None]:
 
 def _busy_s() -> float:
     times = psutil.cpu_times()
-    # guests are counted under user and nice already
+    # guest time is already included in user and nice
     names = ("user", "nice", "system", "irq", "softirq", "steal")
     return sum(float(getattr(times, name, 0.0)) for name in names)
 

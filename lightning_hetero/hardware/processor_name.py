@@ -1,4 +1,4 @@
-"""What the processor is called; apart from the rest that a probe asks, since every training asks this."""
+"""Name the processor; a module of its own, because every training needs the name and nothing else of a probe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["processor_name"]
 
 
 def processor_name(root: Path = Path("/")) -> str:
-    """Return the model of the processor."""
+    """Return the name of the processor model."""
     cpuinfo = root / "proc/cpuinfo"
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Time a piece of work that is run for that purpose; training steps are timed without waiting (``step_timer``)."""
+"""Time work that is run only to be timed; training steps are timed without waiting (``step_timer``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def timed_call(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Return what ``call`` returns, and the seconds until the device has finished it."""
+    """Return the result of ``call``, and the seconds until the device has finished it."""
     _finish(device)
     start_s = time.perf_counter()
     result = call()

@@ -1,4 +1,4 @@
-"""A line through repeated timings."""
+"""The fit of a line through repeated timings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_too_little_is_refused(timings: dict[int, list[float]]) -> None:
         fit_line(timings)
 
 
-def test_spread_is_that_of_the_middle_half() -> None:
+def test_spread_is_the_interquartile_range() -> None:
     assert relative_spread([3.0]) == 0
     assert relative_spread([1.0, 2.0, 3.0, 4.0, 1000.0]) == pytest.approx(2 / 3)
     assert math.isclose(relative_spread([2.0] * 5), 0.0)

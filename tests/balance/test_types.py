@@ -1,4 +1,4 @@
-"""The values that cross layers refuse nonsense and survive a checkpoint."""
+"""The values that layers exchange refuse nonsense and survive a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_schedule_survives_json() -> None:
     assert PlanSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
-def test_a_plan_can_be_divided_anew_where_a_rank_has_no_sample() -> None:
+def test_a_plan_with_an_idle_rank_can_be_divided_again() -> None:
     assert proportional_plan(BatchPlan((0, 6, 12)).shares, 36, min_samples=1).samples == (1, 12, 23)
 
 
@@ -41,7 +41,7 @@ def test_loss_weight(samples: int, global_samples: int, weight: float) -> None:
 
 
 def test_weights_of_equal_shares_are_exactly_one() -> None:
-    """Then the loss is not touched at all, and the run is plain DDP to the last bit."""
+    """Weights of exactly one leave the loss untouched, so the run equals plain DDP to the last bit."""
     assert all(weight_in_mean(n, n * w, w) == 1.0 for n in range(1, 50) for w in range(1, 50))
 
 

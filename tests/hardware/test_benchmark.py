@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Work:
-    """A device that takes a known time, on a clock of its own, and has room for so many samples."""
+    """A device with a known step time, a clock of its own, and memory for a given number of samples."""
 
     description = "known work"
 
@@ -95,8 +95,8 @@ def test_sizes_end_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(work.sizes) == 64
 
 
-def test_a_device_without_room_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"^cpu was not measured: CUDA out of memory. Tried to allocate 2 GiB\.$"
+def test_a_device_without_memory_gives_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"^cpu could not be measured: CUDA out of memory. Tried to allocate 2 GiB\.$"
     with pytest.raises(UnsupportedFeatureError, match=message):
         measure(Work(1e-3, 1e-5, room=4), monkeypatch)
 
@@ -115,7 +115,7 @@ def test_the_real_network_trains_and_leaves_the_random_state(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_the_work_of_an_accelerator_is_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timer_waits_for_an_accelerator(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     module = SimpleNamespace(synchronize=lambda *_: order.append("waited"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)

@@ -1,4 +1,4 @@
-"""The devices of a machine; those that this one lacks are faked."""
+"""The devices of a machine, with fakes for those that this machine lacks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 import torch
 from hardware.test_nvml import KNOWN, Driver
 
-from lightning_hetero.hardware.machine import Machine, machine_here
+from lightning_hetero.hardware.machine import Machine, describe_machine
 from lightning_hetero.hardware.nvml import Nvml
 from lightning_hetero.hardware.processor import LoadMeter
 
 
 def here(driver: Driver | None = None, root: Path = Path("/nowhere")) -> Machine:
     nothing = Driver("nvmlInit", pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-    return machine_here(LoadMeter(), Nvml(driver or nothing), root)
+    return describe_machine(LoadMeter(), Nvml(driver or nothing), root)
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A build of torch with CUDA; tests put the properties of devices into the list, or an error."""
+    """A build of torch with CUDA; tests append the properties of devices, or errors, to the list."""
     devices: list[Any] = []
 
     def properties(index: int) -> Any:
@@ -37,7 +37,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    # a probe must not take memory from a training that runs
+    # a probe must not take memory from a running training
     for creates_a_context in ("mem_get_info", "synchronize", "set_device", "current_stream"):
         monkeypatch.delattr(torch.cuda, creates_a_context)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -62,7 +62,7 @@ def test_a_cuda_device_is_described_by_its_driver(cuda: list[Any]) -> None:
     assert (report.device, report.name, report.vendor) == ("cuda:0", "Tesla V100", "NVIDIA")
     assert (report.memory_bytes, report.free_bytes) == (16_000, 10_000)
     assert (report.clock_mhz, report.max_clock_mhz) == (1005, 1530)
-    assert report.throttled == ("power limit", "heat, noticed by the hardware")
+    assert report.throttled == ("power limit", "heat, detected by the hardware")
     assert (report.other_processes, report.other_bytes) == (2, 2_500)
     assert (report.utilisation, report.temperature_c) == (0.37, 71)
     assert report.nominal_speed == pytest.approx(5120 * 1.530)
@@ -70,7 +70,7 @@ def test_a_cuda_device_is_described_by_its_driver(cuda: list[Any]) -> None:
     json.dumps(report.to_dict())
 
 
-def test_without_a_driver_that_answers_torch_tells_name_and_memory(cuda: list[Any]) -> None:
+def test_torch_gives_name_and_memory_if_the_driver_does_not_answer(cuda: list[Any]) -> None:
     cuda.append(v100())
     machine = here()
     report = machine.devices[0]
@@ -79,7 +79,7 @@ def test_without_a_driver_that_answers_torch_tells_name_and_memory(cuda: list[An
     assert machine.notes == ()
 
 
-def test_a_device_that_fails_is_a_sentence_and_the_others_go_on(cuda: list[Any]) -> None:
+def test_a_device_that_fails_becomes_a_note_and_the_others_are_listed(cuda: list[Any]) -> None:
     cuda += [RuntimeError("The NVIDIA driver on your system is too old.\nUpdate it."), v100()]
     driver = Driver()
     driver.count = 2
@@ -88,7 +88,7 @@ def test_a_device_that_fails_is_a_sentence_and_the_others_go_on(cuda: list[Any])
     assert machine.notes[0] == "cuda:0 cannot be used: The NVIDIA driver on your system is too old."
 
 
-def test_rocm_is_of_amd_and_asks_no_driver_of_nvidia(cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rocm_means_amd_and_does_not_ask_the_nvidia_driver(cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     cuda.append(SimpleNamespace(name="AMD Instinct MI250X", total_memory=64_000))
@@ -97,8 +97,10 @@ def test_rocm_is_of_amd_and_asks_no_driver_of_nvidia(cuda: list[Any], monkeypatc
     assert machine.notes == ()
 
 
-@pytest.mark.parametrize(("count", "words"), [(1, "the NVIDIA device here"), (2, "the 2 NVIDIA devices here")])
-def test_a_build_that_cannot_use_what_is_here_says_so(count: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "the NVIDIA device of this machine"), (2, "the 2 NVIDIA devices of this machine")]
+)
+def test_a_build_that_cannot_use_a_device_says_so(count: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     driver = Driver()
@@ -117,7 +119,7 @@ def test_devices_out_of_reach_are_counted(
     driver = Driver()
     driver.count = 4
     (note,) = here(driver).notes
-    assert note.startswith("3 of the 4 NVIDIA devices here")
+    assert note.startswith("3 of the 4 NVIDIA devices of this machine")
     assert ("CUDA_VISIBLE_DEVICES" in note) == (visible is not None)
 
 
@@ -127,7 +129,7 @@ def test_amds_devices_are_seen_by_a_build_that_cannot_use_them(cuda: list[Any], 
         (nodes / str(node)).mkdir(parents=True)
         (nodes / str(node) / "properties").write_text(text, encoding="ascii")
     (note,) = here(root=tmp_path).notes
-    assert "the AMD device here" in note
+    assert "the AMD device of this machine" in note
     assert "gloo" in note
 
 

@@ -1,4 +1,4 @@
-"""What the driver says about a device, and what becomes of it where the driver says nothing."""
+"""The answers of the driver about a device, and what happens when it does not answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KNOWN = "GPU-4f0a"
 
 
 class Driver:
-    """A driver that this machine lacks: one device of 5,120 cores at 1,530 MHz, and what may go wrong."""
+    """A fake driver with one device of 5,120 cores at 1,530 MHz, which can be made to fail."""
 
     NVMLError = pynvml.NVMLError
     NVMLLibraryMismatchError = pynvml.NVMLLibraryMismatchError
@@ -90,7 +90,7 @@ def test_a_speed_is_cores_times_clock() -> None:
     assert Nvml(Driver()).nominal_speed(KNOWN) == pytest.approx(5120 * 1.530)
 
 
-def test_free_memory_is_what_nobody_has(caplog: pytest.LogCaptureFixture) -> None:
+def test_free_memory_is_not_allocated_by_any_process(caplog: pytest.LogCaptureFixture) -> None:
     assert Nvml(Driver()).free_bytes(KNOWN) == 10_000
     nvml = Nvml(Driver("nvmlDeviceGetMemoryInfo", pynvml.NVML_ERROR_NO_PERMISSION))
     with caplog.at_level(logging.DEBUG):
@@ -98,15 +98,15 @@ def test_free_memory_is_what_nobody_has(caplog: pytest.LogCaptureFixture) -> Non
     assert len(caplog.records) == 1, "one line, however often it is asked"
 
 
-# what is asked, who answers it, and the answer
+# the question, the function that answers it, and the answer
 READINGS = [
     ("total_bytes", "nvmlDeviceGetMemoryInfo", 16_000),
     ("clock_mhz", "nvmlDeviceGetClockInfo", 1005),
     ("max_clock_mhz", "nvmlDeviceGetMaxClockInfo", 1530),
-    ("throttled", "nvmlDeviceGetCurrentClocksThrottleReasons", ("power limit", "heat, noticed by the hardware")),
+    ("throttled", "nvmlDeviceGetCurrentClocksThrottleReasons", ("power limit", "heat, detected by the hardware")),
     ("utilisation", "nvmlDeviceGetUtilizationRates", 0.37),
     ("temperature_c", "nvmlDeviceGetTemperature", 71),
-    ("others", "nvmlDeviceGetComputeRunningProcesses", (2, 2_500)),
+    ("other_processes", "nvmlDeviceGetComputeRunningProcesses", (2, 2_500)),
 ]
 
 
@@ -123,15 +123,15 @@ def test_an_idle_device_is_not_throttled() -> None:
     assert Nvml(driver).throttled(KNOWN) == ()
 
 
-def test_memory_of_others_is_unknown_where_that_of_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_others_is_unknown_if_that_of_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = [_process(-1, 2_000), _process(-2, None)]
     monkeypatch.setattr(Driver, "nvmlDeviceGetComputeRunningProcesses", lambda *_: hidden)
     monkeypatch.setattr(Driver, "nvmlDeviceGetGraphicsRunningProcesses", lambda *_: [])
-    assert Nvml(Driver()).others(KNOWN) == (2, None)
+    assert Nvml(Driver()).other_processes(KNOWN) == (2, None)
 
 
 def test_an_old_driver_that_lists_no_processes_is_no_error() -> None:
-    assert Nvml(Driver("mismatch")).others(KNOWN) is None
+    assert Nvml(Driver("mismatch")).other_processes(KNOWN) is None
 
 
 def test_devices_are_counted() -> None:
@@ -151,7 +151,7 @@ def test_devices_are_counted() -> None:
         ("nvmlDeviceGetMaxClockInfo", pynvml.NVML_ERROR_GPU_IS_LOST),
     ],
 )
-def test_what_the_driver_refuses_is_unknown(fails_in: str, code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_answer_is_unknown(fails_in: str, code: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         assert Nvml(Driver(fails_in, code)).nominal_speed(KNOWN) is None
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]

@@ -1,4 +1,4 @@
-"""The probe names what the machine has; what it lacks is faked."""
+"""The probe names the devices of a machine, with fakes for those that this machine lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of the processor, and what a container leaves of it, by files as Linux writes them."""
+"""The description of the processor and of a container's limits, from files as Linux writes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def machine(root: Path, files: dict[str, str]) -> Path:
         ({}, None),
         ({**V2, "sys/fs/cgroup/pod/task/cpu.max": "max 100000\n"}, None),
         ({**V2, "sys/fs/cgroup/pod/task/cpu.max": "150000 100000\n"}, 1.5),
-        # the tightest of the groups around it counts
+        # the tightest limit among the group and its parents applies
         ({**V2, "sys/fs/cgroup/pod/task/cpu.max": "max 100000", "sys/fs/cgroup/pod/cpu.max": "50000 100000"}, 0.5),
         # inside a container the group has another name than outside
         ({**V2, "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3.0),
@@ -78,7 +78,7 @@ def test_memory_limit(files: dict[str, str], limit: tuple[int, int] | None, tmp_
     assert memory_limit(machine(tmp_path, files)) == limit
 
 
-def test_a_container_is_described_as_what_it_leaves(tmp_path: Path) -> None:
+def test_a_container_is_described_by_its_limits(tmp_path: Path) -> None:
     group = "sys/fs/cgroup/pod/task"
     root = machine(tmp_path, {**V2, f"{group}/cpu.max": "50000 100000", f"{group}/memory.max": "4096000"})
     report = processor_report(LoadMeter(), root)

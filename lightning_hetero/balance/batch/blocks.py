@@ -1,8 +1,8 @@
-"""How an epoch is cut into global batches, and which of them make a step together.
+"""Cut an epoch into global batches, and tell which of them form a step together.
 
-A *block* is one global batch as positions of the epoch's order.  Where a step takes a batch from each of several
-loaders, one weight for its loss can only be exact if every rank holds the same fraction of each of them; therefore they
-are divided together, in units that all their sizes are multiples of.
+A *block* is one global batch, given as positions in the epoch's order.  If a step takes a batch from each of several
+loaders, a single weight for its loss is exact only if every rank holds the same fraction of each batch.  Such batches
+are therefore divided together, in units that divide all their sizes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Blocks:
     """The sizes of an epoch's global batches.
 
     Attributes:
-        entries: length of the epoch's order.
-        size: entries in a global batch.
-        drop_last: leave out a last global batch that is not full.
-        least: entries that the last global batch has at least, where the one before it can give some up and keep as
-            many itself.
+        entries: Length of the epoch's order.
+        size: Number of entries in a global batch.
+        drop_last: Whether a ragged last global batch is left out.
+        least: Fewest entries of the last global batch. The batch before it gives some up, if it can keep as many
+            itself.
     """
 
     entries: int
@@ -60,12 +60,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a loader stands.
+    """The position of a loader.
 
     Attributes:
-        step: training step that its next batch is for, counted from 0 over all epochs.
-        position: steps of this epoch before that one.
-        block: which of its own global batches that is; it differs from ``position`` where a short loader is cycled.
+        step: Training step that its next batch is for, counted from 0 over all epochs.
+        position: Number of steps in this epoch before that one.
+        block: Index of the batch among the loader's own global batches; it differs from ``position`` when a short
+            loader is cycled.
     """
 
     step: int = 0
@@ -73,34 +74,34 @@ class Cursor:
     block: int = 0
 
     def moved(self, batches: int) -> Cursor:
-        """Return where the loader stands that many batches later."""
+        """Return the position of the loader after ``batches`` more batches."""
         return Cursor(self.step + batches, self.position + batches, self.block + batches)
 
 
 class Sized(Protocol):
-    """A loader's global batches."""
+    """The global batches of a loader."""
 
     @property
     def size(self) -> int:
-        """Samples of a whole one."""
+        """Number of samples in a full global batch."""
         ...
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of global batches."""
         ...
 
     def size_at(self, block: int) -> int:
-        """Return the size of one."""
+        """Return the size of global batch number ``block``."""
         ...
 
 
 def block_in_step(position: int, blocks: int, mode: str) -> int | None:
-    """Return which of its global batches a loader gives to a step, or None where it is exhausted.
+    """Return which of its global batches a loader contributes to a step; None if it is exhausted.
 
     Args:
-        position: the step, counted from the beginning of the epoch.
-        blocks: number of global batches of the loader.
-        mode: how loaders are combined; in ``"max_size_cycle"`` one begins anew when it is exhausted.
+        position: Step, counted from the beginning of the epoch.
+        blocks: Number of global batches of the loader.
+        mode: Mode in which loaders are combined; with ``"max_size_cycle"`` an exhausted loader starts again.
     """
     if mode == "max_size_cycle" and blocks:
         return position % blocks
@@ -108,12 +109,12 @@ def block_in_step(position: int, blocks: int, mode: str) -> int | None:
 
 
 def blocks_before(position: int, blocks: int | None, mode: str) -> int:
-    """Return how many of its global batches a loader has given, in its present pass, to the steps before ``position``.
+    """Return how many global batches a loader has contributed, in its current cycle, to the steps before ``position``.
 
     Args:
-        position: the step, counted from the beginning of the epoch.
-        blocks: number of global batches of the loader; None where it is not known, and the loader not exhausted.
-        mode: how loaders are combined.
+        position: Step, counted from the beginning of the epoch.
+        blocks: Number of global batches of the loader; None if it is unknown and the loader is not exhausted.
+        mode: Mode in which loaders are combined.
     """
     if blocks is None:
         return position
@@ -122,14 +123,14 @@ def blocks_before(position: int, blocks: int | None, mode: str) -> int:
 
 
 def uneven_steps(loaders: Sequence[Sized], mode: str) -> list[tuple[int, ...]]:
-    """Return the sizes that are divided together in steps to which some loader gives a last batch that is not full.
+    """Return the sizes that are divided together in steps to which some loader contributes a ragged batch.
 
     Args:
-        loaders: the global batches of each loader.
-        mode: how they are combined: ``"max_size_cycle"``, ``"max_size"`` or ``"min_size"``.
+        loaders: Global batches of each loader.
+        mode: Mode in which they are combined: ``"max_size_cycle"``, ``"max_size"`` or ``"min_size"``.
 
     Returns:
-        For each kind of such a step the sizes that loaders which are not exhausted give to it.
+        For each kind of such a step, the sizes of the batches from the loaders that are not exhausted.
     """
     lengths = [len(loader) for loader in loaders]
     steps = min(lengths) if mode == "min_size" else max(lengths)
@@ -143,19 +144,19 @@ def uneven_steps(loaders: Sequence[Sized], mode: str) -> list[tuple[int, ...]]:
 
 
 def common_unit(sizes: Sequence[int]) -> int:
-    """Return the number of equal parts into which global batches of all these sizes can be divided."""
+    """Return the largest number of equal parts into which global batches of all these sizes can be divided."""
     return math.gcd(*sizes)
 
 
 def divide_together(plan: BatchPlan, sizes: Sequence[int]) -> list[BatchPlan]:
-    """Divide global batches of several sizes such that every rank has the same fraction of each.
+    """Divide global batches of several sizes so that every rank has the same fraction of each.
 
     The fractions are multiples of 1 / u, where u is the greatest common divisor of the sizes, so they follow ``plan``
-    only as closely as u allows: sizes without a common divisor go to one rank as a whole.
+    only as closely as u allows: sizes without a common divisor go to one rank entirely.
 
     Args:
-        plan: in which proportions; its own global batch may have any size.
-        sizes: samples of each global batch, at least 1.
+        plan: Plan whose proportions are followed; its own global batch may have any size.
+        sizes: Number of samples in each global batch, at least 1.
 
     Returns:
         The plan of each global batch, in the order of ``sizes``.
@@ -175,8 +176,8 @@ def merge_slices(slices: Sequence[BatchSlice]) -> BatchSlice:
     """Return the rank's part of a step that takes a global batch from each of several loaders, in common units.
 
     Raises:
-        UnsupportedFeatureError: the ranks hold different fractions of the global batches, so that no single weight for
-            the loss is exact. Every rank raises, since a slice knows the parts of all.
+        UnsupportedFeatureError: The ranks hold different fractions of the global batches, so no single weight for the
+            loss is exact. Every rank raises, because a slice knows the parts of all ranks.
     """
     first = slices[0]
     if len(slices) == 1:
@@ -185,7 +186,7 @@ def merge_slices(slices: Sequence[BatchSlice]) -> BatchSlice:
         pairs = zip(first.plan.samples, other.plan.samples, strict=True)
         if any(a * other.global_samples != b * first.global_samples for a, b in pairs):
             raise UnsupportedFeatureError(
-                f"`hetero_ddp` weights the loss of a step once, so every rank has to hold the same fraction of each"
+                f"`hetero_ddp` weights the loss of a step once, so every rank must hold the same fraction of each"
                 f" loader's batch, got {[list(part.plan.samples) for part in slices]} samples on the ranks in step"
                 f" {first.step}. Give the loaders of all ranks equal numbers of samples, or combine them into one."
             )

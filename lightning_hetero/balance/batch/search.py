@@ -1,4 +1,4 @@
-"""Search the largest size that fits, by as few trials as possible."""
+"""Search for the largest size that fits, in few trials."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ __all__ = ["Search"]
 
 
 class Search:
-    """Doubles a size while it fits, then bisects.
+    """A search that doubles a size while it fits and then bisects.
 
     Args:
-        start: the first size to try; it has run before, so it is believed to fit.
-        most: no larger size is of interest.
+        start: Size to start from; it has run before, so it is assumed to fit.
+        most: Largest size of interest.
 
     Example:
         >>> search = Search(start=8, most=100)
@@ -27,7 +27,7 @@ class Search:
         self._tried = 0
 
     def next_size(self) -> int | None:
-        """Return the size to try next; None where the largest is found."""
+        """Return the size to try next; None once the largest is found."""
         if self.largest >= self._most or (self._too_large is not None and self._too_large - self.largest < 2):
             return None
         doubled = min(2 * self.largest, self._most)
@@ -35,7 +35,7 @@ class Search:
         return self._tried
 
     def tell(self, fits: bool) -> None:
-        """Say whether the size that was asked for fits."""
+        """Report whether the size to try has fitted."""
         if fits:
             self.largest = self._tried
         else:

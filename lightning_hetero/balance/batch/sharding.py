@@ -1,10 +1,10 @@
-"""Which positions of a global batch each rank owns.
+"""Assign the positions of a global batch to ranks.
 
 A global batch is a block of consecutive entries of the epoch's order.  The ranks divide it among themselves, so its
-samples are the same whatever the plan.  Positions are dealt out like cards: the i-th sample of rank r has its turn at
-``i / n_r``, and of ranks whose turn is the same the lower comes first.  Between equal ranks that is r, r + W, r + 2W
-and so on, which are the positions that ``torch.utils.data.DistributedSampler`` gives to rank r: with equal shares each
-rank has the very mini-batches that it has under plain DDP.
+samples are the same under every plan.  Positions are dealt out like cards: the i-th sample of rank r has its turn at
+``i / n_r``, and the lower rank goes first if two turns coincide.  Under equal shares rank r gets r, r + W, r + 2W and
+so on, as with ``torch.utils.data.DistributedSampler``, so every rank has exactly the mini-batches that it has under
+plain DDP.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ __all__ = ["plan_for_block", "positions_of_rank"]
 
 @lru_cache(maxsize=1024)
 def plan_for_block(plan: BatchPlan, block_size: int) -> BatchPlan:
-    """Return how a block of another size is divided in the proportions of ``plan``.
+    """Divide a block of another size in the proportions of ``plan``.
 
-    A ragged last batch, or an evaluation batch of its own size, is divided like this.  Rank 0 always has a sample,
-    because what users log from rank 0 alone has to stem from real data; every rank has one if there are enough.
+    It divides ragged last batches, and evaluation batches of another size.  Rank 0 always has a sample if ``plan``
+    gives it any, because what users log from rank 0 alone must come from real data.  So does every other rank if there
+    are enough samples.
 
     Args:
-        plan: the plan of a whole global batch.
-        block_size: number of samples to divide, at least 1.
+        plan: Plan of a full global batch.
+        block_size: Number of samples to divide, at least 1.
 
     Returns:
-        A plan of ``block_size`` samples; ``plan`` itself where the sizes agree.
+        A plan of ``block_size`` samples; ``plan`` itself if the sizes agree.
 
     Example:
         >>> plan_for_block(BatchPlan((8, 16)), 9).samples
@@ -43,7 +44,7 @@ def plan_for_block(plan: BatchPlan, block_size: int) -> BatchPlan:
         return plan
     enough = block_size >= plan.world_size
     least = [1 if enough or rank == 0 else 0 for rank in range(plan.world_size)]
-    # a rank without a share of the whole gets none of a part
+    # a rank without samples in the full batch gets none here either
     least = [min(n, share) for n, share in zip(least, plan.samples, strict=True)]
     if sum(least) == 0:
         least[next(rank for rank, share in enumerate(plan.samples) if share)] = 1
@@ -57,11 +58,11 @@ def positions_of_rank(plan: BatchPlan, rank: int) -> tuple[int, ...]:
     """Return the positions of a global batch that ``rank`` owns under ``plan``.
 
     Args:
-        plan: the plan of the block, of ``plan.global_batch_size`` samples.
-        rank: the rank that asks.
+        plan: Plan of the block, which has ``plan.global_batch_size`` samples.
+        rank: Rank whose positions are returned.
 
     Returns:
-        Ascending positions, ``plan.samples[rank]`` of them. Over all ranks each position occurs once.
+        ``plan.samples[rank]`` positions in ascending order. Each position belongs to exactly one rank.
 
     Example:
         >>> [positions_of_rank(BatchPlan((2, 4)), rank) for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""Say what a pipeline is worth: against equal stages, the fastest device alone, and other numbers of micro-batches."""
+"""Compare a pipeline with equal stages, with the fastest device alone, and with other numbers of micro-batches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, Stage
 __all__ = ["PipelineAdvice", "advise_pipeline"]
 
 _WORTH_IT = 0.05
-_MOST_MICRO_BATCHES = 64
+_MAX_MICRO_BATCHES = 64
 
 
 @dataclass(frozen=True)
 class PipelineAdvice:
-    """What is predicted of a pipeline.
+    """The prediction for a pipeline and its alternatives.
 
     Attributes:
-        step_s: of the plan.
-        uniform_step_s: with equal numbers of layers.
-        fastest_rank: which rank would be fastest with the whole model.
-        alone_s: how long a step would take it.
-        micro_batches: of the plan.
-        better_micro_batches: as many would make a step at least 5 % faster; None where no number up to 64 would.
-        better_step_s: what a step would take then.
-        fits_alone: whether the whole model fits into that rank's memory; None where nothing is known of it.
+        step_s: Seconds per step under the plan.
+        uniform_step_s: Seconds per step with equal numbers of layers.
+        fastest_rank: Rank that would be fastest with the whole model.
+        alone_s: Seconds per step on that rank alone.
+        micro_batches: Number of micro-batches per step under the plan.
+        better_micro_batches: Number of micro-batches with which a step would be at least 5 % faster; None if no number
+            up to 64 would do.
+        better_step_s: Seconds per step with that number.
+        fits_alone: Whether the whole model fits into the memory of ``fastest_rank``; None if unknown.
     """
 
     step_s: float
@@ -39,20 +40,20 @@ class PipelineAdvice:
     fits_alone: bool | None = None
 
     def sentences(self) -> list[str]:
-        """Return what a user should know, the plan's worth first."""
+        """Return notes for the user, starting with the predicted step time."""
         found = [
-            f"predicted {1e3 * self.step_s:.0f} ms a step; {1e3 * self.uniform_step_s:.0f} ms with equal numbers of"
+            f"predicted {1e3 * self.step_s:.0f} ms per step; {1e3 * self.uniform_step_s:.0f} ms with equal numbers of"
             f" layers, {1e3 * self.alone_s:.0f} ms on rank {self.fastest_rank} alone"
         ]
         if self.better_micro_batches is not None:
             found.append(
                 f"{self.better_micro_batches} micro-batches instead of {self.micro_batches} are predicted to take"
-                f" {1e3 * self.better_step_s:.0f} ms a step, if smaller ones are as fast a sample"
+                f" {1e3 * self.better_step_s:.0f} ms per step, if smaller ones cost as much per sample"
             )
         return found
 
     def warning(self) -> str | None:
-        """Return why not to use a pipeline at all; None where it is worth it, or one device cannot hold the model."""
+        """Return why one device alone is better; None if the pipeline is faster or the device cannot hold the model."""
         if self.alone_s >= self.step_s or self.fits_alone is False:
             return None
         condition = "the model fits into its memory" if self.fits_alone else "if the model fits into its memory"
@@ -71,28 +72,28 @@ def advise_pipeline(
     batch_size: int | None = None,
     memory: StageMemory | None = None,
 ) -> PipelineAdvice:
-    """Return what is predicted.
+    """Predict a pipeline and its alternatives.
 
     Args:
-        costs: of every layer on every rank, for one micro-batch.
-        plan: the stages.
-        micro_batches: of a step.
-        schedule: the order of passes.
-        transfer_s: what a transfer between stages takes.
-        batch_size: samples of a step, which is the most micro-batches that it can have; None where unknown.
-        memory: what layers hold, and ranks may; None where nothing is known of it.
+        costs: Time of every layer on every rank, for one micro-batch.
+        plan: Stages of the pipeline.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule.
+        transfer_s: Seconds that a transfer between two stages takes.
+        batch_size: Number of samples per step, which limits the number of micro-batches; None if unknown.
+        memory: Memory needs of the layers and budgets of the ranks; None if unknown.
     """
     uniform = uniform_stages(costs.num_layers, costs.world_size, plan.ranks[-1])
     alone_s = [micro_batches * sum(row) for row in costs.total_s]
 
     def step_s(stages: StagePlan, count: int) -> float:
-        # the work of a step stays the same, in more and smaller parts
+        # the work per step stays the same; it is divided into more, smaller micro-batches
         times, part = costs.of_stages(stages), micro_batches / count
         smaller = StageTimes(tuple(t * part for t in times.forward_s), tuple(t * part for t in times.backward_s))
         return simulate_pipeline(smaller, count, schedule, transfer_s).step_s
 
     present_s = step_s(plan, micro_batches)
-    most = min(_MOST_MICRO_BATCHES, batch_size or _MOST_MICRO_BATCHES)
+    most = min(_MAX_MICRO_BATCHES, batch_size or _MAX_MICRO_BATCHES)
     counts = [count for count in (micro_batches * 2**k for k in range(1, 7)) if count <= most]
     better, better_s = None, present_s
     for count in counts:

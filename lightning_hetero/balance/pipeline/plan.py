@@ -1,4 +1,4 @@
-"""Choose the stages of a pipeline from what was measured: solve, then judge by a simulation of the schedule."""
+"""Choose the stages of a pipeline from measured times: solve, then compare in a simulation of the schedule."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def plan_pipeline(
 ) -> StagePlan:
     """Return the plan with the shortest simulated step that was found.
 
-    The plan whose slowest stage is fastest is where the search starts, and the uniform one, which may be better with
-    few micro-batches; both are improved by single moves.
+    The search starts from the plan whose slowest stage is fastest, and from the uniform plan, which may be better with
+    few micro-batches.  It improves both by single moves.
 
     Args:
-        costs: of every layer on every rank, for one micro-batch.
-        micro_batches: of a step.
-        schedule: the order of passes.
-        transfer_s: what a transfer between stages takes.
-        memory: what has to fit; None where nothing is known of it.
-        last_rank: the rank of the last stage.
+        costs: Time of every layer on every rank, for one micro-batch.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule.
+        transfer_s: Seconds that a transfer between two stages takes.
+        memory: Memory needs and budgets that a plan must respect; None if unknown.
+        last_rank: Rank of the last stage.
 
     Raises:
-        ConfigurationError: there are fewer layers than ranks.
-        InfeasiblePlanError: the layers do not fit into the memories.
+        ConfigurationError: There are fewer layers than ranks.
+        InfeasiblePlanError: The layers do not fit into the memory of the ranks.
     """
     uniform = uniform_stages(costs.num_layers, costs.world_size, last_rank)
     starts = [solve_stages(costs, memory, last_rank)]

@@ -1,11 +1,11 @@
-"""Predict how long a pipeline takes for a step, and who computes what when.
+"""Simulate one step of a pipeline: when each stage computes which pass, and when the step ends.
 
-A stage computes one micro-batch at a time, in the order of the schedule.  A forward pass waits for that of the stage
-before, a backward pass for that of the stage behind.
+A stage computes one pass at a time, in the order of the pipeline schedule.  A forward pass waits for the forward pass
+of the previous stage, and a backward pass for the backward pass of the next stage.
 
 - ``gpipe``: all forward passes, then all backward passes (Huang et al., "GPipe", NeurIPS 2019).
-- ``1f1b``: as many forward passes as there are stages from here on, then one backward pass for each forward pass, so
-  that fewer activations are held (Narayanan et al., "PipeDream", SOSP 2019).
+- ``1f1b``: as many forward passes as there are stages from this one to the last, then one backward pass per forward
+  pass, so that a stage holds fewer activations (Narayanan et al., "PipeDream", SOSP 2019).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
 
-__all__ = ["Pass", "Timeline", "order_of_passes", "passes_in_flight", "simulate_pipeline"]
+__all__ = ["Pass", "Timeline", "micro_batches_in_flight", "order_of_passes", "simulate_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Pass:
     """One pass of one micro-batch through one stage.
 
     Attributes:
-        stage: which.
-        kind: "forward" or "backward".
-        micro_batch: which.
-        start_s: when it starts, from the start of the step.
-        end_s: when it ends.
+        stage: Index of the stage.
+        kind: Direction of the pass, "forward" or "backward".
+        micro_batch: Index of the micro-batch.
+        start_s: Start of the pass, in seconds since the start of the step.
+        end_s: End of the pass, in seconds since the start of the step.
     """
 
     stage: int
@@ -38,17 +38,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step.
+    """One step of a pipeline.
 
     Attributes:
-        passes: of all stages, in the order of their ends.
+        passes: Passes of all stages, in the order in which they end.
     """
 
     passes: tuple[Pass, ...]
 
     @property
     def step_s(self) -> float:
-        """When the last pass ends."""
+        """Seconds from the start of the step to the end of its last pass."""
         return max(p.end_s for p in self.passes)
 
 
@@ -61,29 +61,29 @@ def order_of_passes(stage: int, num_stages: int, micro_batches: int, schedule: S
     """
     forward: list[tuple[Kind, int]] = [("forward", i) for i in range(micro_batches)]
     backward: list[tuple[Kind, int]] = [("backward", i) for i in range(micro_batches)]
-    ahead = passes_in_flight(stage, num_stages, micro_batches, schedule)
+    ahead = micro_batches_in_flight(stage, num_stages, micro_batches, schedule)
     order = forward[:ahead]
-    for done, one_back in enumerate(backward):
-        order.append(one_back)
+    for done, backward_pass in enumerate(backward):
+        order.append(backward_pass)
         order += forward[ahead + done : ahead + done + 1]
     return order
 
 
-def passes_in_flight(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> int:
-    """Return of how many micro-batches a stage holds the activations at most."""
+def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> int:
+    """Return the largest number of micro-batches whose activations a stage holds at a time."""
     return micro_batches if schedule == "gpipe" else min(micro_batches, num_stages - stage)
 
 
 def simulate_pipeline(
     times: StageTimes, micro_batches: int, schedule: Schedule = "1f1b", transfer_s: float = 0.0
 ) -> Timeline:
-    """Return who computes what when in a step.
+    """Simulate one step.
 
     Args:
-        times: of one micro-batch in each stage.
-        micro_batches: how many a step has, at least 1.
-        schedule: the order of passes.
-        transfer_s: what it takes until a pass's result has reached the next stage.
+        times: Time of one micro-batch in each stage.
+        micro_batches: Number of micro-batches per step, at least 1.
+        schedule: Pipeline schedule.
+        transfer_s: Seconds until the result of a pass has reached the next stage.
     """
     num_stages = len(times.forward_s)
     waiting = [order_of_passes(stage, num_stages, micro_batches, schedule)[::-1] for stage in range(num_stages)]
@@ -108,7 +108,7 @@ def simulate_pipeline(
 def _ready_at(
     ends: dict[tuple[Kind, int, int], float], kind: Kind, stage: int, i: int, num_stages: int, transfer_s: float
 ) -> float | None:
-    """Return when a pass has what it needs from its neighbour; None while that is not known."""
+    """Return when a pass has its input from the neighbouring stage; None while that is unknown."""
     neighbour = stage - 1 if kind == "forward" else stage + 1
     if not 0 <= neighbour < num_stages:
         return 0.0  # the first stage has its input, the last one its loss

@@ -1,13 +1,13 @@
 """Divide layers among ranks so that the slowest stage is as fast as possible.
 
-Given how long each rank takes for each layer, find an order of the ranks and a division of the layers into as many
-consecutive ranges, each with at least one layer, that minimises the largest sum of a range on its rank, where each
-range has to fit into its rank's memory.
+Given the time of each layer on each rank, find an order of the ranks and a division of the layers into as many
+consecutive ranges of at least one layer.  They minimise the largest time of a range on its rank, and each range must
+fit into the memory of its rank.
 
-A bound on the slowest stage is bisected.  For one bound, the layers before which the first stages can end are found for
-each set of ranks from the sets with one rank less.  That is exact.  The slowest stage is all that counts with many
-micro-batches; with few, where stages wait for the first and the last ones counts too, so single moves are tried in a
-simulation of the schedule.
+The solver bisects a bound on the time of the slowest stage.  For one bound, it finds the layers before which the first
+stages can end, for each set of ranks, from the sets with one rank fewer.  This is exact.  With many micro-batches only
+the slowest stage matters.  With few, the waiting at the beginning and at the end of a step matters too, so
+:func:`refine_stages` tries single moves in a simulation of the schedule.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from math import inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_hetero.balance.pipeline.simulation import passes_in_flight, simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import micro_batches_in_flight, simulate_pipeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = ["StageMemory", "refine_stages", "solve_stages", "uniform_stages"]
 
-_MOST_SETS = 20_000
+_MAX_SETS = 20_000
 _BISECTIONS = 60
 
 _Set = tuple[int, ...]
@@ -36,14 +36,14 @@ _Set = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What layers hold, and what ranks may.
+    """The memory needs of layers and the budgets of ranks.
 
     Attributes:
-        weights_bytes: of each layer: parameters, gradients and the state of the optimiser.
-        activations_bytes: of each layer, kept for the backward pass of one micro-batch.
-        budgets_bytes: of each rank.
-        micro_batches: of a step.
-        schedule: it decides of how many of them a stage holds the activations.
+        weights_bytes: Memory of each layer for parameters, gradients and the state of the optimiser.
+        activations_bytes: Memory of each layer for the activations of one micro-batch, kept for its backward pass.
+        budgets_bytes: Memory that each rank may use.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule, which determines for how many micro-batches a stage holds activations.
     """
 
     weights_bytes: tuple[float, ...]
@@ -53,27 +53,27 @@ class StageMemory:
     schedule: Schedule = "1f1b"
 
     def needed_bytes(self, plan: StagePlan) -> tuple[float, ...]:
-        """Return what each stage of a plan holds."""
+        """Return the memory that each stage of a plan needs."""
         return tuple(
             sum(self.weights_bytes[i] + held * self.activations_bytes[i] for i in plan.layers(stage))
             for stage, held in enumerate(self._held(plan.num_stages))
         )
 
     def allows(self, plan: StagePlan) -> bool:
-        """Return whether every stage fits."""
+        """Return whether every stage fits into the memory of its rank."""
         needed = self.needed_bytes(plan)
         return all(n <= self.budgets_bytes[rank] for n, rank in zip(needed, plan.ranks, strict=True))
 
     def fits_alone(self, rank: int) -> bool:
-        """Return whether a rank could hold the whole model, and the activations of a whole batch."""
+        """Return whether a rank could hold the whole model and the activations of all micro-batches."""
         needed = sum(self.weights_bytes) + self.micro_batches * sum(self.activations_bytes)
         return needed <= self.budgets_bytes[rank]
 
     def _held(self, num_stages: int) -> list[int]:
-        return [passes_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
+        return [micro_batches_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
 
     def prefixes(self, num_stages: int) -> list[list[float]]:
-        """Return what the layers in front of each layer would hold in each stage."""
+        """Return, for each stage, the memory that the layers before each layer would need in it."""
         return [
             [0.0, *accumulate(w + held * a for w, a in zip(self.weights_bytes, self.activations_bytes, strict=True))]
             for held in self._held(num_stages)
@@ -81,7 +81,7 @@ class StageMemory:
 
 
 def uniform_stages(num_layers: int, world_size: int, last_rank: int = 0) -> StagePlan:
-    """Return the division that knows nothing of speeds: equal numbers of layers, the first stages one more.
+    """Return stages with equal numbers of layers, whatever the speeds; the first ones take the remainder.
 
     Example:
         >>> uniform_stages(5, 2)
@@ -97,13 +97,13 @@ def solve_stages(costs: LayerCosts, memory: StageMemory | None = None, last_rank
     """Return the plan whose slowest stage is fastest.
 
     Args:
-        costs: of every layer on every rank.
-        memory: what has to fit; None where nothing is known of it.
-        last_rank: the rank of the last stage.
+        costs: Time of every layer on every rank.
+        memory: Memory needs and budgets that the plan must respect; None if unknown.
+        last_rank: Rank of the last stage.
 
     Raises:
-        ConfigurationError: there are fewer layers than ranks.
-        InfeasiblePlanError: the layers do not fit into the memories.
+        ConfigurationError: There are fewer layers than ranks.
+        InfeasiblePlanError: The layers do not fit into the memory of the ranks.
 
     Example:
         >>> solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * 12, speeds=[2, 1]))
@@ -115,7 +115,7 @@ def solve_stages(costs: LayerCosts, memory: StageMemory | None = None, last_rank
     if best is None:
         raise InfeasiblePlanError(_does_not_fit(memory, costs.world_size))
     best = _bisect(problem.quick_plan, costs, best)
-    # most often nothing better is there
+    # usually there is nothing better
     better = problem.plan(costs.of_stages(best).slowest_s * (1 - 1e-9))
     return best if better is None else _bisect(problem.plan, costs, better)
 
@@ -142,15 +142,18 @@ def refine_stages(
     memory: StageMemory | None = None,
     transfer_s: float = 0.0,
 ) -> StagePlan:
-    """Return a plan whose simulated step is at most as long, by moves of single layers and swaps of neighbouring ranks.
+    """Shorten the simulated step of a plan by moves of single layers and swaps of neighbouring ranks.
 
     Args:
-        costs: of every layer on every rank.
-        plan: where to start.
-        micro_batches: of a step.
-        schedule: the order of passes.
-        memory: what has to fit.
-        transfer_s: what a transfer between stages takes.
+        costs: Time of every layer on every rank.
+        plan: Plan to start from.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule.
+        memory: Memory needs and budgets that a plan must respect; None if unknown.
+        transfer_s: Seconds that a transfer between two stages takes.
+
+    Returns:
+        The improved plan; ``plan`` itself if no move helps.
     """
 
     def step_s(candidate: StagePlan) -> float:
@@ -184,7 +187,7 @@ def _neighbours(plan: StagePlan) -> Iterator[StagePlan]:
 def _check_layers(num_layers: int, world_size: int) -> None:
     if num_layers < world_size:
         raise ConfigurationError(
-            f"A pipeline must have at least one layer a rank ({world_size}), got {num_layers}. Use fewer devices, or"
+            f"A pipeline must have at least one layer per rank ({world_size}), got {num_layers}. Use fewer devices, or"
             f" divide the model into more layers."
         )
 
@@ -197,18 +200,18 @@ def _does_not_fit(memory: StageMemory | None, world_size: int) -> str:
     assert memory is not None
     held = sum(memory.weights_bytes)
     return (
-        f"The layers must fit into the memories of {world_size} ranks, got {held / 1e9:.3g} GB of parameters, gradients"
-        f" and state of the optimiser beside their activations, and budgets of"
-        f" {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB. Use smaller micro-batches, fewer at a time"
-        f' (`schedule="1f1b"`), or more devices.'
+        f"The layers must fit into the memory of the {world_size} ranks, got {held / 1e9:.3g} GB of parameters,"
+        f" gradients and optimiser state, in addition to activations, and budgets of"
+        f" {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB. Use smaller micro-batches, hold fewer at a"
+        f' time (`schedule="1f1b"`), or use more devices.'
     )
 
 
 class _Problem:
-    """The layers, and the ranks in front of the last one.
+    """The layers, and the ranks of all stages but the last.
 
-    Ranks that are interchangeable are one kind, and a set of ranks is told by how many of each kind are in it. Where
-    there are too many sets, all ranks are one kind, taken in a fixed order.
+    Interchangeable ranks form a kind, and a set of ranks is given by the number of ranks of each kind. If there are too
+    many sets, all ranks form one kind and are taken in a fixed order.
     """
 
     def __init__(self, costs: LayerCosts, memory: StageMemory | None, last_rank: int) -> None:
@@ -222,16 +225,16 @@ class _Problem:
         for rank in others:
             kinds.setdefault((costs.total_s[rank], self._budgets[rank : rank + 1]), []).append(rank)
         self._kinds = list(kinds.values())
-        if prod(len(ranks) + 1 for ranks in self._kinds) > _MOST_SETS:
+        if prod(len(ranks) + 1 for ranks in self._kinds) > _MAX_SETS:
             self._kinds = [sorted(others, key=lambda rank: -sum(costs.total_s[rank]))]  # the slowest first
         self._all = tuple(len(ranks) for ranks in self._kinds)
         self._none = (0,) * len(self._kinds)
 
     def quick_plan(self, bound_s: float) -> StagePlan | None:
-        """Return a plan whose stages take at most ``bound_s`` each; None where none was found.
+        """Return a plan whose stages take at most ``bound_s`` each; None if none was found.
 
-        Each set of ranks takes as many layers as it can. That misses plans in which a stage takes less, so that the one
-        behind can have a layer at all.
+        Each set of ranks takes as many layers as it can. This misses plans in which a stage takes fewer, so that the
+        next stage can have a layer at all.
         """
         ends: dict[_Set, tuple[int, int]] = {self._none: (0, -1)}
         for ranks in product(*(range(count + 1) for count in self._all)):
@@ -255,7 +258,7 @@ class _Problem:
         return self._plan(found)
 
     def plan(self, bound_s: float) -> StagePlan | None:
-        """Return a plan whose stages take at most ``bound_s`` each; None where there is none."""
+        """Return a plan whose stages take at most ``bound_s`` each; None if there is none."""
         ends: dict[_Set, NDArray[np.bool_]] = {self._none: np.arange(self._num_layers + 1) == 0}
         reaches = cache(partial(self._reaches, bound_s))
         for ranks in product(*(range(count + 1) for count in self._all)):
@@ -285,10 +288,10 @@ class _Problem:
             for start in np.nonzero(ends[before][:end])[0]:
                 if self._reach(int(start), rank, sum(ranks) - 1, bound_s) >= end:
                     return kind, int(start)
-        raise AssertionError("an end that was reached has a start")
+        raise AssertionError("every end that was reached has a start")
 
     def _plan(self, found: list[tuple[int, int]]) -> StagePlan:
-        """Return the plan of stages that were found from the last but one to the first."""
+        """Return the plan of stages that were found in order from the last but one to the first."""
         ranks, ends = zip(*found[::-1], strict=True) if found else ((), ())
         return StagePlan((*ranks, self._last_rank), (*ends, self._num_layers))
 
@@ -305,14 +308,14 @@ class _Problem:
         return np.array([max(self._reach(i, rank, stage, bound_s), i) for i in range(self._num_layers + 1)])
 
     def _reach(self, start: int, rank: int, stage: int, bound_s: float) -> int:
-        """Return the layer behind the last one that a stage can take from ``start`` on; at most ``start`` if none."""
+        """Return the layer after the last one that a stage can take from ``start`` on; at most ``start`` if none."""
         prefix = self._prefixes[rank]
-        # a little more, since the difference of two sums is not the sum that it stands for
+        # a little slack, because the difference of two rounded sums is not exactly the sum in between
         end = bisect_right(prefix, (prefix[start] + bound_s) * (1 + 1e-13)) - 1
         if self._held is not None:
             held = self._held[stage]
             end = min(end, bisect_right(held, (held[start] + self._budgets[rank]) * (1 + 1e-13)) - 1)
-        # each stage behind needs a layer
+        # each later stage needs a layer
         return min(end, self._num_layers - (self._world_size - 1 - stage))
 
 

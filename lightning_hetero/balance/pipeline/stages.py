@@ -1,4 +1,4 @@
-"""What the planning of a pipeline exchanges: layers of known cost, and stages of layers on ranks."""
+"""The values that the planning of a pipeline exchanges: costs of layers, and stages of layers on ranks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Kind = Literal["forward", "backward"]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Which rank computes which layers.
+    """The assignment of layers to ranks.
 
     Attributes:
-        ranks: the rank of each stage, the first stage first.
-        ends: the layer behind the last one of each stage.
+        ranks: Rank of each stage, the first stage first.
+        ends: Index of the layer after the last layer of each stage.
     """
 
     ranks: tuple[int, ...]
     ends: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        one_a_rank = bool(self.ends) and sorted(self.ranks) == list(range(len(self.ends)))
-        if not one_a_rank or any(a >= b for a, b in pairwise((0, *self.ends))):
+        one_per_rank = bool(self.ends) and sorted(self.ranks) == list(range(len(self.ends)))
+        if not one_per_rank or any(a >= b for a, b in pairwise((0, *self.ends))):
             raise ConfigurationError(
                 f"A pipeline must have one stage of at least one layer on each rank, got ranks {self.ranks} and stages"
                 f" that end before layers {self.ends}."
@@ -38,16 +38,16 @@ class StagePlan:
 
     @property
     def num_stages(self) -> int:
-        """Number of stages, which is that of ranks."""
+        """Number of stages, which equals the number of ranks."""
         return len(self.ends)
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of all stages."""
+        """Number of layers in all stages together."""
         return self.ends[-1]
 
     def layers(self, stage: int) -> range:
-        """Return the layers of a stage."""
+        """Return the indices of the layers of a stage."""
         return range(self.ends[stage - 1] if stage else 0, self.ends[stage])
 
     def stage_of(self, rank: int) -> int:
@@ -56,19 +56,19 @@ class StagePlan:
 
     @property
     def layers_of_ranks(self) -> tuple[int, ...]:
-        """How many layers each rank has, rank 0 first."""
+        """Number of layers of each rank, rank 0 first."""
         return tuple(len(self.layers(self.stage_of(rank))) for rank in range(self.num_stages))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, for JSON."""
+        """Return lists of plain numbers, for JSON."""
         return {"ranks": list(self.ranks), "ends": list(self.ends)}
 
     @classmethod
     def from_dict(cls, values: Any) -> StagePlan:
-        """Return what :meth:`to_dict` described.
+        """Return the object that :meth:`to_dict` has described.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: ``values`` has another form.
         """
         state = as_mapping(values, "stages")
         ends = as_ints(entry(state, "ends"), "ends")
@@ -77,11 +77,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """How long each rank takes for each layer and one micro-batch.
+    """The time that each rank needs for each layer and one micro-batch.
 
     Attributes:
-        forward_s: shape ``(world_size, num_layers)``.
-        backward_s: likewise.
+        forward_s: Seconds of each forward pass, shape ``(world_size, num_layers)``.
+        backward_s: Seconds of each backward pass, shape ``(world_size, num_layers)``.
     """
 
     forward_s: tuple[tuple[float, ...], ...]
@@ -89,11 +89,11 @@ class LayerCosts:
 
     @classmethod
     def of_speeds(cls, layers: Sequence[tuple[float, float]], speeds: Sequence[float]) -> LayerCosts:
-        """Return the costs where a rank's speed is the same for every layer.
+        """Return the costs of ranks that each have one speed for all layers.
 
         Args:
-            layers: forward and backward seconds of each layer on a device of speed 1.
-            speeds: of each rank.
+            layers: Forward and backward seconds of each layer on a device of speed 1.
+            speeds: Speed of each rank.
         """
         return cls(
             tuple(tuple(forward / speed for forward, _ in layers) for speed in speeds),
@@ -119,7 +119,7 @@ class LayerCosts:
         )
 
     def of_stages(self, plan: StagePlan) -> StageTimes:
-        """Return what each stage of a plan takes for one micro-batch."""
+        """Return the time of each stage of a plan for one micro-batch."""
         stages = [(rank, plan.layers(stage)) for stage, rank in enumerate(plan.ranks)]
         return StageTimes(
             tuple(sum(self.forward_s[rank][i] for i in layers) for rank, layers in stages),
@@ -129,11 +129,11 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """How long each stage takes for one micro-batch, the first stage first.
+    """The time that each stage needs for one micro-batch, the first stage first.
 
     Attributes:
-        forward_s: of each stage.
-        backward_s: of each stage.
+        forward_s: Seconds of the forward pass in each stage.
+        backward_s: Seconds of the backward pass in each stage.
     """
 
     forward_s: tuple[float, ...]

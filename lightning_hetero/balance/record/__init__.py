@@ -1,1 +1,1 @@
-"""The record of a run: its events, its file format, and what is derived from them."""
+"""The record of a run: its events, its file format, and the figures derived from them."""

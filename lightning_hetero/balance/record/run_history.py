@@ -1,4 +1,4 @@
-"""Which lines of a run's record are kept, so that it stays small however long the run is."""
+"""Choose which lines of a run's record to keep, so that it stays small however long the run is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ __all__ = ["RunHistory"]
 
 
 class RunHistory:
-    """Keeps every event until there are too many; then every second look for drift, then every fourth, and so on.
+    """The lines of a record, thinned out when there are too many.
 
-    The tuning is kept in full. Where changes of shares are what fills the record, their older half goes.
+    At first every event is kept. When the record is full, every second window of watching is dropped, and so on. All
+    windows of the tuning are kept. If it is mostly changes of shares that fill the record, their older half is dropped.
 
     Args:
-        header: of the run.
-        most_bytes: how large the record may become, in bytes. A few lines are kept in any case.
+        header: Header of the run.
+        most_bytes: Largest size of the record in bytes. A few lines are kept in any case.
     """
 
     def __init__(self, header: RunHeader, most_bytes: int = 4 << 20) -> None:
@@ -28,15 +29,15 @@ class RunHistory:
 
     @property
     def lines(self) -> list[str]:
-        """The record, without line breaks."""
+        """The lines of the record, without line breaks."""
         return [self._header, *(line for _, line in self._events)]
 
     def add(self, event: Event) -> list[str] | None:
-        """Take an event.
+        """Add an event.
 
         Returns:
-            The lines to append to what is written already; None where earlier lines are gone, so that all have to be
-            written anew.
+            The lines to append to the file; None if earlier lines were dropped, so that all lines must be written
+            again.
         """
         if isinstance(event, RunWindow) and not event.tuning:
             self._seen += 1
@@ -45,7 +46,7 @@ class RunHistory:
                 return []
         before = len(self._events)
         if isinstance(event, RunEnd) and self._left_out is not None:
-            self._append(self._left_out)  # so that the record ends with what was measured last
+            self._append(self._left_out)  # so that the record ends with the latest measurement
         self._left_out = None
         self._append(event)
         return None if self._shorten() else [line for _, line in self._events[before:]]
@@ -56,18 +57,18 @@ class RunHistory:
         self._bytes += len(line)
 
     def _shorten(self) -> bool:
-        """Leave out what is most, if there is too much; tell whether anything was."""
+        """Drop events of the most frequent kind if the record is too large; return whether any were dropped."""
         if self._bytes <= self._most_bytes:
             return False
-        looks = [i for i, (event, _) in enumerate(self._events) if isinstance(event, RunWindow) and not event.tuning]
+        watched = [i for i, (event, _) in enumerate(self._events) if isinstance(event, RunWindow) and not event.tuning]
         changes = [i for i, (event, _) in enumerate(self._events) if isinstance(event, RunChange)]
-        if len(looks) >= max(len(changes), 4):
-            gone = set(looks[-2::-2])
+        if len(watched) >= max(len(changes), 4):
+            dropped = set(watched[-2::-2])
             self._every *= 2
         else:
-            gone = set(changes[1 : len(changes) // 2])
-        if not gone:
+            dropped = set(changes[1 : len(changes) // 2])
+        if not dropped:
             return False
-        self._events = [kept for i, kept in enumerate(self._events) if i not in gone]
+        self._events = [kept for i, kept in enumerate(self._events) if i not in dropped]
         self._bytes = len(self._header) + sum(len(line) for _, line in self._events)
         return True

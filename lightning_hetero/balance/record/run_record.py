@@ -1,6 +1,6 @@
-"""The record of a run: what was measured and decided, one JSON object a line, so that a crash costs one line at most.
+"""The record of a run: its measurements and decisions, one JSON object per line, so a crash costs at most one line.
 
-The first line is the header; each further one is an event.  ``run_record_parser`` reads it.
+The first line is the header, and every other line is an event.  ``run_record_parser`` reads the record.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _DIGITS = 6
 
 @dataclass(frozen=True)
 class RunHeader:
-    """What a run is.
+    """The description of a run.
 
     Attributes:
-        strategy: ``"hetero_ddp"`` or ``"hetero_pipeline"``.
-        started: when, as ISO 8601 in UTC.
-        global_batch_size: samples of a step.
-        devices: what each rank runs on.
-        package: version of this package.
+        strategy: Name of the strategy, ``"hetero_ddp"`` or ``"hetero_pipeline"``.
+        started: Time at which the run started, in ISO 8601 and UTC.
+        global_batch_size: Number of samples per step.
+        devices: Device of each rank.
+        package: Version of this package.
     """
 
     strategy: str
@@ -60,21 +60,22 @@ class RunHeader:
 
 @dataclass(frozen=True)
 class RunWindow:
-    """Some measured steps of all ranks; sequences have the shape ``(world_size,)``.
+    """A window of measured steps of all ranks; sequences have the shape ``(world_size,)``.
 
     Attributes:
-        step: the last one of them, counted from 0 over all epochs.
-        time_s: seconds since the run began.
-        tuning: whether the first search for the shares was under way.
-        samples: size of each rank's mini-batch.
-        own_s: mean own time of a step of each rank, without waiting; 0 where it measured nothing.
-        waiting_s: median of the rest of a step.
-        deviation_s: standard deviation of a step's own time.
-        overhead_s: of the fitted step time of each rank; empty before every rank was measured.
-        seconds_per_sample: likewise.
-        communication_s: what a step takes besides the slowest rank's own time.
-        peak_bytes: memory held at most, 0 where unknown; empty where it is for all.
-        budget_bytes: memory that each rank may hold, likewise.
+        step: Last step of the window, counted from 0 over all epochs.
+        time_s: Seconds since the run started.
+        tuning: Whether the tuning was still under way.
+        samples: Size of each rank's mini-batch.
+        own_s: Mean own time per step of each rank, without waiting; 0 for a rank that measured nothing.
+        waiting_s: Median of the remaining time of a step.
+        deviation_s: Standard deviation of the own time per step.
+        overhead_s: Overhead in the fitted step time of each rank; empty until every rank has been measured.
+        seconds_per_sample: Cost per sample in the fitted step time of each rank; empty until every rank has been
+            measured.
+        communication_s: Seconds that a step takes in addition to the slowest rank's own time.
+        peak_bytes: Largest memory that each rank has held; 0 where unknown, and empty if unknown for all ranks.
+        budget_bytes: Memory that each rank may use; 0 where unknown, and empty if unknown for all ranks.
     """
 
     kind: ClassVar[str] = "window"
@@ -97,10 +98,10 @@ class RunChange:
     """A change of shares.
 
     Attributes:
-        step: the first one under the new plan.
-        time_s: seconds since the run began.
-        samples: the new plan, shape ``(world_size,)``.
-        reason: why, for people.
+        step: First step under the new plan.
+        time_s: Seconds since the run started.
+        samples: Samples of each rank under the new plan, shape ``(world_size,)``.
+        reason: Reason for the change, in words.
     """
 
     kind: ClassVar[str] = "change"
@@ -112,15 +113,15 @@ class RunChange:
 
 @dataclass(frozen=True)
 class RunAdvice:
-    """What is predicted of the plan that the tuning has found.
+    """The prediction for the plan that the tuning has found.
 
     Attributes:
-        step: when.
-        time_s: seconds since the run began.
-        step_s: predicted seconds of a step.
-        speed_up: samples a second over those under equal shares.
-        efficiency: samples a second over the sum of what each rank would process alone.
-        sentences: what a person might change.
+        step: Step at which it was predicted.
+        time_s: Seconds since the run started.
+        step_s: Predicted seconds per step.
+        speed_up: Predicted samples per second, divided by those under equal shares.
+        efficiency: Predicted samples per second, divided by the bound.
+        sentences: Notes for the user on what to change.
     """
 
     kind: ClassVar[str] = "advice"
@@ -137,18 +138,18 @@ class RunStages:
     """The stages of a pipeline; sequences have the shape ``(num_stages,)``, the first stage first.
 
     Attributes:
-        step: the first one on these stages.
-        time_s: seconds since the run began.
-        ranks: the rank of each stage.
-        ends: the layer behind the last one of each stage.
-        forward_s: what each stage takes for a micro-batch; empty where nothing was measured.
-        backward_s: likewise.
-        micro_batches: of a step.
-        schedule: ``"1f1b"`` or ``"gpipe"``.
-        transfer_s: of a transfer between stages.
-        step_s: predicted seconds of a step; 0 where nothing was measured.
-        uniform_step_s: likewise with equal numbers of layers.
-        sentences: what a person should know.
+        step: First step with these stages.
+        time_s: Seconds since the run started.
+        ranks: Rank of each stage.
+        ends: Index of the layer after the last layer of each stage.
+        forward_s: Seconds of the forward pass of one micro-batch in each stage; empty if nothing was measured.
+        backward_s: Seconds of the backward pass of one micro-batch in each stage; empty if nothing was measured.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule, ``"1f1b"`` or ``"gpipe"``.
+        transfer_s: Seconds that a transfer between two stages takes.
+        step_s: Predicted seconds per step; 0 if nothing was measured.
+        uniform_step_s: Predicted seconds per step with equal numbers of layers; 0 if nothing was measured.
+        sentences: Notes for the user.
     """
 
     kind: ClassVar[str] = "stages"
@@ -168,16 +169,16 @@ class RunStages:
 
 @dataclass(frozen=True)
 class RunPasses:
-    """One recorded step of a pipeline; sequences have one entry a pass.
+    """One recorded step of a pipeline; sequences have one entry per pass.
 
     Attributes:
-        step: which.
-        time_s: seconds since the run began.
-        stages: which stage computed.
-        backward: whether it was a backward pass.
-        micro_batches: which micro-batch.
-        start_s: from the start of the step.
-        end_s: likewise.
+        step: Recorded step.
+        time_s: Seconds since the run started.
+        stages: Stage of each pass.
+        backward: Whether each pass was a backward pass.
+        micro_batches: Micro-batch of each pass.
+        start_s: Start of each pass, in seconds since the start of the step.
+        end_s: End of each pass, in seconds since the start of the step.
     """
 
     kind: ClassVar[str] = "passes"
@@ -195,9 +196,9 @@ class RunEnd:
     """The end of a run.
 
     Attributes:
-        step: the last one.
-        time_s: seconds since the run began.
-        reason: ``"finished"``, or the error that ended it.
+        step: Last step.
+        time_s: Seconds since the run started.
+        reason: Reason for the end, ``"finished"`` or the error that ended the run.
     """
 
     kind: ClassVar[str] = "end"
@@ -212,16 +213,16 @@ EVENTS: tuple[type[Event], ...] = (RunWindow, RunChange, RunAdvice, RunStages, R
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that is known of a run.
+    """Everything that a record says about a run.
 
     Attributes:
-        header: what the run is.
-        windows: measured steps in their order; of a long run not all.
-        changes: all changes of shares.
-        advice: the latest; None before the tuning is over.
-        stages: the latest stages of a pipeline; None for ``hetero_ddp``.
-        passes: the latest recorded step of a pipeline; None where none was recorded.
-        end: how it ended; None while it goes on, or where its process was killed.
+        header: Description of the run.
+        windows: Windows of measured steps in their order; a long run keeps only some of them.
+        changes: Changes of shares in their order.
+        advice: Latest advice; None before the tuning has finished.
+        stages: Latest stages of a pipeline; None for ``hetero_ddp``.
+        passes: Latest recorded step of a pipeline; None if none was recorded.
+        end: End of the run; None while it continues, or if its process was killed.
     """
 
     header: RunHeader
@@ -234,7 +235,7 @@ class RunRecord:
 
 
 def to_line(value: RunHeader | Event) -> str:
-    """Return a header or an event as one line of JSON, without the line break, floats in six digits."""
+    """Return a header or an event as one line of JSON, without a line break and with floats of six digits."""
     fields: dict[str, Any] = asdict(value)
     first = (
         {"record": RECORD_FORMAT, "version": RECORD_VERSION} if isinstance(value, RunHeader) else {"event": value.kind}

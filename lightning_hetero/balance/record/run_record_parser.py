@@ -1,6 +1,6 @@
-"""Read the record of a run, believing nothing: it may be cut off, damaged, or another file.
+"""Parse and validate the record of a run, which may be cut off, damaged, or another file altogether.
 
-Events that a later version may have added are left out, and a last line that was cut off.
+Unknown events, which a later version may have added, are ignored, and so is a last line that was cut off.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ __all__ = ["parse_record"]
 
 
 def parse_record(lines: Iterable[str], name: str = "the record") -> RunRecord:
-    """Return what the lines of a record say.
+    """Parse the lines of a record.
 
     Args:
-        lines: all lines, as read from a file.
-        name: what to call the record in errors.
+        lines: All lines, as read from a file.
+        name: Name of the record for error messages.
 
     Raises:
-        ConfigurationError: this is no record, of a later version, or damaged in its midst; the message names the line.
+        ConfigurationError: The lines are not a record, of another version, or damaged before the last line; the message
+            names the line.
     """
     rows = [line for line in lines if line.strip()]
     if not rows:
-        raise ConfigurationError(f"{name} must be the record of a run, got an empty file. Has the run begun to train?")
+        raise ConfigurationError(f"{name} must be the record of a run, got an empty file. Has the training started?")
     header = _header(rows[0], name)
     events: list[Event] = []
     for number, row in enumerate(rows[1:], start=2):
         values = _object(row)
         if values is None:
             if number == len(rows):
-                break  # the run was killed, or is at this moment, while it wrote this line
-            raise ConfigurationError(f"{name} must have one JSON object a line, got something else in line {number}.")
+                break  # the run was killed while it wrote this line, or is writing it now
+            raise ConfigurationError(f"{name} must have one JSON object per line, got something else in line {number}.")
         event = _event(values, header, f"{name}, line {number}")
         if event is not None:
             events.append(event)
@@ -90,7 +91,7 @@ def _header(row: str, name: str) -> RunHeader:
     values = _object(row)
     if values is None or values.get("record") != RECORD_FORMAT:
         raise ConfigurationError(
-            f"{name} must be the record of a run, which `LoadBalancer` writes beside the logs, got another file."
+            f"{name} must be the record of a run, which `LoadBalancer` writes next to the logs, got another file."
         )
     if values.get("version") != RECORD_VERSION:
         raise ConfigurationError(
@@ -100,7 +101,7 @@ def _header(row: str, name: str) -> RunHeader:
     with _located(f"{name}, line 1"):
         devices = as_list(values.get("devices"), "devices")
         if not devices:
-            raise ConfigurationError("`devices` must list what each rank runs on, got none.")
+            raise ConfigurationError("`devices` must list the device of each rank, got none.")
         return RunHeader(
             strategy=as_str(values.get("strategy"), "strategy"),
             started=as_str(values.get("started"), "started"),
@@ -129,7 +130,7 @@ def _event(values: dict[str, Any], header: RunHeader, where: str) -> Event | Non
 
 @contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Say where in a record a value is wrong."""
+    """Name the place in the record in the error of a wrong value."""
     try:
         yield
     except ConfigurationError as error:
@@ -137,7 +138,7 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _check_lengths(event: Event, world_size: int, where: str) -> None:
-    """Check that what belongs to ranks has one entry a rank, and what belongs to passes as many as there are passes."""
+    """Check that sequences over ranks have one entry per rank, and sequences over passes one entry per pass."""
     fixed = {"sentences"}
     optional = {"overhead_s", "seconds_per_sample", "peak_bytes", "budget_bytes", "forward_s", "backward_s"}
     expected = len(event.stages) if isinstance(event, RunPasses) else world_size
@@ -147,17 +148,19 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
         if len(value) != expected:
             raise ConfigurationError(f"{where}: `{name}` must have {expected} entries, got {len(value)}.")
     if isinstance(event, RunWindow) and len(event.overhead_s) != len(event.seconds_per_sample):
-        raise ConfigurationError(f"{where}: `overhead_s` and `seconds_per_sample` must both be there or both be empty.")
+        raise ConfigurationError(
+            f"{where}: `overhead_s` and `seconds_per_sample` must both be present or both be empty."
+        )
     if isinstance(event, RunPasses) and any(not 0 <= stage < world_size for stage in event.stages):
-        raise ConfigurationError(f"{where}: `stages` must be below the number of ranks ({world_size}).")
+        raise ConfigurationError(f"{where}: `stages` must be less than the number of ranks ({world_size}).")
     if isinstance(event, RunStages) and (
         sorted(event.ranks) != list(range(world_size)) or any(a >= b for a, b in pairwise((0, *event.ends)))
     ):
-        raise ConfigurationError(f"{where}: `ranks` and `ends` must be those of one stage a rank.")
+        raise ConfigurationError(f"{where}: `ranks` and `ends` must describe one stage per rank.")
 
 
 def _number_of(value: Any, name: str) -> float:
-    return as_float(value, name, least=0, most=1e300)
+    return as_float(value, name, minimum=0, maximum=1e300)
 
 
 _T = TypeVar("_T")
@@ -167,7 +170,7 @@ def _several(one: Callable[[Any, str], _T]) -> Callable[[Any, str], tuple[_T, ..
     return lambda value, name: tuple(one(item, name) for item in as_list(value, name))
 
 
-# what the annotations of the events say
+# how to read a field, by its annotation
 _READERS: dict[str, Callable[[Any, str], Any]] = {
     "str": as_str,
     "int": as_int,

@@ -1,1 +1,1 @@
-"""Learn how long ranks take, and decide when other shares pay off."""
+"""Learn the step time of each rank, and decide when other shares pay off."""

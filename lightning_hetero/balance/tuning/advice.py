@@ -1,7 +1,8 @@
-"""What a plan is worth, and what would be worth more: read off the step times, for people.
+"""Predict from step times how good a plan is, and advise the user what would be better.
 
-The throughput that a rank could reach alone, at the mini-batch that it has, is n / t(n).  Their sum is what no division
-of the batch can exceed; what the ranks reach together, as a part of that, is the efficiency.
+A rank alone could process n / t(n) samples per second, where n is its mini-batch and t(n) its step time.  The sum over
+the ranks is the bound, which the ranks would reach if none ever waited.  The efficiency is the predicted samples per
+second divided by this bound.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ __all__ = ["Advice", "advise", "enough_global_batch_size", "predicted_efficiency
 
 @dataclass(frozen=True)
 class Advice:
-    """What is predicted of a plan and of its alternatives.
+    """The prediction for a plan and its alternatives.
 
     Attributes:
-        step_s: seconds of a step under the plan, communication included.
-        speed_up: samples a second under the plan over those under equal shares.
-        efficiency: samples a second under the plan over the sum of what each rank would process alone.
-        ranks_to_drop: ranks without which a step would be faster by more than ``min_gain``, in ascending order.
-        speed_up_without: samples a second without these ranks over those under the plan; 1 where there are none.
-        rounding: the part of a step that is lost because samples come in whole multiples.
-        enough_global_batch_size: a global batch at which no more than ``min_gain`` is lost to rounding; None where
-            that holds already.
+        step_s: Seconds per step under the plan, including communication.
+        speed_up: Samples per second under the plan, divided by those under equal shares.
+        efficiency: Samples per second under the plan, divided by the bound.
+        ranks_to_drop: Ranks without which a step would be faster by more than ``min_gain``, in ascending order.
+        speed_up_without: Samples per second without these ranks, divided by those under the plan; 1 if there are none.
+        rounding: Fraction of a step that is lost because samples come in whole multiples.
+        enough_global_batch_size: Global batch size at which rounding loses at most ``min_gain``; None if it does so
+            already.
     """
 
     step_s: float
@@ -40,18 +41,20 @@ class Advice:
     enough_global_batch_size: int | None
 
     def sentences(self) -> list[str]:
-        """Return what a person should know or might change; empty where there is nothing to say."""
+        """Return notes for the user on what to change; empty if there is nothing to change."""
         found = []
         if self.ranks_to_drop:
-            ranks = ", ".join(map(str, self.ranks_to_drop))
+            names = ", ".join(map(str, self.ranks_to_drop))
+            ranks, each = ("rank", "it") if len(self.ranks_to_drop) == 1 else ("ranks", "each of them")
             found.append(
-                f"without rank {ranks} a step would be {self.speed_up_without - 1:.0%} faster: even one sample takes"
-                f" it longer than the others need for all"
+                f"without {ranks} {names} a step would be {self.speed_up_without - 1:.0%} faster: even one sample takes"
+                f" {each} longer than the other ranks need for all samples"
             )
         if self.enough_global_batch_size is not None:
             found.append(
                 f"the global batch is too small for the ratio of speeds: rounding to whole samples costs"
-                f" {self.rounding:.0%} of a step; from about {self.enough_global_batch_size} samples on it would not"
+                f" {self.rounding:.0%} of a step; use a global batch of about {self.enough_global_batch_size} samples"
+                f" or more"
             )
         return found
 
@@ -63,14 +66,14 @@ def advise(
     communication_s: float = 0.0,
     min_gain: float = 0.05,
 ) -> Advice:
-    """Predict what ``plan`` is worth and whether other devices or another global batch would be worth more.
+    """Predict how good ``plan`` is, and whether fewer ranks or a larger global batch would be better.
 
     Args:
-        step_times: expected step time of each rank, shape ``(world_size,)``.
-        plan: the plan to judge.
-        limits: what every plan has to respect.
-        communication_s: what a step takes besides the slowest rank's own time.
-        min_gain: what is worth mentioning, as a part of the samples a second.
+        step_times: Expected step time of each rank, shape ``(world_size,)``.
+        plan: Plan to evaluate.
+        limits: Limits that every plan must respect.
+        communication_s: Seconds that a step takes in addition to the slowest rank's own time.
+        min_gain: Smallest gain that is worth mentioning, as a fraction of the samples per second.
 
     Example:
         >>> times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.5, 0.001)]
@@ -80,7 +83,7 @@ def advise(
     batch = plan.global_batch_size
     step_s = predicted_step_s(step_times, plan) + communication_s
     equal = proportional_plan([1.0] * plan.world_size, batch, limits, min_samples=1)
-    dropped, without_s = _to_drop(step_times, batch, limits, step_s, communication_s)
+    dropped, without_s = _ranks_to_drop(step_times, batch, limits, step_s, communication_s)
     worth_it = step_s / without_s - 1.0 > min_gain
     rounding = rounding_loss(step_times, plan, limits, communication_s)
     return Advice(
@@ -99,28 +102,28 @@ def advise(
 
 
 def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
-    """Return the samples a second under a plan over the sum of what each rank would process alone.
+    """Return the samples per second under a plan, divided by the sum of what each rank would process alone.
 
     Args:
-        step_times: expected step time of each rank, shape ``(world_size,)``.
-        plan: the plan to judge.
-        communication_s: what a step takes besides the slowest rank's own time.
+        step_times: Expected step time of each rank, shape ``(world_size,)``.
+        plan: Plan to evaluate.
+        communication_s: Seconds that a step takes in addition to the slowest rank's own time.
     """
     step_s = predicted_step_s(step_times, plan) + communication_s
     alone = sum(n / time.seconds(n) for time, n in zip(step_times, plan.samples, strict=True) if n)
     return plan.global_batch_size / step_s / alone
 
 
-def _to_drop(
+def _ranks_to_drop(
     step_times: Sequence[StepTime], batch: int, limits: BatchLimits, step_s: float, communication_s: float
 ) -> tuple[tuple[int, ...], float]:
-    """Leave out ranks, those first that are last with one sample, for as long as the rest is faster for it."""
+    """Return the ranks to drop and the seconds per step without them; the slowest with one multiple go first."""
     least = limits.batch_multiple
     order = sorted(range(len(step_times)), key=lambda rank: step_times[rank].seconds(least))
     best, best_s = len(order), step_s
     for kept in range(len(order) - 1, 0, -1):
         if step_times[order[kept]].seconds(least) + communication_s < best_s:
-            break  # this rank, and each before it, is done before the others
+            break  # this rank, and each faster one, finishes before the others
         ranks = sorted(order[:kept])
         caps = None if limits.max_samples is None else tuple(limits.max_samples[rank] for rank in ranks)
         times = [step_times[rank] for rank in ranks]
@@ -137,13 +140,13 @@ def _to_drop(
 def rounding_loss(
     step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimits, communication_s: float
 ) -> float:
-    """Return the part of a step that is lost to whole samples: against the same batch in a thousandth of the unit.
+    """Return the fraction of a step that is lost to whole multiples, compared with thousandths of a sample.
 
     Args:
-        step_times: expected step time of each rank, shape ``(world_size,)``.
-        plan: its global batch is divided anew, in samples and in thousandths.
-        limits: what the division into samples has to respect.
-        communication_s: what a step takes besides the slowest rank's own time.
+        step_times: Expected step time of each rank, shape ``(world_size,)``.
+        plan: Plan whose global batch is divided again, in whole samples and in thousandths.
+        limits: Limits that the division into samples must respect.
+        communication_s: Seconds that a step takes in addition to the slowest rank's own time.
     """
     fine = 1000
     times = [StepTime(time.overhead_s, time.seconds_per_sample / fine) for time in step_times]
@@ -158,17 +161,17 @@ def rounding_loss(
 def enough_global_batch_size(
     step_times: Sequence[StepTime], plan: BatchPlan, limits: BatchLimits, communication_s: float, part: float
 ) -> int | None:
-    """Return the first doubling of the global batch at which rounding costs no more than ``part``.
+    """Return the first doubling of the global batch at which rounding costs at most ``part`` of a step.
 
     Args:
-        step_times: expected step time of each rank, shape ``(world_size,)``.
-        plan: where the doubling starts.
-        limits: what a plan has to respect; ``max_samples`` does not count, for it is of the present batch.
-        communication_s: what a step takes besides the slowest rank's own time.
-        part: of a step.
+        step_times: Expected step time of each rank, shape ``(world_size,)``.
+        plan: Plan whose global batch is doubled.
+        limits: Limits that a plan must respect; ``max_samples`` is ignored, because it holds for the current batch.
+        communication_s: Seconds that a step takes in addition to the slowest rank's own time.
+        part: Fraction of a step that rounding may cost.
 
     Returns:
-        The global batch; None where ten doublings are not enough.
+        The size of the global batch; None if ten doublings are not enough.
     """
     free = replace(limits, max_samples=None)
     for doublings in range(1, 11):

@@ -1,4 +1,4 @@
-"""Say in words why shares change: which ranks became slower or faster."""
+"""Explain in words why shares change: which ranks became slower or faster."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lightning_hetero.balance.types import BatchPlan, StepTime
 __all__ = ["change_reason"]
 
 _NOTEWORTHY = 1.1
-_MOST_RANKS = 3
+_MAX_RANKS = 3
 
 
 def change_reason(gain: float, plan: BatchPlan, before: Sequence[StepTime], after: Sequence[StepTime]) -> str:
-    """Return why ``plan`` is left.
+    """Return why ``plan`` is replaced.
 
     Args:
-        gain: predicted; 0.25 is a quarter more samples/s.
-        plan: the plan until now.
-        before: step times when it was taken up, shape ``(world_size,)``; empty where nothing was known of them, or
-            where they were not yet trusted.
-        after: step times now.
+        gain: Predicted gain; 0.25 stands for a quarter more samples/s.
+        plan: Plan until now.
+        before: Step times when the plan was adopted, shape ``(world_size,)``; empty if they were unknown or not yet
+            trusted.
+        after: Step times now, shape ``(world_size,)``.
 
     Example:
         >>> was, now = StepTime(0.0, 0.001), StepTime(0.0, 0.002)
@@ -32,8 +32,8 @@ def change_reason(gain: float, plan: BatchPlan, before: Sequence[StepTime], afte
     changed = [rank for rank, f in enumerate(factors) if max(f, 1 / f) >= _NOTEWORTHY]
     if not changed:
         return predicted
-    if len(changed) > _MOST_RANKS:
+    if len(changed) > _MAX_RANKS:
         slower = sum(factors[rank] > 1 for rank in changed)
         return f"{slower} ranks became slower and {len(changed) - slower} faster; {predicted}"
-    told = ", ".join(f"rank {rank} takes {factors[rank]:.2f} times as long as before" for rank in changed)
-    return f"{told}; {predicted}"
+    changes = ", ".join(f"rank {rank} takes {factors[rank]:.2f} times as long as before" for rank in changed)
+    return f"{changes}; {predicted}"

@@ -1,8 +1,8 @@
-"""Learn how much memory each rank needs for a pass of n samples, from the passes that it runs anyway.
+"""Learn how much memory each rank needs for a micro-batch of n samples, from the micro-batches that it runs anyway.
 
-What a step keeps for its backward pass grows with every sample; parameters, gradients and the state of the optimiser do
-not.  The peak is therefore taken as affine in n.  One size fixes the line with what is resident between steps, a second
-one makes it measured; it is laid so high that no reading lies above it.
+The memory that a step keeps for its backward pass grows with every sample.  Parameters, gradients and the state of the
+optimiser do not.  The peak is therefore modelled as a line in n.  With one measured size, the line starts at the memory
+that is resident between steps; with two or more sizes, it is fitted and raised until no reading lies above it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _SIZES_KEPT = 16
 
 
 class MemoryModel:
-    """The peak memory of all ranks.
+    """A model of the peak memory of all ranks.
 
     Args:
-        world_size: number of ranks.
+        world_size: Number of ranks.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -31,7 +31,7 @@ class MemoryModel:
         self._latest: list[MemoryReading | None] = [None] * world_size
 
     def observe(self, readings: Sequence[MemoryReading | None]) -> None:
-        """Learn from one reading of each rank, shape ``(world_size,)``; None where a rank knows nothing."""
+        """Learn from one reading per rank, shape ``(world_size,)``; None for a rank without a reading."""
         for peaks, (rank, reading) in zip(self._peaks, enumerate(readings), strict=True):
             if reading is None or reading.samples < 1:
                 continue
@@ -41,23 +41,23 @@ class MemoryModel:
                 del peaks[next(iter(peaks))]
 
     def peak_bytes(self, rank: int, samples: int) -> float | None:
-        """Return the predicted peak of a pass of ``samples`` samples; None where nothing is known."""
-        line = self._line(rank)
+        """Return the predicted peak of a micro-batch of ``samples`` samples; None if nothing is known."""
+        line = self._peak_line(rank)
         return None if line is None else line[0] + line[1] * samples
 
     def most_samples(self, rank: int) -> int | None:
-        """Return the largest pass whose predicted peak keeps the rank's budget, at least 1; None where unknown."""
-        line, latest = self._line(rank), self._latest[rank]
+        """Return the largest micro-batch whose predicted peak is within the budget, at least 1; None if unknown."""
+        line, latest = self._peak_line(rank), self._latest[rank]
         if line is None or latest is None:
             return None
-        resident, a_sample = line
-        if a_sample <= 0:
+        resident, per_sample = line
+        if per_sample <= 0:
             return None
         fits = [n for n, peak in self._peaks[rank].items() if peak <= latest.budget_bytes]
-        return max(math.floor((latest.budget_bytes - resident) / a_sample), *fits, 1)
+        return max(math.floor((latest.budget_bytes - resident) / per_sample), *fits, 1)
 
-    def _line(self, rank: int) -> tuple[float, float] | None:
-        """Return what a pass takes whatever its size, and what each sample adds, in bytes."""
+    def _peak_line(self, rank: int) -> tuple[float, float] | None:
+        """Return the bytes that a micro-batch needs whatever its size, and the bytes per sample."""
         peaks, latest = self._peaks[rank], self._latest[rank]
         if latest is None:
             return None

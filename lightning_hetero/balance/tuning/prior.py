@@ -1,4 +1,4 @@
-"""A first guess at the shares, before anything is measured."""
+"""Guess the shares before anything is measured."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["nominal_shares"]
 
 
 def nominal_shares(profiles: Sequence[DeviceProfile]) -> list[float] | None:
-    """Return the speeds that the devices have by their data, shape ``(world_size,)``.
+    """Return the nominal speeds of the devices as shares, shape ``(world_size,)``.
 
     Args:
-        profiles: what each rank runs on.
+        profiles: Device of each rank.
 
     Returns:
-        One positive number a rank; None where all run on the same model, which is equally fast until measured, or
-        where the speed of one is unknown, since a known one cannot be compared with it.
+        One positive number per rank. None if all devices are the same model, which counts as equally fast until
+        measured, or if the speed of one is unknown, because the others cannot be compared with it.
 
     Example:
         >>> nominal_shares([DeviceProfile("a", "cuda:0", "K80", 2187.0), DeviceProfile("a", "cuda:1", "V100", 7834.0)])

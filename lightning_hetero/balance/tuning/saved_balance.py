@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the balance: plain numbers and texts, read with suspicion."""
+"""Read the balance from a checkpoint, whose plain numbers and strings are validated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["SavedBalance"]
 
 @dataclass(frozen=True)
 class SavedBalance:
-    """The balance of a run whose tuning was over.
+    """The balance of a run whose tuning had finished.
 
     Attributes:
-        devices: the name of each rank's device.
-        schedule: which plan holds at which training step.
-        step_times: the expected step time of each rank; empty where it was not measured.
-        balance: the state of the judgement, as :meth:`Rebalancer.to_dict` returned it; None where there is none.
+        devices: Name of each rank's device.
+        schedule: Plan schedule of the run.
+        step_times: Expected step time of each rank; empty if they were not measured.
+        balance: State of the rebalancer, as :meth:`Rebalancer.to_dict` returned it; None if there is none.
     """
 
     devices: tuple[str, ...]
@@ -32,10 +32,10 @@ class SavedBalance:
 
     @classmethod
     def from_dict(cls, state: Any) -> SavedBalance | None:
-        """Return what a checkpoint says, or None where it was saved before the tuning was over.
+        """Return the balance in a checkpoint; None if it was saved before the tuning had finished.
 
         Raises:
-            ConfigurationError: the state is damaged, of another version, or its parts are of different numbers of
+            ConfigurationError: The state is damaged or of another version, or its parts have different numbers of
                 ranks.
         """
         values = as_mapping(state, "state")
@@ -50,7 +50,7 @@ class SavedBalance:
             initial, model = Rebalancer.initial_of(balance), Rebalancer.model_of(balance)
             ranks |= {initial.world_size, model.world_size}
         if len(ranks) > 1:
-            raise ConfigurationError(f"Its parts must be of one number of ranks, got {sorted(ranks)}.")
+            raise ConfigurationError(f"All parts of the state must have the same number of ranks, got {sorted(ranks)}.")
         return cls(devices, schedule, times, balance)
 
     def is_of(self, profiles: Sequence[DeviceProfile]) -> bool:

@@ -1,1 +1,1 @@
-"""`lightning-hetero plan`: predict a cluster."""
+"""Implement `lightning-hetero plan`, which predicts a cluster."""

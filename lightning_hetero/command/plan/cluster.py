@@ -1,4 +1,4 @@
-"""Devices that nobody has started yet: what a prediction for data-parallel training needs to know of them."""
+"""Describe the devices and the data-parallel training for which ``plan`` makes a prediction."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = ["MEMORY_FRACTION", "Cluster", "DeviceKind", "SampleMemory"]
 
-# what LoadBalancer leaves free by default
+# the fraction of a device's memory that LoadBalancer uses by default
 MEMORY_FRACTION = 0.92
 
 
 @dataclass(frozen=True)
 class SampleMemory:
-    """What a pass holds: ``fixed_bytes + bytes_per_sample * n``.
+    """The memory that a device needs for n samples: ``fixed_bytes + bytes_per_sample * n``.
 
     Attributes:
-        bytes_per_sample: positive.
-        fixed_bytes: parameters, gradients, the state of the optimiser.
+        bytes_per_sample: Memory per sample; positive.
+        fixed_bytes: Memory for parameters, gradients and the state of the optimiser.
     """
 
     bytes_per_sample: float
     fixed_bytes: float = 0.0
 
     def most_samples(self, memory_bytes: float) -> int:
-        """Return how many samples fit into 92 % of ``memory_bytes``, as much as ``LoadBalancer`` uses."""
+        """Return how many samples fit into 92 % of ``memory_bytes``, the fraction that ``LoadBalancer`` uses."""
         return max(math.floor((MEMORY_FRACTION * memory_bytes - self.fixed_bytes) / self.bytes_per_sample), 0)
 
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Devices of equal speed, memory and price.
+    """Several devices of equal speed, memory and price.
 
     Attributes:
-        name: for people.
-        count: how many, at least 1.
-        step_time: of each.
-        max_batch_size: most samples of each; None for no limit.
-        memory_bytes: of each; None where unknown.
-        price_per_hour: of each, in any currency; None where unknown.
+        name: Name to show.
+        count: Number of devices, at least 1.
+        step_time: Step time of each device.
+        max_batch_size: Most samples of each device; None for no limit.
+        memory_bytes: Memory of each device; None if unknown.
+        price_per_hour: Price of each device, in any currency; None if unknown.
     """
 
     name: str
@@ -66,18 +66,19 @@ class DeviceKind:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of a training and what they exchange.
+    """The devices of a data-parallel training, its batch and its communication.
 
     Attributes:
-        kinds: at least one.
-        global_batch_size: samples of all devices in a step.
-        all_reduce: of the gradients.
-        batch_multiple: every device's samples are a multiple of this, but for one device that takes the remainder.
-        memory: what a pass holds; None where unknown.
+        kinds: Kinds of devices, at least one.
+        global_batch_size: Number of samples of all devices in a step.
+        all_reduce: All-reduce of the gradients.
+        batch_multiple: Number that every device's samples are a multiple of, except on one device, which takes the
+            remainder.
+        memory: Memory that a device needs for its samples; None if unknown.
 
     Raises:
-        ConfigurationError: there is no device, or only some have a price.
-        InfeasiblePlanError: a kind cannot hold a single multiple.
+        ConfigurationError: There is no device, or only some devices have a price.
+        InfeasiblePlanError: A kind of device cannot hold a single multiple.
     """
 
     kinds: tuple[DeviceKind, ...]
@@ -88,19 +89,19 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if not self.kinds:
-            raise ConfigurationError("`kinds` must hold at least one kind of devices, got none.")
+            raise ConfigurationError("`kinds` must contain at least one kind of device, got none.")
         unpriced = [kind.name for kind in self.kinds if kind.price_per_hour is None]
         if unpriced and len(unpriced) < len(self.kinds):
             raise ConfigurationError(
-                f"`price_per_hour` must be given for all devices or for none, got none for {unpriced[0]}. A device that"
-                f" costs nothing has the price 0."
+                f"`price_per_hour` must be given for all devices or for none, got none for {unpriced[0]}. Use 0 for a"
+                f" device that costs nothing."
             )
         for kind in self.kinds:
             most = kind.most_samples(self.memory)
             if most is not None and most < self.batch_multiple:
                 raise InfeasiblePlanError(
                     f"{kind.name} must hold at least {self.batch_multiple} samples (`batch_multiple`), but its memory"
-                    f" or `max_batch_size` holds {most}. Leave it out, or use smaller samples."
+                    f" or `max_batch_size` allows {most}. Leave the device out, or use smaller samples."
                 )
 
     @property
@@ -110,13 +111,13 @@ class Cluster:
 
     @property
     def most_samples(self) -> tuple[int, ...]:
-        """The most samples that a device of each kind may get, at most the global batch."""
+        """Most samples that a device of each kind may get, at most the global batch."""
         limits = (kind.most_samples(self.memory) for kind in self.kinds)
         return tuple(self.global_batch_size if n is None else min(n, self.global_batch_size) for n in limits)
 
     @property
     def is_priced(self) -> bool:
-        """Whether prices are known."""
+        """Whether the devices have prices."""
         return self.kinds[0].price_per_hour is not None
 
     def step_times(self, counts: tuple[int, ...]) -> list[StepTime]:
@@ -124,12 +125,12 @@ class Cluster:
         return [kind.step_time for kind, count in zip(self.kinds, counts, strict=True) for _ in range(count)]
 
     def limits(self, counts: tuple[int, ...]) -> BatchLimits:
-        """Return what a plan for ``counts`` devices of each kind has to respect."""
+        """Return the limits that a plan for ``counts`` devices of each kind must respect."""
         if all(kind.most_samples(self.memory) is None for kind in self.kinds):
             return BatchLimits(None, self.batch_multiple)
         caps = (most for most, count in zip(self.most_samples, counts, strict=True) for _ in range(count))
         return BatchLimits(tuple(caps), self.batch_multiple)
 
     def price_per_hour(self, counts: tuple[int, ...]) -> float:
-        """Return what ``counts`` devices of each kind cost in an hour; 0 without prices."""
+        """Return the price per hour of ``counts`` devices of each kind; 0 without prices."""
         return sum((kind.price_per_hour or 0.0) * count for kind, count in zip(self.kinds, counts, strict=True))

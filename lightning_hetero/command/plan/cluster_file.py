@@ -1,4 +1,4 @@
-"""Read the file of ``lightning-hetero plan``: the keys of ``strategy: hetero_ddp``, and which strategy it is."""
+"""Read the file of ``lightning-hetero plan``: the choice of strategy, and the keys of ``hetero_ddp``."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _DEVICE_KEYS = (
 )
 _KEYS = {"hetero_ddp": _DATA_PARALLEL_KEYS, "hetero_pipeline": PIPELINE_KEYS}
 _SPEEDS = ("samples_per_s", "milliseconds_per_sample", "speed", "probe")
-_MOST_DEVICES = 1_000_000
-_MOST_SAMPLES = 10**9
-_BYTES_PER_GRADIENT = 4  # of 32 bits
+_MAX_DEVICES = 1_000_000
+_MAX_SAMPLES = 10**9
+_BYTES_PER_GRADIENT = 4  # 32 bits
 
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """What a file says.
+    """The content of a file.
 
     Attributes:
-        cluster: the devices and what they are to do.
-        is_relative: whether only relative speeds are known, so that times count in what the slowest device
-            needs for a sample.
-        notes: what a reader should know of the input.
+        cluster: Devices and training to predict.
+        is_relative: Whether only relative speeds are known. The unit of time is then what the slowest device needs for
+            one sample.
+        notes: Notes for the user about the input.
     """
 
     cluster: Cluster | PipelineCluster
@@ -53,7 +53,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     """Read and check a file.
 
     Raises:
-        ConfigurationError: something is wrong with it; the message names the file and the path of the value.
+        ConfigurationError: The file is wrong; the message names the file and the path of the value.
     """
     values = read_yaml(path)
     try:
@@ -62,7 +62,9 @@ def read_cluster_file(path: Path) -> ClusterFile:
         for key in values:
             if key not in _KEYS[strategy]:
                 (other,) = _KEYS.keys() - {strategy}
-                raise ConfigurationError(f"`{key}` is a key of `strategy: {other}` alone, and this is {strategy}.")
+                raise ConfigurationError(
+                    f"`{key}` must be left out with `strategy: {strategy}`, because only {other} has it."
+                )
         if strategy == "hetero_pipeline":
             return ClusterFile(read_pipeline(top))
         return _read_data_parallel(top, path.parent)
@@ -78,48 +80,50 @@ class _Device:
 
 
 def _read_data_parallel(top: Fields, folder: Path) -> ClusterFile:
-    batch = top.whole("global_batch_size", most=_MOST_SAMPLES)
-    entries = top.items("devices", "a list with an entry for each kind of devices")
+    batch = top.integer("global_batch_size", maximum=_MAX_SAMPLES)
+    entries = top.items("devices", "a list with one entry for each kind of device")
     devices = [
         device
         for i, entry in enumerate(entries)
         for device in _read_devices(Fields(entry, _DEVICE_KEYS, f"devices[{i}]"), folder)
     ]
     total = sum(device.kind.count for device in devices)
-    if total > _MOST_DEVICES:
-        raise ConfigurationError(f"`devices` must be at most {_MOST_DEVICES} in all, got {total}.")
+    if total > _MAX_DEVICES:
+        raise ConfigurationError(f"`devices` must be at most {_MAX_DEVICES} in total, got {total}.")
     is_relative = devices[0].is_relative
     if any(device.is_relative != is_relative for device in devices):
         raise ConfigurationError(
-            "`devices` must all have times or all have relative speeds (`speed`, or a probe without measurements), got"
+            "`devices` must all have times, or all have relative speeds (`speed`, or a probe without measurements), got"
             " both."
         )
     kinds = [device.kind for device in devices]
-    if is_relative:  # nominal speeds are numbers of any size
+    if is_relative:  # nominal speeds can be numbers of any size
         slowest = max(kind.step_time.seconds_per_sample for kind in kinds)
         kinds = [replace(kind, step_time=StepTime(0.0, kind.step_time.seconds_per_sample / slowest)) for kind in kinds]
     cluster = Cluster(
         tuple(kinds),
         batch,
         _read_all_reduce(top, is_relative),
-        top.whole("batch_multiple", 1, most=_MOST_SAMPLES),
+        top.integer("batch_multiple", 1, maximum=_MAX_SAMPLES),
         _read_memory(top),
     )
     return ClusterFile(cluster, is_relative, tuple(_notes(cluster, devices)))
 
 
 def _read_devices(entry: Fields, folder: Path) -> list[_Device]:
-    speed = entry.one_of(_SPEEDS, "how fast it is")
-    count = entry.whole("count", 1, most=_MOST_DEVICES)
+    speed = entry.one_of(_SPEEDS, "how fast the device is")
+    count = entry.integer("count", 1, maximum=_MAX_DEVICES)
     memory = entry.optional_number("memory_gigabytes")
     memory_bytes = None if memory is None else 1e9 * memory
-    most = entry.optional_whole("max_batch_size")
+    most = entry.optional_integer("max_batch_size")
     price = entry.optional_number("price_per_hour", above=None)
     if speed not in {"samples_per_s", "milliseconds_per_sample"} and "overhead_ms" in entry:
-        raise entry.wrong("overhead_ms", f"left out beside `{speed}`", "Give it with samples_per_s.")
+        raise entry.wrong(
+            "overhead_ms", f"left out with `{speed}`", "It belongs to samples_per_s or milliseconds_per_sample."
+        )
     if speed == "probe":
         if "name" in entry:
-            raise entry.wrong("name", "left out beside `probe`", "The probe knows the names.")
+            raise entry.wrong("name", "left out with `probe`", "The probe contains the names.")
         return [
             _Device(
                 DeviceKind(one.name, count, one.step_time, most, memory_bytes or one.memory_bytes, price),
@@ -142,7 +146,7 @@ def _read_devices(entry: Fields, folder: Path) -> list[_Device]:
 def _read_all_reduce(top: Fields, is_relative: bool) -> AllReduce:
     for key in ("link_gigabits_per_s", "latency_us"):
         if key in top and is_relative:
-            raise top.wrong(key, "left out where only relative speeds are known", "Give samples_per_s of each device.")
+            raise top.wrong(key, "left out if only relative speeds are known", "Give samples_per_s of each device.")
     if "gradient_megabytes" in top and "parameters" in top:
         top.one_of(("gradient_megabytes", "parameters"), "how large the gradients are")
     bandwidth = top.optional_number("link_gigabits_per_s")
@@ -154,7 +158,7 @@ def _read_all_reduce(top: Fields, is_relative: bool) -> AllReduce:
         size = _scaled(top.numbers("parameters"), lambda number: _BYTES_PER_GRADIENT * number)
     elif bandwidth is not None:
         raise ConfigurationError(
-            "`gradient_megabytes` or `parameters` must be given beside `link_gigabits_per_s`, but both are missing."
+            "`gradient_megabytes` or `parameters` must be given with `link_gigabits_per_s`, but both are missing."
         )
     if size is None:
         return AllReduce((0.0,), None, latency_s)
@@ -170,7 +174,7 @@ def _read_memory(top: Fields) -> SampleMemory | None:
     fixed_bytes = 1e6 * top.number("memory_megabytes_fixed", 0.0, above=None)
     if "memory_megabytes_per_sample" not in top:
         if "memory_megabytes_fixed" in top:
-            raise top.wrong("memory_megabytes_per_sample", "given beside `memory_megabytes_fixed`")
+            raise top.wrong("memory_megabytes_per_sample", "given with `memory_megabytes_fixed`")
         return None
     return SampleMemory(1e6 * top.number("memory_megabytes_per_sample"), fixed_bytes)
 
@@ -179,15 +183,17 @@ def _notes(cluster: Cluster, devices: list[_Device]) -> list[str]:
     found = []
     knows_memory = any(device.kind.memory_bytes is not None for device in devices)
     if cluster.memory is not None and not knows_memory:
-        found.append("memory_megabytes_per_sample limits nothing, for no device has memory_gigabytes")
+        found.append("memory_megabytes_per_sample has no effect, because no device has memory_gigabytes")
     workloads = sorted({device.workload for device in devices if device.workload})
     if cluster.memory is None and knows_memory and not workloads:
-        found.append("the memory of the devices limits nothing without memory_megabytes_per_sample")
+        found.append("the memory of the devices is ignored without memory_megabytes_per_sample")
     if workloads:
         found.append(
-            f"the probe's times are those of {' and '.join(workloads)}; shares and speed-up hold as far as your"
-            f" training behaves like that"
+            f"the probe measured {' and '.join(workloads)}; shares and speed-up hold as far as your training behaves"
+            f" like that"
         )
     if cluster.all_reduce.bits_per_s is None and cluster.all_reduce.latency_s == 0 and cluster.world_size > 1:
-        found.append("communication is not counted; give link_gigabits_per_s, and gradient_megabytes or parameters")
+        found.append(
+            "communication is ignored; to include it, give link_gigabits_per_s, and gradient_megabytes or parameters"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Predict what a cluster makes of a data-parallel training, and with which of its devices."""
+"""Predict a data-parallel training on a cluster, and which of its devices to use."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_hetero.exceptions import InfeasiblePlanError
 
 __all__ = ["ClusterPlan", "DeviceSet", "KindPlan", "plan_cluster"]
 
-# a kind is not divided for less of a step than this
+# the smallest gain, as a fraction of a step, for which only some devices of a kind are used
 _TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
 class KindPlan:
-    """What each device of a kind does in a step.
+    """The work of each device of a kind in a step.
 
     Attributes:
-        kind: the devices.
-        min_samples: of the device with the fewest.
-        max_samples: of the device with the most.
-        step_s: of all devices, without communication: the slowest device's own time.
+        kind: Kind of device.
+        min_samples: Samples of the device with the fewest.
+        max_samples: Samples of the device with the most.
+        step_s: Seconds per step without communication, which is the own time of the slowest device of all kinds.
     """
 
     kind: DeviceKind
@@ -46,24 +46,24 @@ class KindPlan:
 
     @property
     def min_waiting_s(self) -> float:
-        """What the device with the most samples waits for slower ones."""
+        """Seconds for which the device with the most samples waits for slower ones."""
         return self.step_s - self.max_own_s
 
     @property
     def max_waiting_s(self) -> float:
-        """What the device with the fewest samples waits for slower ones."""
+        """Seconds for which the device with the fewest samples waits for slower ones."""
         return self.step_s - self.min_own_s
 
 
 @dataclass(frozen=True)
 class DeviceSet:
-    """Some of the devices, and what they make of the same global batch.
+    """A set of devices, and the prediction for the same global batch on it.
 
     Attributes:
-        counts: devices of each kind, shape ``(kinds,)``.
-        step_s: seconds of a step, communication included.
-        samples_per_s: of all devices together.
-        cost_per_million_samples: in the currency of the prices; None without prices.
+        counts: Number of devices of each kind, shape ``(kinds,)``.
+        step_s: Seconds per step, including communication.
+        samples_per_s: Samples per second of all devices together.
+        cost_per_million_samples: Cost in the currency of the prices; None without prices.
     """
 
     counts: tuple[int, ...]
@@ -74,19 +74,19 @@ class DeviceSet:
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """What is predicted.
+    """The prediction for a cluster.
 
     Attributes:
-        kinds: one entry a kind, in the order of the cluster.
-        whole: all devices.
-        exposed_communication_s: the part of a step in which even the slowest device waits for the all-reduce.
-        ddp_step_s: with equal shares; None where they do not fit.
-        ddp_does_not_fit: why; None where they do.
-        efficiency: samples a second over the sum of what each device would process alone, at its share.
-        fastest: a set that is faster than the whole by more than ``min_gain``; None where there is none.
-        cheapest: the set found whose samples cost least; None without prices, and where that is the whole.
-        rounding: the part of a step that is lost because samples come in whole multiples.
-        enough_global_batch_size: a global batch at which no more than ``min_gain`` is lost to it; None where that holds
+        kinds: One entry per kind, in the order of the cluster.
+        whole: Prediction for all devices.
+        exposed_communication_s: Seconds per step in which even the slowest device waits for the all-reduce.
+        ddp_step_s: Seconds per step with equal shares; None if they do not fit.
+        ddp_does_not_fit: Reason why equal shares do not fit; None if they do.
+        efficiency: Samples per second, divided by the sum of what each device would process alone, at its share.
+        fastest: A set of devices that is faster than all of them by more than ``min_gain``; None if there is none.
+        cheapest: The set found whose samples cost least; None without prices, or if it is the set of all devices.
+        rounding: Fraction of a step that is lost because samples come in whole multiples.
+        enough_global_batch_size: Global batch size at which rounding loses at most ``min_gain``; None if it does so
             already.
     """
 
@@ -103,19 +103,19 @@ class ClusterPlan:
 
     @property
     def speed_up(self) -> float | None:
-        """Samples a second over those with equal shares; None where equal shares do not fit."""
+        """Samples per second divided by those with equal shares; None if equal shares do not fit."""
         return None if self.ddp_step_s is None else self.ddp_step_s / self.whole.step_s
 
 
 def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
-    """Predict a step of ``hetero_ddp`` on all devices, and what would be better.
+    """Predict a step of ``hetero_ddp`` on all devices, and look for better sets of devices.
 
     Args:
-        cluster: the devices.
-        min_gain: what is worth mentioning, as a part of the samples a second.
+        cluster: Devices and training to predict.
+        min_gain: Smallest gain that is worth mentioning, as a fraction of the samples per second.
 
     Raises:
-        InfeasiblePlanError: the limits of the devices exclude every plan.
+        InfeasiblePlanError: The limits of the devices exclude every plan.
 
     Example:
         >>> from lightning_hetero.balance.types import StepTime
@@ -128,7 +128,7 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
     times, limits = cluster.step_times(counts), cluster.limits(counts)
     try:
         plan = solve_batch(times, cluster.global_batch_size, limits, min_samples=1)
-    except InfeasiblePlanError:  # its message counts every rank
+    except InfeasiblePlanError:  # its message lists every rank
         raise InfeasiblePlanError(_why_infeasible(cluster)) from None
     own_s = predicted_step_s(times, plan)
     whole = _device_set(cluster, counts, own_s)
@@ -137,8 +137,8 @@ def plan_cluster(cluster: Cluster, min_gain: float = 0.05) -> ClusterPlan:
     alone = sum(n / time.seconds(n) for time, n in zip(times, plan.samples, strict=True))
     ddp_step_s, ddp_does_not_fit = _equal_shares(cluster)
     search = DeviceSearch(cluster)
-    fastest = _solved(cluster, search.fastest(_TOLERANCE))
-    cheapest = _solved(cluster, search.cheapest()) if cluster.is_priced else None
+    fastest = _solve(cluster, search.fastest(_TOLERANCE))
+    cheapest = _solve(cluster, search.cheapest()) if cluster.is_priced else None
     rounding = rounding_loss(times, plan, limits, exposed_s)
     return ClusterPlan(
         kinds=kinds,
@@ -160,23 +160,23 @@ def _why_infeasible(cluster: Cluster) -> str:
     multiple, batch, size = cluster.batch_multiple, cluster.global_batch_size, cluster.world_size
     if size * multiple > batch:
         return (
-            f"`global_batch_size` must give each of the {size} devices at least {multiple}, got {batch}. Raise it to"
-            f" {size * multiple} or more, or use fewer devices."
+            f"`global_batch_size` must give each of the {size} devices at least {multiple} samples, got {batch}. Raise"
+            f" it to {size * multiple} or more, or use fewer devices."
         )
     most = zip(cluster.kinds, cluster.most_samples, strict=True)
     held = sum(kind.count * (samples // multiple) * multiple for kind, samples in most)
     return (
         f"`max_batch_size` and the memory of the devices must together hold the global batch of {batch} samples, got"
         f" {size} devices that hold {held} in multiples of {multiple}. Lower the global batch, raise the limits, or add"
-        f" devices. With `micro_batch_size` ranks work in several passes, and memory limits no share."
+        f" devices. With `micro_batch_size` ranks process several micro-batches, so memory does not limit their share."
     )
 
 
-def _solved(cluster: Cluster, counts: tuple[int, ...]) -> DeviceSet | None:
+def _solve(cluster: Cluster, counts: tuple[int, ...]) -> DeviceSet | None:
     times = cluster.step_times(counts)
     try:
         plan = solve_batch(times, cluster.global_batch_size, cluster.limits(counts), min_samples=1)
-    except InfeasiblePlanError:  # the search knows of no remainder of `batch_multiple`
+    except InfeasiblePlanError:  # the search ignores the remainder of `batch_multiple`
         return None
     return _device_set(cluster, counts, predicted_step_s(times, plan))
 
@@ -193,17 +193,17 @@ def _is_cheaper(one: DeviceSet, other: DeviceSet) -> bool:
 
 
 def _kind_plans(cluster: Cluster, plan: BatchPlan, own_s: float) -> tuple[KindPlan, ...]:
-    starts = pairwise(accumulate((kind.count for kind in cluster.kinds), initial=0))
-    samples = [plan.samples[first:behind] for first, behind in starts]
+    bounds = pairwise(accumulate((kind.count for kind in cluster.kinds), initial=0))
+    samples = [plan.samples[start:end] for start, end in bounds]
     return tuple(
         KindPlan(kind, min(sizes), max(sizes), own_s) for kind, sizes in zip(cluster.kinds, samples, strict=True)
     )
 
 
 def _equal_shares(cluster: Cluster) -> tuple[float | None, str | None]:
-    """Return what a step takes plain DDP, and why it cannot train if it cannot.
+    """Return the seconds per step of plain DDP and None, or None and the reason why it cannot train.
 
-    Equal shares differ by a sample where the global batch is not divisible, and the earlier devices have the more.
+    If the global batch is not divisible, equal shares differ by one sample, and the first devices have more.
     """
     fewest, more = divmod(cluster.global_batch_size, cluster.world_size)
     own_s, before = 0.0, 0
@@ -212,6 +212,6 @@ def _equal_shares(cluster: Cluster) -> tuple[float | None, str | None]:
         before += kind.count
         most = kind.most_samples(cluster.memory)
         if most is not None and samples > most:
-            return None, f"{kind.name} holds {most} samples, and an equal share is {samples}"
+            return None, f"{kind.name} can hold {most} samples, but an equal share is {samples}"
         own_s = max(own_s, kind.step_time.seconds(samples))
     return cluster.all_reduce.step_s(own_s, cluster.world_size), None

@@ -1,4 +1,8 @@
-"""Predict shares or stages, step time and speed-up of a cluster described in YAML."""
+"""Predict shares or stages, step time and speed-up of a cluster described in YAML.
+
+Nothing is started, and none of the devices is needed: the file gives their
+speeds, and the sizes of the batch and of the model.
+"""
 
 from __future__ import annotations
 
@@ -19,66 +23,114 @@ a minimal cluster.yaml:
       count: 4
       samples_per_s: 90
 
-all keys, units in their names (* must be there):
-  strategy              hetero_ddp (the default) or hetero_pipeline
-  global_batch_size *   samples of all devices in a step
-  batch_multiple        every device's samples are a multiple of this
-  gradient_megabytes    one number, or a list with one for each parameter
-  parameters            instead, how many numbers of 32 bits; likewise
-  link_gigabits_per_s   the slowest link of the ring; latency_us beside it
-  memory_megabytes_per_sample, memory_megabytes_fixed
-                        what a device holds of a sample, and besides
-  devices *             a list; an entry has
-    name *, count       count is 1 where it is missing
-    samples_per_s       or milliseconds_per_sample; overhead_ms of a step
-    speed               instead, where only ratios are known
-    probe               instead, what `lightning-hetero probe --measure --json`
-                        printed; devices and their names are in there
-    max_batch_size, memory_gigabytes, price_per_hour
+All keys follow, with units in their names. An asterisk marks required keys.
 
-of hetero_pipeline:
-  devices *             name *, count, speed *, memory_gigabytes; the first
-                        one is rank 0, which has the last stage
-  layers *              a number of equal ones, with layer_milliseconds *,
-                        layer_parameter_megabytes, layer_activation_megabytes;
-                        or a list of {forward_ms *, backward_ms *,
-                        parameter_megabytes, activation_megabytes}; times of
-                        one micro-batch on a device of speed 1
-  num_microbatches      4 where it is missing; schedule: 1f1b or gpipe
-  transfer_ms, batch_size, optimizer_states (2, as of Adam)
+  strategy              The strategy to predict: hetero_ddp, which divides the
+                        batch (default), or hetero_pipeline, which divides the
+                        layers.
 
---json prints one object; its keys are lightning_hetero_plan (the version, 1),
-strategy, time_unit ("s" or "relative"), step_time, speed_up, and
-  hetero_ddp:      global_batch_size, world_size, devices (name, count,
-                   min_ and max_ of samples, own_time, waiting_time),
-                   samples_per_time, cost_per_million_samples, ddp (step_time,
-                   does_not_fit), efficiency, communication_time,
-                   exposed_communication_time, fastest and cheapest (counts,
-                   step_time, samples_per_time, cost_per_million_samples),
-                   rounding, enough_global_batch_size, notes
-  hetero_pipeline: schedule, num_microbatches, stages (rank, device,
-                   first_layer, num_layers, busy_time, needed_bytes), uniform
-                   (step_time, fits), alone (rank, step_time, fits),
-                   better_micro_batches (number, step_time), is_refined
-What does not apply is null.
+keys with strategy: hetero_ddp
+  global_batch_size *   Number of samples of all devices in a training step.
+  batch_multiple        Number that every device's samples are a multiple of,
+                        except on one device, which takes the remainder
+                        (default: 1).
+  gradient_megabytes    Size of the gradients: one number, or a list with one
+                        number for each parameter of the model.
+  parameters            Instead of gradient_megabytes, the number of 32-bit
+                        numbers in the model, or a list in the same way.
+  link_gigabits_per_s   Bandwidth of the slowest link in the ring of the
+                        all-reduce. Without it, transfers take no time.
+  latency_us            Latency of one message on such a link (default: 0).
+  memory_megabytes_per_sample
+                        Memory that each sample needs. It limits the samples
+                        of devices with memory_gigabytes.
+  memory_megabytes_fixed
+                        Memory that a device needs in addition, whatever its
+                        number of samples (default: 0).
+  devices *             List with one entry for each kind of device, which has
+                        exactly one of samples_per_s, milliseconds_per_sample,
+                        speed and probe:
+    name *              Name to show. Leave it out with probe.
+    count               Number of these devices (default: 1).
+    samples_per_s       Speed of one device with large batches.
+    milliseconds_per_sample
+                        Time that each further sample takes on one device.
+    overhead_ms         Overhead of every step, whatever its size (default: 0).
+    speed               Speed relative to the other devices, if only the ratios
+                        are known.
+    probe               File with the output of `lightning-hetero probe
+                        --measure --json`, relative to this file. It contains
+                        the devices, their names, memory and speeds.
+    max_batch_size      Most samples that one device gets.
+    memory_gigabytes    Memory of one device, of which 92 % is used.
+    price_per_hour      Price of one device, in any currency. Give it for all
+                        devices or for none.
+
+keys with strategy: hetero_pipeline
+  devices *             List with one entry for each kind of device. The first
+                        device is rank 0, which has the last stage.
+    name *              Name to show.
+    count               Number of these devices (default: 1).
+    speed *             Speed relative to the device on which the layers were
+                        timed.
+    memory_gigabytes    Memory of one device, of which 92 % is used.
+  layers *              Number of equal layers, which the next three keys
+                        describe; or a list with one entry for each layer, with
+                        forward_ms *, backward_ms *, parameter_megabytes and
+                        activation_megabytes. Times and activations are those
+                        of one micro-batch.
+  layer_milliseconds    Forward and backward pass of an equal layer; required
+                        with a number of layers.
+  layer_parameter_megabytes
+                        Size of an equal layer's parameters (default: 0).
+  layer_activation_megabytes
+                        Size of the activations that an equal layer keeps for
+                        its backward pass (default: 0).
+  num_microbatches      Number of micro-batches per step (default: 4).
+  schedule              Pipeline schedule: 1f1b (default) or gpipe.
+  transfer_ms           Time of a transfer between two stages (default: 0).
+  batch_size            Number of samples per step. No more micro-batches than
+                        that are recommended.
+  optimizer_states      Numbers that the optimiser keeps for each parameter: 2
+                        for Adam (default), 0 for plain SGD.
+
+keys of the object that --json prints
+  with both strategies: lightning_hetero_plan (the version of the format, 1),
+    strategy, time_unit ("s" for seconds, or "relative" for the time that the
+    slowest device needs for one sample), step_time, speed_up (over equal shares
+    or equal numbers of layers)
+  with hetero_ddp: global_batch_size, world_size, devices (name, count, and min_
+    and max_ of samples, own_time and waiting_time), samples_per_time,
+    cost_per_million_samples, ddp (step_time, does_not_fit), efficiency,
+    communication_time, exposed_communication_time, fastest and cheapest
+    (counts, step_time, samples_per_time, cost_per_million_samples), rounding,
+    enough_global_batch_size, notes
+  with hetero_pipeline: schedule, num_microbatches, stages (rank, device,
+    first_layer, num_layers, busy_time, needed_bytes), uniform (step_time,
+    fits), alone (rank, step_time, fits), better_micro_batches (number,
+    step_time), is_refined
+  A value that does not apply is null.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``plan`` takes."""
+    """Declare the arguments of ``plan``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("file", type=Path, metavar="cluster.yaml", help="the description of the cluster")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("file", type=Path, metavar="cluster.yaml", help="File that describes the cluster.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the prediction.
 
+    Args:
+        options: Parsed options, with the attributes ``file`` and ``json``.
+
     Raises:
-        HeteroError: the file is wrong, or no plan is possible; the message names the file.
+        HeteroError: The file is wrong, or no plan is possible; the message names the file.
     """
-    # numpy and rich are only for this command
+    # imported here, because only this command needs numpy and rich
     from lightning_hetero.command.plan.cluster import Cluster
     from lightning_hetero.command.plan.cluster_file import read_cluster_file
     from lightning_hetero.exceptions import ConfigurationError, HeteroError

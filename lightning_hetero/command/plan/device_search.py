@@ -1,14 +1,15 @@
-"""Which devices of a cluster to use: the fastest set, and the one whose samples cost least.
+"""Search the devices of a cluster for the fastest set, and for the set whose samples cost least.
 
-Devices of one kind are interchangeable, so a set is a number of devices of each kind, and many sets are judged at once,
-one a row of an array.  For one set the least time of the slowest device is bisected as in
-:mod:`~lightning_hetero.balance.batch.batch_solver`, without expanding kinds into ranks.
+Devices of one kind are interchangeable, so a set is a number of devices of each kind.  Many sets are evaluated at once,
+one per row of an array.  For each set, the shortest time of the slowest device is found by bisection, as in
+:mod:`~lightning_hetero.balance.batch.batch_solver`, but without expanding kinds into ranks.
 
-- *Fastest.* More devices mean more messages in the ring, fewer mean more work for each, so the best set of every size
-  is looked for: within a time, the devices that finish most samples.  Sizes are tried on a grid that is refined around
-  its best.
-- *Cheapest.* Within a time, the devices that cost least a sample, until together they finish the batch; the best sets
-  over all times are then improved by single moves.  That is a heuristic, for the problem is that of a knapsack.
+- *Fastest.* More devices mean more messages in the ring; fewer devices mean more work for each.  So the search finds
+  the best set of every size: the devices that finish most samples within a time.  It tries sizes on a grid, which it
+  refines around the best one.
+- *Cheapest.* For each of many times, the search takes the devices with the lowest price per sample until they finish
+  the batch within that time.  It then improves the best sets by single moves.  This is a heuristic, because the problem
+  is a knapsack problem.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ Counts = tuple[int, ...]
 
 _HALVINGS = 60
 _GRID, _COARSE_GRID = 200, 40
-_MOST_MOVES = 100
+_MAX_MOVES = 100
 _STARTS = 3
 _FEW_KINDS, _MANY_KINDS = 12, 50
 
 
 class DeviceSearch:
-    """The devices of a cluster as arrays, one entry a kind.
+    """The devices of a cluster as arrays, with one entry per kind.
 
     Args:
-        cluster: what there is.
+        cluster: Cluster whose devices are searched.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -49,17 +50,17 @@ class DeviceSearch:
         self._cost: _Floats = np.array([kind.step_time.seconds_per_sample for kind in cluster.kinds])
         self._price: _Floats = np.array([kind.price_per_hour or 0.0 for kind in cluster.kinds])
         self._most: _Ints = np.array(cluster.most_samples) // self._multiple
-        # the remainder counts as a whole multiple here; only a device that can take more of it is
+        # the remainder counts as a full multiple here, so a set may seem unable to hold a batch that it just can
         self._units = -(-cluster.global_batch_size // self._multiple)
         self._most_devices = cluster.global_batch_size // self._multiple
         many = len(cluster.kinds) > _MANY_KINDS
-        self._grid, self._rounds = (_COARSE_GRID, 0) if many else (_GRID, _MOST_MOVES)
+        self._grid, self._rounds = (_COARSE_GRID, 0) if many else (_GRID, _MAX_MOVES)
 
     def own_s(self, counts: _Ints) -> _Floats:
-        """Return the least time of the slowest device of each set; infinite where the set cannot hold the batch.
+        """Return the shortest time of the slowest device of each set; infinite if the set cannot hold the batch.
 
         Args:
-            counts: shape ``(sets, kinds)``.
+            counts: Number of devices of each kind in each set, shape ``(sets, kinds)``.
         """
         used = counts > 0
 
@@ -68,7 +69,7 @@ class DeviceSearch:
             return np.asarray((counts * held).sum(axis=1) >= self._units)
 
         seconds = self._bisect(feasible, len(counts))
-        # what was found is a little late: the last time up to it at which a device finishes is exact
+        # the bisection ends slightly late; the last finishing time of a device up to there is exact
         units = np.clip(self._units_within(seconds), 1, self._most)
         own_s: _Floats = np.max(np.where(used, self._finish(units), 0.0), axis=1)
         sizes = counts.sum(axis=1)
@@ -76,7 +77,7 @@ class DeviceSearch:
         return np.where(possible & (sizes > 0) & (sizes <= self._most_devices), own_s, np.inf)
 
     def step_s(self, counts: _Ints) -> _Floats:
-        """Return the seconds of a step of each set, communication included."""
+        """Return the seconds per step of each set, including communication."""
         own_s = self.own_s(counts)
         return np.array(
             [
@@ -86,10 +87,10 @@ class DeviceSearch:
         )
 
     def fastest(self, tolerance: float = 0.0) -> Counts:
-        """Return the set with the shortest step, of equals the largest.
+        """Return the set with the shortest step; of equal ones, the largest.
 
         Args:
-            tolerance: kinds stay whole where that makes a step longer by no more than this part.
+            tolerance: Fraction by which a step may be longer if all devices of a kind are used instead of some.
         """
         low, high = 1, min(int(self._counts.sum()), self._most_devices)
         while True:
@@ -109,33 +110,33 @@ class DeviceSearch:
         return tuple(found.tolist())
 
     def cheapest(self) -> Counts:
-        """Return the set whose samples cost least, as far as found; of equals the one with the shorter step."""
+        """Return the cheapest set per sample that was found; of equal ones, the one with the shorter step."""
         low_s, high_s = float(self._finish(np.ones_like(self._most)).min()), float(self._finish(self._most).max())
         times = np.geomspace(max(low_s, high_s * 1e-9), high_s, self._grid)
         found = np.vstack([self._cheap_within(times), np.diag(self._counts), np.eye(len(self._counts)), self._counts])
-        ranked = sorted(self._judged(found.astype(np.int64)))[:_STARTS]
+        ranked = sorted(self._evaluate(found.astype(np.int64)))[:_STARTS]
         improved = (self._improve(one) for one in ranked)
         return min(improved)[-1]
 
     def _improve(self, best: tuple[float, float, Counts]) -> tuple[float, float, Counts]:
         for _ in range(self._rounds):
-            candidate = min(self._judged(self._moves(best[-1])))
+            candidate = min(self._evaluate(self._moves(best[-1])))
             if candidate[:2] >= best[:2]:
                 break
             best = candidate
         return best
 
-    def _judged(self, counts: _Ints) -> Iterable[tuple[float, float, Counts]]:
+    def _evaluate(self, counts: _Ints) -> Iterable[tuple[float, float, Counts]]:
         step_s = self.step_s(counts)
-        # a set that cannot hold the batch costs without end, also where devices cost nothing
+        # a set that cannot hold the batch costs infinitely much, even if its devices are free
         cost = np.where(
             np.isfinite(step_s), np.where(np.isfinite(step_s), step_s, 0.0) * (counts @ self._price), np.inf
         )
-        # in single precision what differs by rounding alone is equal, and the shorter step decides
+        # in single precision, costs that differ only by rounding are equal, and the shorter step decides
         return zip(cost.astype(np.float32).tolist(), step_s.tolist(), map(tuple, counts.tolist()), strict=True)
 
     def _moves(self, counts: Counts) -> _Ints:
-        """Return the sets with another number of one kind, or one device exchanged, ``counts`` itself the first."""
+        """Return ``counts`` and the sets that differ in the number of one kind, or in one exchanged device."""
         kinds = range(len(counts))
         found = {counts: None}
         for kind in kinds:
@@ -151,11 +152,11 @@ class DeviceSearch:
         return np.array(list(found))
 
     def _cheap_within(self, times: _Floats) -> _Ints:
-        """Return for each time the devices that finish the batch within it at the least price a sample."""
+        """Return, for each time, the devices that finish the batch within it at the lowest price per sample."""
         held = np.clip(self._units_within(times), 0, self._most)
         with np.errstate(divide="ignore"):
             price = np.where(held > 0, self._price / held, np.inf)
-        # where prices are equal the device that holds more
+        # of equal prices, the device that holds more comes first
         order = np.lexsort((-held, price), axis=1)
         held, most = np.take_along_axis(held, order, 1), self._counts[order]
         before = np.cumsum(held * most, axis=1) - held * most
@@ -166,7 +167,7 @@ class DeviceSearch:
         return counts
 
     def _best_of_sizes(self, sizes: _Ints) -> _Ints:
-        """Return for each size the set of so many devices that finishes the batch earliest."""
+        """Return, for each size, the set of that many devices that finishes the batch first."""
 
         def counts_within(seconds: _Floats) -> tuple[_Ints, _Ints]:
             held = np.clip(self._units_within(seconds), 0, self._most)
@@ -199,7 +200,7 @@ class DeviceSearch:
         """Return how many multiples a device of each kind finishes within each time, shape ``(times, kinds)``."""
         units = np.floor((seconds[:, None] - self._overhead) / (self._cost * self._multiple))
         units = np.clip(units, 0, self._most).astype(np.int64)
-        # the division is rounded, the finishing time that counts is not
+        # the division may be off by rounding, so compare finishing times
         units += (units < self._most) & (self._finish(units + 1) <= seconds[:, None])
         units -= (units > 0) & (self._finish(units) > seconds[:, None])
         return units

@@ -1,4 +1,4 @@
-"""Predict what a cluster makes of a pipeline: stages, step time, and what else would be better."""
+"""Predict a pipeline on a cluster: its stages, its step time, and better alternatives."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["Layer", "PipelineCluster", "PipelineDevice", "PipelinePrediction", "StagePrediction", "predict_pipeline"]
 
-_MOST_RANKS = 64
-# single moves are tried where that takes about a second: ranks^2 * micro-batches * layers
-_MOST_REFINED = 150_000
+_MAX_RANKS = 64
+# limit of ranks^2 * micro-batches * layers up to which single moves take about a second
+_MAX_REFINED = 150_000
 
 
 @dataclass(frozen=True)
 class PipelineDevice:
-    """One rank's device.
+    """The device of one rank.
 
     Attributes:
-        name: for people.
-        speed: how many times as fast as the device that the layers' times are of.
-        memory_bytes: of which 92 % may be used; None where unknown.
+        name: Name to show.
+        speed: Speed relative to the device on which the times of the layers were measured.
+        memory_bytes: Memory of the device, of which 92 % may be used; None if unknown.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Layer:
     """One layer, on a device of speed 1 and for one micro-batch.
 
     Attributes:
-        forward_s: of the forward pass.
-        backward_s: of the backward pass.
-        parameter_bytes: of its parameters.
-        activation_bytes: kept for the backward pass.
+        forward_s: Seconds of the forward pass.
+        backward_s: Seconds of the backward pass.
+        parameter_bytes: Size of the parameters.
+        activation_bytes: Size of the activations that are kept for the backward pass.
     """
 
     forward_s: float
@@ -57,16 +57,16 @@ class PipelineCluster:
     """The devices and layers of a pipeline.
 
     Attributes:
-        devices: of each rank; rank 0 has the last stage.
-        layers: in the order in which they are called.
-        micro_batches: of a step.
-        schedule: the order of passes.
-        transfer_s: what a transfer between two stages takes.
-        batch_size: samples of a step, the most micro-batches that it can have; None where unknown.
-        optimizer_states: numbers that the optimiser keeps for each parameter: 2 for Adam, 0 for plain SGD.
+        devices: Device of each rank; rank 0 has the last stage.
+        layers: Layers in the order in which they are called.
+        micro_batches: Number of micro-batches per step.
+        schedule: Pipeline schedule.
+        transfer_s: Seconds that a transfer between two stages takes.
+        batch_size: Number of samples per step, which limits the number of micro-batches; None if unknown.
+        optimizer_states: Numbers that the optimiser keeps for each parameter: 2 for Adam, 0 for plain SGD.
 
     Raises:
-        ConfigurationError: there are more devices than layers, or more than can be planned for.
+        ConfigurationError: There are more devices than layers, or more than can be planned for.
     """
 
     devices: tuple[PipelineDevice, ...]
@@ -80,28 +80,28 @@ class PipelineCluster:
     def __post_init__(self) -> None:
         if len(self.devices) > len(self.layers):
             raise ConfigurationError(
-                f"A pipeline must have at least one layer a device, got {len(self.devices)} devices and"
+                f"A pipeline must have at least one layer per device, got {len(self.devices)} devices and"
                 f" {len(self.layers)} layers. Use fewer devices, or divide the model into more layers."
             )
-        if len(self.devices) > _MOST_RANKS:
+        if len(self.devices) > _MAX_RANKS:
             raise ConfigurationError(
-                f"A pipeline must have at most {_MOST_RANKS} devices to be predicted, got {len(self.devices)}."
+                f"A pipeline must have at most {_MAX_RANKS} devices to be predicted, got {len(self.devices)}."
             )
 
     @property
     def costs(self) -> LayerCosts:
-        """What every layer costs on every rank."""
+        """Time of every layer on every rank."""
         return LayerCosts.of_speeds(
             [(layer.forward_s, layer.backward_s) for layer in self.layers], [device.speed for device in self.devices]
         )
 
     @property
     def memory(self) -> StageMemory | None:
-        """What layers hold and ranks may; None where no device's memory is known."""
+        """Memory needs of the layers and budgets of the ranks; None if no device's memory is known."""
         sizes = [device.memory_bytes for device in self.devices]
         if all(size is None for size in sizes):
             return None
-        copies = 2 + self.optimizer_states  # the parameter, its gradient, and the optimiser's
+        copies = 2 + self.optimizer_states  # the parameter, its gradient, and the state of the optimiser
         return StageMemory(
             weights_bytes=tuple(copies * layer.parameter_bytes for layer in self.layers),
             activations_bytes=tuple(layer.activation_bytes for layer in self.layers),
@@ -113,15 +113,15 @@ class PipelineCluster:
 
 @dataclass(frozen=True)
 class StagePrediction:
-    """One stage.
+    """The prediction for one stage.
 
     Attributes:
-        rank: whose it is.
-        device: that of the rank.
-        first_layer: counted from 0.
-        num_layers: at least 1.
-        busy_s: of a step, in which the rank computes.
-        needed_bytes: held at most; None where no memory is known.
+        rank: Rank that computes the stage.
+        device: Device of that rank.
+        first_layer: Index of the first layer, counted from 0.
+        num_layers: Number of layers, at least 1.
+        busy_s: Seconds per step in which the rank computes.
+        needed_bytes: Largest memory that the stage needs; None if no device's memory is known.
     """
 
     rank: int
@@ -134,14 +134,14 @@ class StagePrediction:
 
 @dataclass(frozen=True)
 class PipelinePrediction:
-    """What is predicted.
+    """The prediction for a pipeline.
 
     Attributes:
-        stages: the first stage first.
-        advice: step times, and what would be better.
-        uniform_fits: whether equal numbers of layers fit into the memories; None where nothing is known of them.
-        is_refined: whether single moves were tried in a simulation, as ``hetero_pipeline`` does. Otherwise the plan is
-            that whose slowest stage is fastest.
+        stages: Predictions for the stages, the first stage first.
+        advice: Step times, and better alternatives.
+        uniform_fits: Whether equal numbers of layers fit into memory; None if no device's memory is known.
+        is_refined: Whether single moves were tried in a simulation, as ``hetero_pipeline`` does. Otherwise the plan is
+            the one whose slowest stage is fastest, or the uniform one if that is better.
     """
 
     stages: tuple[StagePrediction, ...]
@@ -154,7 +154,7 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
     """Predict a step of ``hetero_pipeline``.
 
     Raises:
-        InfeasiblePlanError: the layers do not fit into the memories.
+        InfeasiblePlanError: The layers do not fit into the memory of the devices.
 
     Example:
         >>> devices = (PipelineDevice("fast", 2.0), PipelineDevice("slow", 1.0))
@@ -164,7 +164,7 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
     """
     costs, memory = cluster.costs, cluster.memory
     size = costs.world_size
-    is_refined = size**2 * cluster.micro_batches * costs.num_layers <= _MOST_REFINED
+    is_refined = size**2 * cluster.micro_batches * costs.num_layers <= _MAX_REFINED
     uniform = uniform_stages(costs.num_layers, size)
     uniform_fits = None if memory is None else memory.allows(uniform)
     if is_refined:

@@ -17,9 +17,9 @@ PIPELINE_KEYS = (
 )
 _LAYER_KEYS = ("forward_ms", "backward_ms", "parameter_megabytes", "activation_megabytes")
 _DEVICE_KEYS = ("name", "count", "speed", "memory_gigabytes")
-_MOST_LAYERS = 4096
-_MOST_MICRO_BATCHES = 1024
-_MOST_DEVICES = 4096
+_MAX_LAYERS = 4096
+_MAX_MICRO_BATCHES = 1024
+_MAX_DEVICES = 4096
 _FORWARD_PART = 1 / 3  # a backward pass costs twice as much as a forward pass
 
 
@@ -27,16 +27,16 @@ def read_pipeline(top: Fields) -> PipelineCluster:
     """Return the devices and layers.
 
     Raises:
-        ConfigurationError: a value is wrong; the message names its path.
+        ConfigurationError: A value is wrong; the message names its path.
     """
     devices: list[PipelineDevice] = []
-    for i, entry in enumerate(top.items("devices", "a list with an entry for each kind of devices")):
+    for i, entry in enumerate(top.items("devices", "a list with one entry for each kind of device")):
         fields = Fields(entry, _DEVICE_KEYS, f"devices[{i}]")
         memory = fields.optional_number("memory_gigabytes")
         device = PipelineDevice(fields.text("name"), fields.number("speed"), None if memory is None else 1e9 * memory)
-        devices += [device] * fields.whole("count", 1, most=_MOST_DEVICES)
-    micro_batches = top.whole("num_microbatches", 4, most=_MOST_MICRO_BATCHES)
-    batch_size = top.optional_whole("batch_size")
+        devices += [device] * fields.integer("count", 1, maximum=_MAX_DEVICES)
+    micro_batches = top.integer("num_microbatches", 4, maximum=_MAX_MICRO_BATCHES)
+    batch_size = top.optional_integer("batch_size")
     if batch_size is not None and batch_size < micro_batches:
         raise top.wrong("batch_size", f"at least `num_microbatches` ({micro_batches})")
     return PipelineCluster(
@@ -51,10 +51,10 @@ def read_pipeline(top: Fields) -> PipelineCluster:
 
 
 def _read_layers(top: Fields) -> tuple[Layer, ...]:
-    for_equal = ("layer_milliseconds", "layer_parameter_megabytes", "layer_activation_megabytes")
-    found = top.value("layers", "a number of equal layers, or a list of layers")
+    keys_of_equal_layers = ("layer_milliseconds", "layer_parameter_megabytes", "layer_activation_megabytes")
+    found = top.value("layers", "the number of equal layers, or a list of layers")
     if not isinstance(found, list):
-        number = top.whole("layers", most=_MOST_LAYERS)
+        number = top.integer("layers", maximum=_MAX_LAYERS)
         seconds = top.number("layer_milliseconds") / 1e3
         layer = Layer(
             seconds * _FORWARD_PART,
@@ -63,13 +63,13 @@ def _read_layers(top: Fields) -> tuple[Layer, ...]:
             1e6 * top.number("layer_activation_megabytes", 0.0, above=None),
         )
         return (layer,) * number
-    for key in for_equal:
+    for key in keys_of_equal_layers:
         if key in top:
-            raise top.wrong(key, "left out beside a list of layers", "Give it in each layer.")
-    if len(found) > _MOST_LAYERS:
-        raise ConfigurationError(f"`layers` must be at most {_MOST_LAYERS}, got {len(found)}.")
+            raise top.wrong(key, "left out with a list of layers", "Give it for each layer in the list.")
+    if len(found) > _MAX_LAYERS:
+        raise ConfigurationError(f"`layers` must have at most {_MAX_LAYERS} entries, got {len(found)}.")
     layers = []
-    for i, one in enumerate(top.items("layers", "a list with an entry for each layer")):
+    for i, one in enumerate(top.items("layers", "a list with one entry for each layer")):
         fields = Fields(one, _LAYER_KEYS, f"layers[{i}]")
         layers.append(
             Layer(

@@ -1,4 +1,4 @@
-"""The document that ``lightning-hetero plan --json`` prints."""
+"""Build the JSON document that ``lightning-hetero plan --json`` prints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ VERSION = 1
 def cluster_document(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> dict[str, Any]:
     """Return the document of ``strategy: hetero_ddp``.
 
-    Times are in the unit that ``time_unit`` names: ``"s"``, or ``"relative"``, what the slowest device needs for a
-    sample; ``samples_per_time`` counts in it. ``devices`` has an entry for each kind, in the order of the file, and
-    the lists ``counts`` follow it. ``ddp.step_time``, ``speed_up``, the costs, ``fastest`` and ``cheapest`` are null
-    where there is nothing to tell.
+    Times are in the unit that ``time_unit`` names: ``"s"`` for seconds, or ``"relative"`` for what the slowest device
+    needs for one sample. ``samples_per_time`` uses the same unit. ``devices`` has one entry per kind, in the order of
+    the file, and the lists ``counts`` have the same order. ``ddp.step_time``, ``speed_up``, the costs, ``fastest`` and
+    ``cheapest`` are null if there is nothing to report.
     """
     return {
         "lightning_hetero_plan": VERSION,
@@ -70,8 +70,8 @@ def _other_set(devices: DeviceSet | None, is_relative: bool) -> dict[str, Any] |
 def pipeline_document(cluster: PipelineCluster, prediction: PipelinePrediction) -> dict[str, Any]:
     """Return the document of ``strategy: hetero_pipeline``.
 
-    ``stages`` has the first stage first. ``needed_bytes``, ``uniform.fits`` and ``alone.fits`` are null where no memory
-    is known, ``better_micro_batches`` where no number would be better.
+    ``stages`` has the first stage first. ``needed_bytes``, ``uniform.fits`` and ``alone.fits`` are null if no memory is
+    known. ``better_micro_batches`` is null if no other number would be better.
     """
     advice = prediction.advice
     better = advice.better_micro_batches

@@ -1,4 +1,4 @@
-"""Show a prediction to people: a table and sentences."""
+"""Print a prediction as a table and notes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _SHOWN_KINDS = 40
 
 
 def console() -> Console:
-    """Return a console as wide as the terminal, elsewhere of 80 columns; nothing in a text is markup."""
+    """Return a console as wide as the terminal, or of 80 columns without one; it interprets no markup."""
     width = None if Console().is_terminal else 80
     return Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def print_cluster_plan(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> None:
-    """Print shares, step time and what would be better.
+    """Print shares, step time and better alternatives.
 
     Args:
-        file: where the cluster is from.
-        cluster: what was predicted for.
-        plan: the prediction.
+        file: File that describes the cluster.
+        cluster: Cluster of the prediction.
+        plan: Prediction to print.
     """
     out = console()
     number = f"{cluster.world_size} device{'s' if cluster.world_size > 1 else ''}"
-    out.print(f"hetero_ddp on {number}, {cluster.global_batch_size} samples in a step of all: what each has and does")
+    out.print(f"hetero_ddp on {number}, global batch of {cluster.global_batch_size} samples; per device:")
     out.print(_shares_table(plan, file.is_relative))
     if len(plan.kinds) > _SHOWN_KINDS:
-        out.print(f"and {len(plan.kinds) - _SHOWN_KINDS} kinds more; --json has all")
-    for sentence in _data_parallel_sentences(file, cluster, plan):
-        out.print(f"- {sentence}")
+        out.print(f"and {len(plan.kinds) - _SHOWN_KINDS} more kinds of devices; --json lists all of them")
+    for note in _data_parallel_notes(file, cluster, plan):
+        out.print(f"- {note}")
 
 
 def _shares_table(plan: ClusterPlan, is_relative: bool) -> Table:
@@ -52,7 +52,7 @@ def _shares_table(plan: ClusterPlan, is_relative: bool) -> Table:
             str(one.kind.count),
             _span(str(one.min_samples), str(one.max_samples)),
             _span(_short(one.min_own_s * scale), _short(one.max_own_s * scale)),
-            # the fewer samples the more waiting
+            # the device with fewer samples waits longer
             _span(_short(one.max_waiting_s * scale), _short(one.min_waiting_s * scale)),
         )
     return table
@@ -63,19 +63,21 @@ def _span(one: str, other: str) -> str:
 
 
 def _short(value: float) -> str:
-    """Return a number in at most four digits and a point, or whole where it is larger; what is rounding error is 0."""
+    """Return a number with at most four digits, or as an integer if it is large; rounding errors become 0."""
     value = value if value > 1e-9 else 0.0
     if value >= 1e7 or 0 < value < 1e-2:
         return f"{value:.3g}"
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _data_parallel_sentences(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> list[str]:
+def _data_parallel_notes(file: ClusterFile, cluster: Cluster, plan: ClusterPlan) -> list[str]:
+    unit = "unit" if file.is_relative else "second"
+
     def time(seconds: float) -> str:
         return f"{_short(seconds)} units" if file.is_relative else f"{_short(1e3 * seconds)} ms"
 
     def rate(samples_per_s: float) -> str:
-        return f"{_short(samples_per_s)} samples a {'unit' if file.is_relative else 'second'}"
+        return f"{_short(samples_per_s)} samples per {unit}"
 
     found = [f"a step takes {time(plan.whole.step_s)}: {rate(plan.whole.samples_per_s)}"]
     if plan.ddp_step_s is None:
@@ -83,11 +85,13 @@ def _data_parallel_sentences(file: ClusterFile, cluster: Cluster, plan: ClusterP
     else:
         ddp_rate = rate(cluster.global_batch_size / plan.ddp_step_s)
         found.append(f"plain ddp, with equal shares: {time(plan.ddp_step_s)}, {ddp_rate}; speed-up {plan.speed_up:.2f}")
-    found.append(f"efficiency {plan.efficiency:.0%} of what the devices would process alone, each at its share")
+    found.append(
+        f"efficiency: {plan.efficiency:.0%} of the samples per {unit} that the devices could process without waiting"
+    )
     if plan.exposed_communication_s > 0:
         found.append(
-            f"the all-reduce adds {time(plan.exposed_communication_s)} to a step, of"
-            f" {time(cluster.all_reduce.total_s(cluster.world_size))} that it takes"
+            f"the all-reduce adds {time(plan.exposed_communication_s)} to a step; it takes"
+            f" {time(cluster.all_reduce.total_s(cluster.world_size))}, and the rest overlaps with the backward pass"
         )
     if plan.whole.cost_per_million_samples is not None and not file.is_relative:
         found.append(f"a million samples cost {_short(plan.whole.cost_per_million_samples)}")
@@ -95,17 +99,19 @@ def _data_parallel_sentences(file: ClusterFile, cluster: Cluster, plan: ClusterP
         left_out = _left_out(cluster, plan.fastest)
         gain = plan.whole.step_s / plan.fastest.step_s - 1
         found.append(
-            f"leave out {left_out}: without, a step takes {time(plan.fastest.step_s)}, {gain:.0%} more samples"
+            f"leave out {left_out}: a step then takes {time(plan.fastest.step_s)}, with {gain:.0%} more samples per"
+            f" {unit}"
         )
     if plan.cheapest is not None:
         found.append(_cheapest_sentence(file, cluster, plan, plan.cheapest))
     if plan.enough_global_batch_size is not None:
         found.append(
             f"the global batch is too small for the ratio of speeds: rounding to whole samples costs"
-            f" {plan.rounding:.0%} of a step; from about {plan.enough_global_batch_size} samples on it would not"
+            f" {plan.rounding:.0%} of a step; use a global batch of about {plan.enough_global_batch_size} samples or"
+            f" more"
         )
     if file.is_relative:
-        found.append("only relative speeds are known: a unit is what the slowest device needs for a sample")
+        found.append("only relative speeds are known: a unit is the time that the slowest device needs for one sample")
     return found + list(file.notes)
 
 
@@ -115,22 +121,27 @@ def _left_out(cluster: Cluster, devices: DeviceSet) -> str:
         for kind, kept in zip(cluster.kinds, devices.counts, strict=True)
         if kept < kind.count
     ]
-    return ", ".join(missing[:5]) + (f" and of {len(missing) - 5} kinds more" if len(missing) > 5 else "")
+    return ", ".join(missing[:5]) + (f" and devices of {len(missing) - 5} more kinds" if len(missing) > 5 else "")
 
 
 def _cheapest_sentence(file: ClusterFile, cluster: Cluster, plan: ClusterPlan, cheapest: DeviceSet) -> str:
     used = [f"{n} {kind.name}" for kind, n in zip(cluster.kinds, cheapest.counts, strict=True) if n]
-    names = ", ".join(used[:5]) + (f" and {len(used) - 5} kinds more" if len(used) > 5 else "")
+    names = ", ".join(used[:5]) + (f" and devices of {len(used) - 5} more kinds" if len(used) > 5 else "")
     cost, whole = cheapest.cost_per_million_samples or 0.0, plan.whole.cost_per_million_samples or 1.0
-    price = "" if file.is_relative else f"{_short(cost)} a million samples, "
+    price = "" if file.is_relative else f"{_short(cost)} per million samples, "
     return (
-        f"samples cost least on {names}: {price}{1 - cost / whole:.0%} less than on all, and a step takes"
+        f"samples cost least on {names}: {price}{1 - cost / whole:.0%} less than on all devices, and a step takes"
         f" {_short(cheapest.step_s / plan.whole.step_s)} times as long"
     )
 
 
 def print_pipeline(cluster: PipelineCluster, prediction: PipelinePrediction) -> None:
-    """Print stages, step time and what would be better."""
+    """Print stages, step time and better alternatives.
+
+    Args:
+        cluster: Cluster of the prediction.
+        prediction: Prediction to print.
+    """
     out = console()
     out.print(
         f"hetero_pipeline: {len(cluster.layers)} layers on {len(cluster.devices)} devices, {cluster.micro_batches}"
@@ -154,16 +165,16 @@ def print_pipeline(cluster: PipelineCluster, prediction: PipelinePrediction) -> 
             "" if stage.needed_bytes is None else f"{stage.needed_bytes / 1e9:.3g}",
         )
     out.print(table)
-    for sentence in _pipeline_sentences(cluster, prediction):
-        out.print(f"- {sentence}")
+    for note in _pipeline_notes(cluster, prediction):
+        out.print(f"- {note}")
 
 
-def _pipeline_sentences(cluster: PipelineCluster, prediction: PipelinePrediction) -> list[str]:
+def _pipeline_notes(cluster: PipelineCluster, prediction: PipelinePrediction) -> list[str]:
     advice = prediction.advice
     fastest = cluster.devices[advice.fastest_rank].name
     uniform = f"{_short(1e3 * advice.uniform_step_s)} ms; speed-up {advice.uniform_step_s / advice.step_s:.2f}"
     if prediction.uniform_fits is False:
-        uniform += ", if they fitted into the memories, which they do not"
+        uniform += ", but these stages do not fit into memory"
     alone = {
         True: "the model fits into its memory",
         False: "but the model does not fit into its memory",
@@ -180,11 +191,11 @@ def _pipeline_sentences(cluster: PipelineCluster, prediction: PipelinePrediction
     if advice.better_micro_batches is not None:
         found.append(
             f"{advice.better_micro_batches} micro-batches instead of {advice.micro_batches}:"
-            f" {_short(1e3 * advice.better_step_s)} ms, if smaller ones are as fast a sample"
+            f" {_short(1e3 * advice.better_step_s)} ms, if smaller ones cost as much per sample"
         )
     if not prediction.is_refined:
         found.append(
-            "so many devices, layers and micro-batches are planned by the slowest stage alone; hetero_pipeline also"
-            " tries moves of single layers, which may find a little more"
+            "with this many devices, layers and micro-batches, only the slowest stage was minimised; hetero_pipeline"
+            " also tries moves of single layers, and may find a slightly faster plan"
         )
     return found

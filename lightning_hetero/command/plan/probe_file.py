@@ -1,12 +1,14 @@
-"""Take devices out of what ``lightning-hetero probe --json`` printed."""
+"""Read devices from the output of ``lightning-hetero probe --json``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_hetero.balance.checked import as_float, as_list, as_mapping, as_str, entry
 from lightning_hetero.balance.types import StepTime
 from lightning_hetero.command.plan.yaml_file import read_text
 from lightning_hetero.exceptions import ConfigurationError
@@ -14,18 +16,19 @@ from lightning_hetero.exceptions import ConfigurationError
 __all__ = ["ProbedDevice", "read_probe"]
 
 _VERSION = 1
+_MAX_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
 class ProbedDevice:
-    """One device of a machine.
+    """One device of a probed machine.
 
     Attributes:
-        name: of the model, and where it is.
-        step_time: as measured; with ``is_relative`` in proportion to the device's nominal speed.
-        is_relative: whether the time is of no known unit.
-        memory_bytes: None where unknown.
-        workload: what was measured; empty where nothing was.
+        name: Name of the model, with the machine and the device.
+        step_time: Measured step time; with ``is_relative``, a time in inverse proportion to the nominal speed.
+        is_relative: Whether the unit of the time is unknown.
+        memory_bytes: Memory of the device; None if unknown.
+        workload: Description of the measured workload; empty if nothing was measured.
     """
 
     name: str
@@ -36,62 +39,80 @@ class ProbedDevice:
 
 
 def read_probe(path: Path) -> list[ProbedDevice]:
-    """Return the devices of a file that ``lightning-hetero probe --measure --json`` wrote.
+    """Return the devices in a file with the output of ``lightning-hetero probe --measure --json``.
 
-    Where not every device was measured, the nominal speeds count, if all devices have one.
+    If not every device was measured, nominal speeds are used, provided that all devices have one.
 
     Raises:
-        ConfigurationError: it is no such file, or tells nothing of the speed of a device.
+        ConfigurationError: The file has other content, or it does not give the speed of a device.
     """
     text = read_text(path)
     try:
         found = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise ConfigurationError(_no_probe(path, "no JSON")) from None
+        raise ConfigurationError(_not_a_probe(path, "a file that is not JSON.")) from None
     if not isinstance(found, dict) or "lightning_hetero_probe" not in found:
-        raise ConfigurationError(_no_probe(path, "other JSON"))
+        raise ConfigurationError(_not_a_probe(path, "other JSON."))
     if found["lightning_hetero_probe"] != _VERSION:
         raise ConfigurationError(
-            f"{path} must be of version {_VERSION}, got {found['lightning_hetero_probe']!r}. Probe the machine anew."
+            f"{path} must be of version {_VERSION}, got {found['lightning_hetero_probe']!r}. Run the probe again."
         )
     try:
-        devices = [_device(found["host"], one) for one in found["devices"]]
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigurationError) as error:
-        raise ConfigurationError(_no_probe(path, f"a damaged one ({type(error).__name__}: {error})")) from None
+        host = as_str(entry(found, "host"), "host")
+        devices = [_read_device(host, one) for one in as_list(entry(found, "devices"), "devices")]
+    except ConfigurationError as error:
+        raise ConfigurationError(_not_a_probe(path, f"a damaged one: {error}")) from None
     if not devices:
         raise ConfigurationError(f"{path} must list at least one device, got none.")
     return _comparable(path, devices)
 
 
-def _no_probe(path: Path, got: str) -> str:
-    return f"{path} must be what `lightning-hetero probe --measure --json` printed, got {got}."
+def _not_a_probe(path: Path, got: str) -> str:
+    return f"{path} must contain the output of `lightning-hetero probe --measure --json`, got {got}"
 
 
-def _device(host: str, values: dict[str, Any]) -> tuple[str, float | None, StepTime | None, float | None, str]:
-    name = f"{values['name']} ({host} {values['device']})"
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    nominal_speed: float | None
+    memory_bytes: float | None
+    step_time: StepTime | None = None
+    workload: str = ""
+
+
+def _read_device(host: str, value: Any) -> _Entry:
+    values = as_mapping(value, "devices")
+    model, device = (as_str(entry(values, key), key) for key in ("name", "device"))
+    name = f"{model} ({host} {device})"
     if not name.isprintable():
-        raise ValueError(f"the name {name!r}")
-    measured, memory, nominal = values["measured"], values["memory_bytes"], values["nominal_speed"]
-    time, workload = None, ""
-    if measured is not None:
-        time = StepTime(float(measured["overhead_s"]), float(measured["seconds_per_sample"]))
-        workload = str(measured["workload"])
-    return name, None if nominal is None else float(nominal), time, None if memory is None else float(memory), workload
+        raise ConfigurationError(f"`name`, `host` and `device` must be printable, got {name!r}.")
+    nominal_speed, memory_bytes = (_optional_number(values, key) for key in ("nominal_speed", "memory_bytes"))
+    measured = entry(values, "measured")
+    if measured is None:
+        return _Entry(name, nominal_speed, memory_bytes)
+    workload = as_str(entry(as_mapping(measured, "measured"), "workload"), "workload")
+    return _Entry(name, nominal_speed, memory_bytes, StepTime.from_dict(measured), workload)
 
 
-def _comparable(
-    path: Path, devices: list[tuple[str, float | None, StepTime | None, float | None, str]]
-) -> list[ProbedDevice]:
-    all_measured = all(time is not None for _, _, time, _, _ in devices)
+def _optional_number(values: Mapping[str, Any], key: str) -> float | None:
+    value = entry(values, key)
+    return None if value is None else as_float(value, key, 0, _MAX_NUMBER)
+
+
+def _comparable(path: Path, devices: list[_Entry]) -> list[ProbedDevice]:
+    """Return the devices by measured time if all were measured, else by nominal speed."""
+    all_measured = all(device.step_time is not None for device in devices)
     found = []
-    for name, nominal, time, memory, workload in devices:
-        if all_measured and time is not None:
-            found.append(ProbedDevice(name, time, False, memory, workload))
-        elif nominal is not None and nominal > 0:
-            found.append(ProbedDevice(name, StepTime(0.0, 1 / nominal), True, memory, ""))
+    for device in devices:
+        if all_measured and device.step_time is not None:
+            found.append(ProbedDevice(device.name, device.step_time, False, device.memory_bytes, device.workload))
+        elif device.nominal_speed:
+            found.append(
+                ProbedDevice(device.name, StepTime(0.0, 1 / device.nominal_speed), True, device.memory_bytes, "")
+            )
         else:
             raise ConfigurationError(
-                f"{path} must tell how fast each device is, but not all were measured, and {name} has no nominal"
-                f" speed. Run `lightning-hetero probe --measure --json` on that machine."
+                f"{path} must give the speed of each device, but not all were measured, and {device.name} has no"
+                f" nominal speed. Run `lightning-hetero probe --measure --json` on that machine."
             )
     return found

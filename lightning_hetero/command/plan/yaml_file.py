@@ -1,4 +1,4 @@
-"""Read a YAML file that a person wrote; what is wrong with it becomes one line."""
+"""Read a YAML file that a person wrote, with errors that fit on one line."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["read_text", "read_yaml"]
 
-_MOST_BYTES = 16 * 1024**2
+_MAX_BYTES = 16 * 1024**2
 
 
 def read_text(path: Path) -> str:
-    """Return what a text file holds.
+    """Return the content of a text file.
 
     Raises:
-        ConfigurationError: there is no such file, it cannot be read, or it holds no text.
+        ConfigurationError: The file does not exist, cannot be read, or does not contain text.
     """
     try:
         if path.is_dir():
             raise ConfigurationError(f"{path} must be a file, got a folder.")
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigurationError(f"{path} must be a file, but it does not exist.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigurationError(f"{path} must be a file that can be read, got: {reason}.") from None
-    if len(content) > _MOST_BYTES:
-        raise ConfigurationError(f"{path} must be a text of at most {_MOST_BYTES // 1024**2} MiB, got more.")
+    if len(content) > _MAX_BYTES:
+        raise ConfigurationError(f"{path} must be a text file of at most {_MAX_BYTES // 1024**2} MiB, got more.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigurationError(f"{path} must be a text in UTF-8, got other bytes.") from None
+        raise ConfigurationError(f"{path} must be a text file in UTF-8, got other bytes.") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        ConfigurationError: it cannot be read, is empty, is no YAML, or a key stands twice in one mapping.
+        ConfigurationError: The file cannot be read, is empty, is not YAML, or has a key twice in one mapping.
     """
     text = read_text(path)
-    # YAML costs as long as all other imports of the command together
+    # importing YAML takes as long as all other imports of the command together
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> Any:
                 if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
                     if key_node.value in seen:
                         raise yaml.constructor.ConstructorError(
-                            None, None, f"the key {key_node.value!r} stands here a second time", key_node.start_mark
+                            None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
                         )
                     seen.add(key_node.value)
             return super().construct_mapping(node, deep)
@@ -63,9 +63,9 @@ def read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "a file that cannot be parsed"
         raise ConfigurationError(f"{path} must be YAML, got {where}{problem}.") from None
-    except (RecursionError, ValueError) as error:  # nested without end; a date that does not exist
+    except (RecursionError, ValueError) as error:  # nested too deeply; a date that does not exist
         raise ConfigurationError(f"{path} must be YAML, got {str(error) or type(error).__name__}.") from None
     if found is None:
         raise ConfigurationError(

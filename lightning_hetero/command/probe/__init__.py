@@ -1,1 +1,1 @@
-"""`lightning-hetero probe`: list the devices of this machine."""
+"""Implement `lightning-hetero probe`, which lists the devices of this machine."""

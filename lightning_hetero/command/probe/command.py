@@ -1,4 +1,8 @@
-"""List the devices of this machine and a first guess at their shares."""
+"""List the devices of this machine and suggest a share of the batch for each.
+
+Without --measure the suggestion rests on the data that the driver reports, if it is known for all devices. A training
+with the strategy hetero_ddp needs neither probe nor shares: it measures its own steps and finds its shares by itself.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +27,40 @@ _SECONDS = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``probe`` takes."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, which `plan` reads, and no table")
+    """Declare the options of ``probe``."""
     parser.add_argument(
-        "--measure", action="store_true", help="train a small network on every device and compare their speeds"
+        "--json",
+        action="store_true",
+        help="Print one JSON object instead of a table; `lightning-hetero plan` can read it.",
     )
     parser.add_argument(
-        "--seconds", metavar="S", help=f"with --measure: about how long on each device, {_SECONDS:g} by default"
+        "--measure",
+        action="store_true",
+        help="Train a small network on every device, one after the other, and suggest shares by measured speed.",
+    )
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        help=f"Measure each device for about this many seconds (default: {_SECONDS:g}). It requires --measure.",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what this machine has."""
+    """Print the devices of this machine and their suggested shares."""
     seconds = _seconds(options)
-    # before the import of torch, so that the meter sees a few seconds of what else this machine does
+    # before the import of torch, so that the meter averages over the seconds that the import takes
     from lightning_hetero.hardware.processor import LoadMeter
 
     load = LoadMeter()
     from lightning_hetero.command.probe.device_notes import device_notes
     from lightning_hetero.command.probe.first_guess import first_guess
-    from lightning_hetero.hardware.machine import machine_here
+    from lightning_hetero.hardware.machine import describe_machine
 
-    machine = machine_here(load)
+    machine = describe_machine(load)
     if options.measure:
         machine = _measured(machine, seconds)
     guess = first_guess(machine.devices)
-    notes = [*machine.notes, *device_notes(machine.devices), *guess.sentences]
+    notes = [*machine.notes, *device_notes(machine.devices), *guess.notes]
     if options.json:
         print(json.dumps(_json(machine, guess, notes), indent=2))  # noqa: T201  # a command prints
     else:
@@ -64,15 +76,17 @@ def _seconds(options: argparse.Namespace) -> float:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigurationError(
-            f"`--seconds` must be a positive number of seconds, got {options.seconds!r}; {_SECONDS:g} is the default."
+            f"`--seconds` must be a positive number of seconds, got {options.seconds!r}. The default is {_SECONDS:g}."
         )
     if not options.measure:
-        raise ConfigurationError("`--seconds` says how long to measure: add `--measure`, or leave it out.")
+        raise ConfigurationError(
+            "`--seconds` sets the duration of a measurement: add `--measure`, or leave `--seconds` out."
+        )
     return seconds
 
 
 def _measured(machine: Machine, seconds: float) -> Machine:
-    """Return the machine with measured devices; one that fails becomes a sentence, and the others go on."""
+    """Return the machine with measured devices; a device that fails becomes a note, and the others are measured."""
     import torch
 
     from lightning_hetero.hardware.benchmark import measure_device
@@ -80,8 +94,8 @@ def _measured(machine: Machine, seconds: float) -> Machine:
     devices, notes = [], list(machine.notes)
     for number, report in enumerate(machine.devices):
         if sys.stderr.isatty():
-            of = f"{number + 1} of {len(machine.devices)}"
-            print(f"measuring {report.device} ({of}), about {seconds:g} s", file=sys.stderr)  # noqa: T201
+            progress = f"{number + 1} of {len(machine.devices)}"
+            print(f"measuring {report.device} ({progress}), about {seconds:g} s", file=sys.stderr)  # noqa: T201
         try:
             devices.append(replace(report, measured=measure_device(torch.device(report.device), seconds)))
         except HeteroError as error:
@@ -101,15 +115,15 @@ def _json(machine: Machine, guess: FirstGuess, notes: list[str]) -> dict[str, An
 
 
 def _print(machine: Machine, guess: FirstGuess, notes: list[str]) -> None:
-    """Print the table and the sentences; on a terminal no wider than the terminal, elsewhere in 80 columns."""
+    """Print the table and the notes, as wide as the terminal, or in 80 columns if there is none."""
     from rich.console import Console
 
     from lightning_hetero.command.probe.device_table import device_table
 
     console = Console()
     console = Console(width=None if console.is_terminal else 80, highlight=False, markup=False)
-    console.print(f"devices of {machine.host}")
+    console.print(f"Devices of {machine.host}")
     console.print(device_table(machine.devices, guess.shares))
     workloads = {report.measured.workload for report in machine.devices if report.measured}
-    for sentence in [*(f"Measured: {workload}." for workload in sorted(workloads)), *notes]:
-        console.print(sentence)
+    for note in [*(f"Measured: {workload}." for workload in sorted(workloads)), *notes]:
+        console.print(note)

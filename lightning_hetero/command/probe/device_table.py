@@ -1,4 +1,4 @@
-"""The table of ``lightning-hetero probe``."""
+"""Build the table of ``lightning-hetero probe``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _UNKNOWN = "-"
 
 
 def device_table(reports: Sequence[DeviceReport], shares: Sequence[float]) -> Table:
-    """Build the table of what this machine has; what is unknown of all devices has no column.
+    """Build the table of devices; a column whose value is unknown for all devices is left out.
 
     Args:
-        reports: the devices.
-        shares: of each device, 0 where it takes no part.
+        reports: Reports on the devices.
+        shares: Share of each device; 0 for a device that takes no part.
     """
     columns: list[tuple[str, list[str]]] = [
-        ("GiB free", [_part(r.free_bytes, r.memory_bytes, _GIB) for r in reports]),
-        ("GHz now", [_part(r.clock_mhz, r.max_clock_mhz, 1e3) for r in reports]),
+        ("GiB free", [_of_maximum(r.free_bytes, r.memory_bytes, _GIB) for r in reports]),
+        ("GHz now", [_of_maximum(r.clock_mhz, r.max_clock_mhz, 1e3) for r in reports]),
         ("busy", [_UNKNOWN if r.utilisation is None else f"{r.utilisation:.0%}" for r in reports]),
         ("temp C", [_UNKNOWN if r.temperature_c is None else str(r.temperature_c) for r in reports]),
         ("samples/s", [f"{r.measured.samples_per_s:.0f}" if r.measured else _UNKNOWN for r in reports]),
@@ -47,8 +47,8 @@ def _name(report: DeviceReport) -> str:
     return f"{report.name}, {cores}"
 
 
-def _part(now: float | None, most: float | None, unit: float) -> str:
-    """Return a value and the highest one, in tenths of a unit."""
+def _of_maximum(now: float | None, most: float | None, unit: float) -> str:
+    """Return a value and its maximum in a unit, both with one decimal."""
     if now is None and most is None:
         return _UNKNOWN
     if most is None:

@@ -1,1 +1,1 @@
-"""`lightning-hetero report`: turn a run's record into a page."""
+"""Implement `lightning-hetero report`, which turns a run's record into a page."""

@@ -1,4 +1,4 @@
-"""The charts of a run whose batch is divided."""
+"""Draw the charts of a run with ``hetero_ddp``, which divides the batch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["efficiency_chart", "memory_chart", "share_chart", "step_time_chart",
 OWN, WAITING, COMMUNICATION = SERIES[0], SERIES[1], MUTED
 _WIDTH = 11.0
 _FEW_RANKS = 8
-_MOST_POINTS = 400
-_MOST_POINTS_A_RANK = 40
-_MOST_MARKERS = 15
+_MAX_POINTS = 400
+_MAX_POINTS_PER_RANK = 40
+_MAX_MARKERS = 15
 _GIB = 2.0**30
 
 
 def time_line_chart(comparison: Comparison, shown: ShownRanks) -> Markup:
-    """Draw what a step of each rank goes into, in the first measured window and in the last."""
+    """Draw the parts of each rank's step, in the first measured window and in the last."""
     windows = [("first measured steps", comparison.before), ("latest measured steps", comparison.after)]
     if comparison.before is comparison.after:
         windows = windows[1:]
@@ -49,10 +49,12 @@ def time_line_chart(comparison: Comparison, shown: ShownRanks) -> Markup:
             _bars(axes, window, shown, tips, labelled=few)
         for axes in grid[-1]:
             axes.set_xlabel("milliseconds since the step began")
-        names = [("own work", OWN), ("communication", COMMUNICATION), ("waiting for slower ranks", WAITING)]
+        names = [("own time", OWN), ("communication", COMMUNICATION), ("waiting for slower ranks", WAITING)]
         _legend(figure, names, columns=3)
 
-    label = "Horizontal bars, one a rank: own work, communication and waiting in a step, at first and lately."
+    label = (
+        "Horizontal bars, one per rank: own time, communication and waiting in the first and the latest measured steps."
+    )
     return draw("time-line", label, (_WIDTH, height), paint)
 
 
@@ -61,7 +63,7 @@ def _bars(axes: Axes, window: RunWindow, shown: ShownRanks, tips: Tips, labelled
     for row, rank in enumerate(shown.ranks):
         left = 0.0
         for name, seconds, colour in (
-            ("own work", parts[rank].own_s, OWN),
+            ("own time", parts[rank].own_s, OWN),
             ("communication", parts[rank].communication_s, COMMUNICATION),
             ("waiting", parts[rank].waiting_s, WAITING),
         ):
@@ -70,7 +72,7 @@ def _bars(axes: Axes, window: RunWindow, shown: ShownRanks, tips: Tips, labelled
             left += 1e3 * seconds
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(shown.ranks)), [_row(rank, window, labelled) for rank in shown.ranks])
-    axes.set_ylim(len(shown.ranks) - 0.5, -0.5)  # the first rank on top
+    axes.set_ylim(len(shown.ranks) - 0.5, -0.5)  # the first rank at the top
 
 
 def _row(rank: int, window: RunWindow, labelled: bool) -> str:
@@ -80,11 +82,11 @@ def _row(rank: int, window: RunWindow, labelled: bool) -> str:
 def share_chart(
     plans: Sequence[tuple[int, tuple[int, ...]]], changes: Sequence[RunChange], last_step: int, shown: ShownRanks
 ) -> Markup:
-    """Draw each rank's part of the batch over the steps, with the number of each change at its step."""
+    """Draw each rank's share of the batch over the steps, and mark each change with its number."""
 
     def paint(figure: Figure, tips: Tips) -> None:
         axes = figure.subplots()
-        kept = thinned(plans, _MOST_POINTS)
+        kept = thinned(plans, _MAX_POINTS)
         steps = [step for step, _ in kept] + [max(last_step, kept[-1][0]) + 1]
         for rank in shown.ranks:
             parts = [samples[rank] / max(sum(samples), 1) for _, samples in kept]
@@ -92,11 +94,11 @@ def share_chart(
                 steps, [*parts, parts[-1]], drawstyle="steps-post", color=shown.colours[rank], linewidth=1.8
             )
             tips.add(line, f"rank {rank}: {kept[-1][1][rank]} samples")
-        numbered = thinned(list(enumerate(changes, start=1)), _MOST_MARKERS)
+        numbered = thinned(list(enumerate(changes, start=1)), _MAX_MARKERS)
         for level, (position, change) in enumerate(numbered):
             mark = axes.axvline(change.step, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
             tips.add(mark, f"change {position}, step {change.step}")
-            # neighbours stand on two levels, so that they can be told apart
+            # neighbouring numbers alternate between two levels, so that they do not overlap
             axes.annotate(
                 str(position),
                 (change.step, 1.02 + 0.07 * (level % 2)),
@@ -107,19 +109,19 @@ def share_chart(
             )
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda part, _: f"{100 * part:.3g}%")
-        axes.set_ylabel("part of the global batch")
+        axes.set_ylabel("share of the global batch")
         _steps(axes)
         _legend(figure, shown.legend)
 
-    label = "Step lines of each rank's part of the global batch over the training steps; numbers mark the changes."
+    label = "Step lines of each rank's share of the global batch over the training steps; numbers mark the changes."
     return draw("shares", label, (_WIDTH, 3.2), paint)
 
 
 def efficiency_chart(windows: Sequence[RunWindow]) -> Markup | None:
-    """Draw samples a second beside their bound, and the one as a part of the other; None where no window has both."""
+    """Draw samples per second with their bound, and the efficiency; None if no window has both."""
     points = [
         (window.step, samples_per_s(window), bound, reached, window.tuning)
-        for window in thinned(windows, _MOST_POINTS)
+        for window in thinned(windows, _MAX_POINTS)
         if (bound := bound_samples_per_s(window)) and (reached := measured_efficiency(window)) is not None
     ]
     if not points:
@@ -128,20 +130,20 @@ def efficiency_chart(windows: Sequence[RunWindow]) -> Markup | None:
 
     def paint(figure: Figure, tips: Tips) -> None:
         left, right = figure.subplots(1, 2, sharex=True)
-        marker = "o" if len(steps) <= _MOST_POINTS_A_RANK else None
+        marker = "o" if len(steps) <= _MAX_POINTS_PER_RANK else None
         (bound,) = left.plot(steps, bounds, color=SERIES[1], linestyle="--", linewidth=1.5, marker=marker, markersize=3)
         (rate,) = left.plot(steps, rates, color=SERIES[0], linewidth=1.8, marker=marker, markersize=4)
-        tips.add(bound, "if no rank ever waited")
+        tips.add(bound, "bound: no rank ever waits")
         tips.add(rate, "measured")
         left.set_ylim(bottom=0)
-        left.set_title("samples a second")
+        left.set_title("samples per second")
         left.set_ylabel("samples/s")
         right.plot(steps, parts, color=SERIES[2], linewidth=1.8, marker=marker, markersize=4)
         right.axhline(1.0, color=SERIES[1], linestyle="--", linewidth=1.5)
         right.set_ylim(0, 1.08)
         right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        right.set_title("efficiency: the one as a part of the other")
-        right.set_ylabel("of what the ranks can do")
+        right.set_title("efficiency: measured samples per second over the bound")
+        right.set_ylabel("efficiency")
         for axes in (left, right):
             _steps(axes)
             if True in tuning:
@@ -150,13 +152,13 @@ def efficiency_chart(windows: Sequence[RunWindow]) -> Markup | None:
         names = [("measured", SERIES[0]), ("bound: no rank ever waits", SERIES[1]), ("efficiency", SERIES[2])]
         _legend(figure, [*names, *([("while tuning", MUTED)] if True in tuning else [])], columns=4)
 
-    label = "Two line charts over training steps: samples a second beside their bound, and the efficiency in percent."
+    label = "Two line charts over training steps: samples per second with their bound, and the efficiency in percent."
     return draw("efficiency", label, (_WIDTH, 3.1), paint)
 
 
 def step_time_chart(windows: Sequence[RunWindow], shown: ShownRanks) -> Markup | None:
-    """Draw the measured own times of steps over their sizes, and the fitted lines; None where nothing was measured."""
-    kept = thinned(windows, _MOST_POINTS_A_RANK)
+    """Draw own times over mini-batch sizes, and the fitted step times; None if nothing was measured."""
+    kept = thinned(windows, _MAX_POINTS_PER_RANK)
     fitted = next((window for window in reversed(windows) if window.overhead_s), None)
     points = {
         rank: [(w.samples[rank], w.own_s[rank]) for w in kept if w.own_s[rank] > 0 and w.samples[rank]]
@@ -175,7 +177,7 @@ def step_time_chart(windows: Sequence[RunWindow], shown: ShownRanks) -> Markup |
                 (line,) = axes.plot(
                     ends, [1e3 * (overhead_s + cost_s * n) for n in ends], color=shown.colours[rank], linewidth=1.4
                 )
-                tips.add(line, f"rank {rank}: {1e3 * overhead_s:.4g} ms + {1e3 * cost_s:.4g} ms a sample")
+                tips.add(line, f"rank {rank}: {1e3 * overhead_s:.4g} ms + {1e3 * cost_s:.4g} ms per sample")
             dots = axes.scatter(
                 [n for n, _ in points[rank]],
                 [1e3 * s for _, s in points[rank]],
@@ -189,15 +191,15 @@ def step_time_chart(windows: Sequence[RunWindow], shown: ShownRanks) -> Markup |
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("samples in the rank's mini-batch")
-        axes.set_ylabel("own time of a step, ms")
+        axes.set_ylabel("own time per step, ms")
         _legend(figure, shown.legend)
 
-    label = "Points: measured own time of a step over the size of the mini-batch. Lines: the fitted step times."
+    label = "Points: measured own time per step over the size of the mini-batch. Lines: the fitted step times."
     return draw("step-times", label, (_WIDTH, 3.4), paint)
 
 
 def memory_chart(window: RunWindow, shown: ShownRanks) -> Markup | None:
-    """Draw the most memory that each rank has held beside what it may hold; None where nothing is known."""
+    """Draw the largest memory that each rank has held, and its budget; None if no memory is known."""
     budgets = window.budget_bytes or (0.0,) * len(window.peak_bytes)
     ranks = [rank for rank in shown.ranks if window.peak_bytes and window.peak_bytes[rank] > 0]
     if not ranks:
@@ -218,7 +220,7 @@ def memory_chart(window: RunWindow, shown: ShownRanks) -> Markup | None:
         axes.set_xlabel("GiB")
         _legend(figure, [("peak", SERIES[0]), ("budget (outline)", INK)], columns=2)
 
-    label = "Horizontal bars, one a rank: the most memory held, inside an outline of what the rank may hold."
+    label = "Horizontal bars, one per rank: the largest memory held, inside an outline of the memory budget."
     return draw("memory", label, (_WIDTH, 1.1 + 0.28 * len(ranks)), paint)
 
 

@@ -1,4 +1,9 @@
-"""Turn the record of a run into one self-contained HTML page."""
+"""Turn the record of a run into one self-contained HTML page.
+
+A run with the strategy hetero_ddp writes its record into the directory of the Trainer's first logger; with
+hetero_pipeline the callback PipelineRecorder writes it. The page shows how long each rank worked and waited, how shares
+changed and why, and the speed-up. It can be made while the run is still going.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +24,39 @@ __all__ = ["add_arguments", "find_record", "run"]
 _PATTERN = "hetero_run*.jsonl"
 _LOGS = "lightning_logs"
 _HOW = (
-    f"`LoadBalancer`, which `hetero_ddp` has, writes {_PATTERN} into the directory of the Trainer's first logger, for"
-    " example lightning_logs/version_0 with `Trainer(logger=True)`; without a logger it writes none. With"
-    " `hetero_pipeline` the callback `PipelineRecorder` does."
+    f"`LoadBalancer`, which `hetero_ddp` adds, writes {_PATTERN} into the directory of the Trainer's first logger, for"
+    " example lightning_logs/version_0 with `Trainer(logger=True)`; without a logger it writes no record. With"
+    " `hetero_pipeline` the callback `PipelineRecorder` writes it."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what ``report`` takes."""
+    """Declare the arguments of ``report``."""
     parser.add_argument(
         "record",
         metavar="RUN",
         nargs="?",
         type=Path,
-        help=f"record of a run, or a directory with one: the newest {_PATTERN} in it, else below it"
-        f" (default: below ./{_LOGS}, else below the current directory)",
+        help=f"Record of a run, or a directory, which stands for the newest {_PATTERN} directly in it or else anywhere"
+        f" below it. By default, the newest record below ./{_LOGS}, or else below the current directory, is used.",
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="where to write the page (default: hetero_report.html beside RUN)"
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="Write the page to this file (default: hetero_report.html next to the record).",
     )
     parser.add_argument(
-        "--follow", action="store_true", help="write the page anew, while the run goes on, until it ends or Ctrl-C"
+        "--follow",
+        action="store_true",
+        help="Keep updating the page until the run ends or you press Ctrl-C. An open page reloads itself.",
     )
     parser.add_argument(
-        "--interval", metavar="SECONDS", type=float, default=5.0, help="how often with --follow (default: 5)"
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=5.0,
+        help="With --follow, check for new entries in the record every so many seconds (default: 5).",
     )
 
 
@@ -50,10 +64,10 @@ def run(options: argparse.Namespace) -> None:
     """Write the page and print its path.
 
     Args:
-        options: with the attributes ``record``, ``output``, ``follow`` and ``interval``.
+        options: Parsed options, with the attributes ``record``, ``output``, ``follow`` and ``interval``.
 
     Raises:
-        ConfigurationError: there is no record, it is damaged, the page cannot be written, or an extra is missing.
+        ConfigurationError: There is no record, it is damaged, the page cannot be written, or an extra is missing.
     """
     if not 0.1 <= options.interval <= 3600:
         raise ConfigurationError(f"`--interval` must be from 0.1 to 3600 seconds, got {options.interval:g}.")
@@ -70,20 +84,22 @@ def run(options: argparse.Namespace) -> None:
 
 
 def find_record(run: Path | None) -> Path:
-    """Return the record that ``RUN`` means.
+    """Return the record that ``RUN`` stands for.
 
     Args:
-        run: a file, a directory, or None for the newest record here.
+        run: File, directory, or None for the newest record below the current directory.
 
     Raises:
-        ConfigurationError: there is none; the message says what writes it.
+        ConfigurationError: There is no record; the message says what writes one.
     """
     if run is None:
         found = _newest(_below(Path(_LOGS))) or _newest(_below(Path()))
         if found is None:
-            raise ConfigurationError(f"found no {_PATTERN} below {Path.cwd()}. {_HOW} Name it: RUN.")
+            raise ConfigurationError(
+                f"found no {_PATTERN} below {Path.cwd()}. {_HOW} If the record is elsewhere, give its path as RUN."
+            )
         return found
-    # unlike those of `Path`, these functions raise for no name
+    # unlike the methods of `Path`, these functions raise for no name, however odd
     if os.path.isfile(run):
         return run
     if not os.path.exists(run):
@@ -92,7 +108,7 @@ def find_record(run: Path | None) -> Path:
         raise ConfigurationError(f"`RUN` must be a file or a directory, got {run}, which is neither.")
     found = _newest(file for file in _files(run) if file.parent == run) or _newest(_below(run))
     if found is None:
-        raise ConfigurationError(f"`RUN` must have the record of a run, got {run} without a {_PATTERN}. {_HOW}")
+        raise ConfigurationError(f"`RUN` must contain the record of a run, got {run} without a {_PATTERN}. {_HOW}")
     return found
 
 
@@ -102,7 +118,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _below(directory: Path) -> Iterator[Path]:
-    # what may not be read is left out, and so are hidden directories: environments and caches are large
+    # unreadable directories are skipped, and hidden ones too, because environments and caches are large
     for parent, directories, names in os.walk(directory):
         directories[:] = [name for name in directories if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if fnmatch(name, _PATTERN))
@@ -118,7 +134,7 @@ def _newest(paths: Iterator[Path]) -> Path | None:
 
 
 def _page_name(path: Path) -> str:
-    # hetero_run-1.jsonl is another run of the same directory, so its page is another one too
+    # hetero_run-1.jsonl is another run in the same directory, so it gets a page of its own
     suffix = path.stem.removeprefix("hetero_run") if path.stem.startswith("hetero_run") else ""
     return f"hetero_report{suffix}.html"
 
@@ -132,7 +148,7 @@ def _read(path: Path) -> RunRecord:
 
 
 def _write(record: RunRecord, path: Path, output: Path, refresh_s: float | None) -> None:
-    """Write the page so that a browser never sees half of one."""
+    """Write the page atomically, so that a browser never sees half of it."""
     try:
         from lightning_hetero.command.report.page import build
     except ImportError as error:
@@ -141,7 +157,7 @@ def _write(record: RunRecord, path: Path, output: Path, refresh_s: float | None)
         ) from error
     page = build(record, refresh_s, name=str(path))
     if os.path.exists(output) and not os.path.isfile(output):
-        raise ConfigurationError(f"`--output` must be a file, got {output}, which is none.")
+        raise ConfigurationError(f"`--output` must be a file, got {output}, which is not one.")
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         try:
@@ -151,7 +167,7 @@ def _write(record: RunRecord, path: Path, output: Path, refresh_s: float | None)
             part.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"`--output` must be a file that can be written, got {output}: {error.strerror}. Choose another one."
+            f"`--output` must be a file that can be written, got {output}: {error.strerror}. Choose another file."
         ) from error
 
 
@@ -169,6 +185,6 @@ def _follow(path: Path, output: Path, interval_s: float) -> None:
             if record.end is not None:
                 return
     except KeyboardInterrupt:
-        # the page stops to load itself anew
+        # this version of the page no longer reloads itself
         _write(_read(path), path, output, None)
         raise

@@ -30,7 +30,7 @@ from lightning_hetero.command.report.charts import (
     time_line_chart,
 )
 from lightning_hetero.command.report.pipeline_charts import (
-    MOST_STAGES,
+    MAX_STAGES,
     passes_chart,
     predicted_passes,
     recorded_passes,
@@ -41,24 +41,24 @@ from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["build"]
 
-_MOST_NUMBER = 1e18
-_MOST_CHANGES = 200
-_MOST_SENTENCES = 50
+_MAX_NUMBER = 1e18
+_MAX_CHANGES = 200
+_MAX_SENTENCES = 50
 
 
 def build(record: RunRecord, refresh_s: float | None = None, name: str = "the record") -> str:
-    """Return the page as HTML that refers to nothing outside of itself.
+    """Return the page as HTML that refers to no other file.
 
     Args:
-        record: of the run. Its texts are not trusted.
-        refresh_s: a browser loads the page again after so many seconds, because the run goes on; None for never.
-        name: what to call the record in errors.
+        record: Record of the run. Its texts are not trusted.
+        refresh_s: Seconds after which a browser reloads the page of a running training; None for never.
+        name: Name of the record for error messages.
 
     Raises:
-        ConfigurationError: the record has numbers that no run has.
+        ConfigurationError: The record has numbers that no run has.
     """
-    if any(value > _MOST_NUMBER for value in _numbers(record)):
-        raise ConfigurationError(f"{name} must have numbers below {_MOST_NUMBER:g}, got larger ones: it is damaged.")
+    if any(value > _MAX_NUMBER for value in _numbers(record)):
+        raise ConfigurationError(f"{name} must have numbers below {_MAX_NUMBER:g}, got larger ones: it is damaged.")
     comparison = compare(record)
     shown = shown_ranks(record.header.devices, None if comparison is None else comparison.after)
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True)
@@ -67,7 +67,7 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
     return template.render(
         record=record,
         header=record.header,
-        state=run_status(record, going_on=refresh_s is not None),
+        state=run_status(record, is_running=refresh_s is not None),
         refresh_s=None if refresh_s is None else max(1, round(refresh_s)),
         comparison=comparison,
         rates=None if comparison is None else (samples_per_s(comparison.before), samples_per_s(comparison.after)),
@@ -76,10 +76,10 @@ def build(record: RunRecord, refresh_s: float | None = None, name: str = "the re
         charts=_batch_charts(record, comparison, shown) | _stage_charts(record),
         shown=shown,
         ranks=_rank_rows(record, comparison),
-        changes=thinned(list(enumerate(record.changes, start=1)), _MOST_CHANGES),
+        changes=thinned(list(enumerate(record.changes, start=1)), _MAX_CHANGES),
         stages=[] if record.stages is None else _stage_rows(record, record.stages),
-        most_stages=MOST_STAGES,
-        sentences=_sentences(record),
+        max_stages=MAX_STAGES,
+        sentences=_notes(record),
         last_s=max((event.time_s for event in _events(record)), default=0.0),
         last_step=max((event.step for event in _events(record)), default=0),
     )
@@ -127,7 +127,7 @@ class _RankRow:
 
 
 def _rank_rows(record: RunRecord, comparison: Comparison | None) -> list[_RankRow]:
-    """Return a row a rank, with the values before and after where there are two measured windows."""
+    """Return one row per rank, with the values before and after if there are two measured windows."""
     windows = [] if comparison is None else [comparison.before, comparison.after]
     if comparison is not None and comparison.before is comparison.after:
         windows = windows[1:]
@@ -138,7 +138,7 @@ def _rank_rows(record: RunRecord, comparison: Comparison | None) -> list[_RankRo
             host=device.host,
             device=device.name if device.device in ("cpu", "") else f"{device.device} {device.name}",
             samples=tuple(window.samples[rank] for window in windows),
-            own_s=tuple(window.own_s[rank] or None for window in windows),  # 0 where it measured nothing
+            own_s=tuple(window.own_s[rank] or None for window in windows),  # 0 if the rank measured nothing
             waiting_s=tuple(window.waiting_s[rank] if window.own_s[rank] else None for window in windows),
             waits=tuple(fractions[rank] for fractions in waits),
         )
@@ -177,11 +177,11 @@ def _stage_rows(record: RunRecord, stages: RunStages) -> list[_StageRow]:
     return rows
 
 
-def _sentences(record: RunRecord) -> list[str]:
+def _notes(record: RunRecord) -> list[str]:
     found = [] if record.advice is None else list(record.advice.sentences)
     if record.stages is not None:
         found += record.stages.sentences
-    return found[:_MOST_SENTENCES]
+    return found[:_MAX_SENTENCES]
 
 
 def _events(record: RunRecord) -> list[Any]:
@@ -201,7 +201,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _shown(value: Any) -> Any:
-    """Return what the template prints of a value; a missing one is a dash."""
+    """Return the form of a value that the template prints; a missing value is a dash."""
     if value is None:
         return "\N{EN DASH}"
     return clean(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,4 +1,4 @@
-"""The charts of a run whose layers are divided."""
+"""Draw the charts of a run with ``hetero_pipeline``, which divides the layers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lightning_hetero.balance.pipeline.stages import Schedule, StageTimes
 from lightning_hetero.balance.record.run_record import RunPasses, RunStages
 from lightning_hetero.command.report.svg import CARD, SERIES, Tips, draw
 
-__all__ = ["MOST_STAGES", "passes_chart", "predicted_passes", "recorded_passes"]
+__all__ = ["MAX_STAGES", "passes_chart", "predicted_passes", "recorded_passes"]
 
 FORWARD, BACKWARD = SERIES[0], SERIES[1]
-MOST_STAGES = 32
-_MOST_PASSES = 4000
-_MOST_NUMBERS = 160
+MAX_STAGES = 32
+_MAX_PASSES = 4000
+_MAX_LABELLED_PASSES = 160
 
 
 def predicted_passes(stages: RunStages) -> list[Pass] | None:
-    """Return who computes what when; None where nothing was measured, or there are too many passes to show."""
+    """Return the simulated passes of a step; None if nothing was measured or there are too many to show."""
     measured = len(stages.forward_s) == len(stages.backward_s) == len(stages.ends)
     if not measured or stages.schedule not in ("1f1b", "gpipe") or not stages.micro_batches:
         return None
-    if 2 * len(stages.ends) * stages.micro_batches > 10 * _MOST_PASSES:
+    if 2 * len(stages.ends) * stages.micro_batches > 10 * _MAX_PASSES:
         return None
     times = StageTimes(stages.forward_s, stages.backward_s)
-    line = simulate_pipeline(times, stages.micro_batches, cast(Schedule, stages.schedule), stages.transfer_s)
-    return list(line.passes)
+    timeline = simulate_pipeline(times, stages.micro_batches, cast(Schedule, stages.schedule), stages.transfer_s)
+    return list(timeline.passes)
 
 
 def recorded_passes(passes: RunPasses) -> list[Pass]:
@@ -45,24 +45,24 @@ def recorded_passes(passes: RunPasses) -> list[Pass]:
 
 
 def passes_chart(name: str, title: str, passes: Sequence[Pass], ranks: Sequence[int], until_s: float) -> Markup | None:
-    """Draw who computes what when in a step.
+    """Draw when each stage computes which pass of a step.
 
     Args:
-        name: of the chart.
-        title: above it.
-        passes: of the step.
-        ranks: the rank of each stage.
-        until_s: the end of the time axis, so that two charts have the same.
+        name: Name of the chart, unique in the page.
+        title: Title above the chart.
+        passes: Passes of the step.
+        ranks: Rank of each stage.
+        until_s: End of the time axis, so that two charts can have the same one.
 
     Returns:
-        The chart; None where there are no passes, or too many.
+        The chart; None if there are no passes, or too many.
     """
-    half = MOST_STAGES // 2
+    half = MAX_STAGES // 2
     stages = range(len(ranks))
-    shown = list(stages) if len(stages) <= MOST_STAGES else [*stages[:half], *stages[-half:]]
+    shown = list(stages) if len(stages) <= MAX_STAGES else [*stages[:half], *stages[-half:]]
     row_of = {stage: row for row, stage in enumerate(shown)}
     kept = [p for p in passes if p.stage in row_of]
-    if not kept or len(kept) > _MOST_PASSES or until_s <= 0:
+    if not kept or len(kept) > _MAX_PASSES or until_s <= 0:
         return None
 
     def paint(figure: Figure, tips: Tips) -> None:
@@ -73,9 +73,9 @@ def passes_chart(name: str, title: str, passes: Sequence[Pass], ranks: Sequence[
             (bar,) = axes.barh(
                 row_of[p.stage], length_ms, left=1e3 * p.start_s, height=0.8, facecolor=colour, edgecolor=CARD
             )
-            if len(kept) <= _MOST_PASSES // 4:
+            if len(kept) <= _MAX_PASSES // 4:
                 tips.add(bar, f"stage {p.stage}, {p.kind} pass of micro-batch {p.micro_batch}: {length_ms:.4g} ms")
-            if len(kept) <= _MOST_NUMBERS and p.end_s - p.start_s > 0.012 * until_s:
+            if len(kept) <= _MAX_LABELLED_PASSES and p.end_s - p.start_s > 0.012 * until_s:
                 middle_ms = 500 * (p.start_s + p.end_s)
                 axes.text(
                     middle_ms, row_of[p.stage], str(p.micro_batch), ha="center", va="center", color=CARD, fontsize=8
@@ -90,5 +90,5 @@ def passes_chart(name: str, title: str, passes: Sequence[Pass], ranks: Sequence[
         handles = [Line2D([], [], color=colour, linewidth=5, label=text) for text, colour in names]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
 
-    label = f"{title}: horizontal bars, one row a stage, each bar a forward or backward pass of a micro-batch."
+    label = f"{title}: horizontal bars, one row per stage, each bar a forward or backward pass of a micro-batch."
     return draw(name, label, (11.0, 1.3 + 0.34 * len(shown)), paint)

@@ -1,4 +1,4 @@
-"""Which ranks the charts show, in which colours, under which names."""
+"""Choose which ranks the charts show, with their colours and names."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lightning_hetero.balance.record.run_summary import slowest_and_fastest
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.command.report.svg import SERIES, clean
 
-__all__ = ["MOST_RANKS", "ShownRanks", "shown_ranks"]
+__all__ = ["MAX_RANKS", "ShownRanks", "shown_ranks"]
 
-MOST_RANKS = 32
-_MOST_CHARACTERS = 28
+MAX_RANKS = 32
+_MAX_CHARACTERS = 28
 
 
 @dataclass(frozen=True)
 class ShownRanks:
-    """The ranks that charts show.
+    """The ranks that the charts show.
 
     Attributes:
-        ranks: which, the slow ones first where some are left out.
-        world_size: of how many.
-        colours: of each shown rank: one each, or one for each model of device where there are more than colours.
-        legend: name and colour of each.
+        ranks: Ranks to show; the slow ones come first if some are left out.
+        world_size: Number of all ranks.
+        colours: Colour of each shown rank; if there are more ranks than colours, one colour per model of device.
+        legend: Name and colour of each entry of the legend.
     """
 
     ranks: tuple[int, ...]
@@ -34,28 +34,28 @@ class ShownRanks:
 
     @property
     def note(self) -> str:
-        """Which ranks are left out, as a sentence; empty where none are."""
+        """A note on the ranks that are left out; empty if none are."""
         if len(self.ranks) == self.world_size:
             return ""
-        half = MOST_RANKS // 2
-        return f"Of {self.world_size} ranks the {half} slowest and the {half} fastest are shown."
+        half = MAX_RANKS // 2
+        return f"Of {self.world_size} ranks, the {half} slowest and the {half} fastest are shown."
 
 
 def shown_ranks(devices: Sequence[DeviceProfile], window: RunWindow | None) -> ShownRanks:
     """Choose the ranks to show.
 
     Args:
-        devices: of all ranks.
-        window: tells how fast they are; without it the first and the last ranks stand for all.
+        devices: Devices of all ranks.
+        window: Window that gives the speed of each rank; without it, the first and the last ranks are shown.
     """
-    everyone = range(len(devices))
+    all_ranks = range(len(devices))
     if window is not None:
-        slow, fast = slowest_and_fastest(window, MOST_RANKS)
+        slow, fast = slowest_and_fastest(window, MAX_RANKS)
         ranks = (*slow, *fast)
-    elif len(everyone) <= MOST_RANKS:
-        ranks = tuple(everyone)
+    elif len(all_ranks) <= MAX_RANKS:
+        ranks = tuple(all_ranks)
     else:
-        ranks = (*everyone[: MOST_RANKS // 2], *everyone[-MOST_RANKS // 2 :])
+        ranks = (*all_ranks[: MAX_RANKS // 2], *all_ranks[-MAX_RANKS // 2 :])
     if len(ranks) <= len(SERIES):
         colours = {rank: SERIES[i] for i, rank in enumerate(ranks)}
         legend = tuple((f"rank {rank}: {_short(devices[rank].name)}", colours[rank]) for rank in ranks)
@@ -70,4 +70,4 @@ def shown_ranks(devices: Sequence[DeviceProfile], window: RunWindow | None) -> S
 
 
 def _short(name: str) -> str:
-    return clean(name, _MOST_CHARACTERS) or "unnamed device"
+    return clean(name, _MAX_CHARACTERS) or "unnamed device"

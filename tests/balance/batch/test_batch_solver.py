@@ -29,7 +29,7 @@ def problems(draw: st.DrawFn) -> tuple[list[StepTime], int, BatchLimits, list[in
 
 
 def allowed_plans(world_size: int, batch: int, limits: BatchLimits, least: list[int]) -> Iterator[BatchPlan]:
-    """Every plan that keeps the limits, by trying all."""
+    """Yield every plan that keeps the limits, by brute force."""
     caps = limits.max_samples or [batch] * world_size
     multiple, rest = limits.batch_multiple, batch % limits.batch_multiple
     for units in itertools.product(range(batch // multiple + 1), repeat=world_size):
@@ -58,7 +58,7 @@ def test_is_as_good_as_brute_force(problem: tuple[list[StepTime], int, BatchLimi
 
 @given(st.lists(step_times, min_size=2, max_size=30), st.integers(30, 2000))
 def test_no_sample_can_move_and_help(times: list[StepTime], batch: int) -> None:
-    """Moving one sample off any rank to any other leaves the receiver no earlier than the slowest is now."""
+    """A rank that takes one sample from any other finishes no earlier than the slowest does now."""
     plan = solve_batch(times, batch, min_samples=1)
     assert plan.global_batch_size == batch
     assert min(plan.samples) >= 1
@@ -89,7 +89,7 @@ def test_a_larger_cap_never_makes_the_step_longer(times: list[StepTime], batch: 
     assert steps[1] <= steps[0]
 
 
-def test_equal_ranks_get_equal_samples_and_the_earlier_the_one_more() -> None:
+def test_equal_ranks_get_equal_samples_and_the_first_the_remainder() -> None:
     times = [StepTime(0.01, 0.001)] * 4
     assert solve_batch(times, 64).samples == (16, 16, 16, 16)
     assert solve_batch(times, 66).samples == (17, 17, 16, 16)
@@ -102,7 +102,7 @@ def test_shares_are_kept_in_proportion() -> None:
 
 
 def test_overhead_is_not_mistaken_for_cost() -> None:
-    """20 ms of overhead at speeds 1:4: what is proportional to the speed at equal batches falls short."""
+    """20 ms of overhead at speeds 1:4: shares in proportion to the speeds at equal batches are worse."""
     times = [StepTime(0.020, 0.004), StepTime(0.020, 0.001)]
     naive = proportional_plan([1 / times[0].seconds(32), 1 / times[1].seconds(32)], 64)
     assert predicted_step_s(times, solve_batch(times, 64)) < 0.95 * predicted_step_s(times, naive)
@@ -116,12 +116,12 @@ def test_ten_thousand_ranks() -> None:
     lower_bound = (640_003 + sum(t.overhead_s / t.seconds_per_sample for t in times)) / sum(
         1 / t.seconds_per_sample for t in times
     )
-    # the continuous optimum, and one unit on the slowest rank above it at most
+    # at most one unit on the slowest rank above the continuous optimum
     assert lower_bound <= predicted_step_s(times, plan) <= lower_bound + 8 * 5e-3
 
 
 @given(problems())
-def test_what_it_finds_keeps_the_limits(problem: tuple[list[StepTime], int, BatchLimits, list[int]]) -> None:
+def test_the_plan_keeps_the_limits(problem: tuple[list[StepTime], int, BatchLimits, list[int]]) -> None:
     times, batch, limits, least = problem
     try:
         plan = solve_batch(times, batch, limits, least)
@@ -130,7 +130,7 @@ def test_what_it_finds_keeps_the_limits(problem: tuple[list[StepTime], int, Batc
     assert keeps_limits(plan, limits)
 
 
-def test_what_breaks_a_limit_is_told() -> None:
+def test_a_plan_that_breaks_a_limit_is_recognised() -> None:
     assert not keeps_limits(BatchPlan((5, 3)), BatchLimits((4, 4)))
     assert not keeps_limits(BatchPlan((5, 3)), BatchLimits(batch_multiple=2))
     assert keeps_limits(BatchPlan((5, 4)), BatchLimits((5, 5), batch_multiple=2))
@@ -145,11 +145,11 @@ def test_what_breaks_a_limit_is_told() -> None:
         (([StepTime(0, 1)] * 2, 4, BatchLimits((1, 2))), "`max_batch_size` must together hold .* 1 too few"),
         (
             ([StepTime(0, 1)] * 2, 4, BatchLimits((1, 2, 3))),
-            r"`max_batch_size` must be one integer or one a rank \(2\)",
+            r"`max_batch_size` must be one integer, or one per rank \(2\)",
         ),
         (([StepTime(0, 1)] * 2, 4, BatchLimits((-1, 9))), "`max_batch_size` must be integers that are not negative"),
         (([StepTime(0, 1)] * 2, 4, BatchLimits((0, 9)), 1), "must leave every rank its minimum of 1 samples"),
-        (([StepTime(0, 1)] * 2, 1, BatchLimits(), 1), "must hold the minimum of every rank, together 2 samples"),
+        (([StepTime(0, 1)] * 2, 1, BatchLimits(), 1), "must cover the minimum of every rank, together 2 samples"),
     ],
 )
 def test_refuses(arguments: tuple[list[StepTime], int], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What fits into memory becomes shares and passes."""
+"""Memory limits become mini-batches and micro-batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GB = 1e9
 
 
 @given(st.integers(1, 500), st.none() | st.integers(1, 500))
-def test_passes_are_few_and_equal(samples: int, most: int | None) -> None:
+def test_micro_batches_are_few_and_equal(samples: int, most: int | None) -> None:
     sizes = micro_batch_sizes(samples, most)
     assert sum(sizes) == samples
     assert max(sizes) - min(sizes) <= 1
@@ -37,14 +37,14 @@ def test_halving_ends_at_one_sample(size: int) -> None:
     st.integers(1, 4),
     st.data(),
 )
-def test_what_fits_limits_the_shares_as_far_as_the_batch_allows(
-    passes: list[int | None], batch: int, multiple: int, data: st.DataObject
+def test_memory_limits_the_shares_as_far_as_the_batch_allows(
+    micro_batches: list[int | None], batch: int, multiple: int, data: st.DataObject
 ) -> None:
-    limits = limits_of_micro_batches(BatchLimits(None, multiple), passes, batch)
-    times = data.draw(st.lists(step_times, min_size=len(passes), max_size=len(passes)))
-    plan = solve_batch(times, batch, limits)  # never an error: there are no limits of the user's
-    if sum(batch if n is None else n // multiple * multiple for n in passes) >= batch:
-        assert all(n is None or size <= max(n, multiple) for n, size in zip(passes, plan.samples, strict=True))
+    limits = limits_of_micro_batches(BatchLimits(None, multiple), micro_batches, batch)
+    times = data.draw(st.lists(step_times, min_size=len(micro_batches), max_size=len(micro_batches)))
+    plan = solve_batch(times, batch, limits)  # never an error, because the user sets no limits
+    if sum(batch if n is None else n // multiple * multiple for n in micro_batches) >= batch:
+        assert all(n is None or size <= max(n, multiple) for n, size in zip(micro_batches, plan.samples, strict=True))
 
 
 def test_limits_of_the_user_stay() -> None:
@@ -53,8 +53,8 @@ def test_limits_of_the_user_stay() -> None:
     assert limits_of_micro_batches(BatchLimits((10, 20)), [4, 5], 30).max_samples == (10, 20)
 
 
-def reading(samples: int, memory: float, resident: float = 2.0, a_sample: float = 0.1) -> MemoryReading:
-    return MemoryReading(samples, resident * GB, (resident + a_sample * samples) * GB, 0.92 * memory * GB)
+def reading(samples: int, memory: float, resident: float = 2.0, per_sample: float = 0.1) -> MemoryReading:
+    return MemoryReading(samples, resident * GB, (resident + per_sample * samples) * GB, 0.92 * memory * GB)
 
 
 def test_one_size_is_enough_for_a_line_and_two_measure_it() -> None:
@@ -70,7 +70,7 @@ def test_one_size_is_enough_for_a_line_and_two_measure_it() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1, 20)), min_size=1, max_size=30))
-def test_what_was_seen_is_never_predicted_to_be_less(readings: list[tuple[int, float]]) -> None:
+def test_no_prediction_is_below_a_reading(readings: list[tuple[int, float]]) -> None:
     model = MemoryModel(1)
     for samples, peak in readings:
         model.observe([MemoryReading(samples, GB, peak * GB, 10 * GB)])
@@ -82,14 +82,14 @@ def test_what_was_seen_is_never_predicted_to_be_less(readings: list[tuple[int, f
 
 
 def test_the_fast_device_with_little_memory_gets_what_fits() -> None:
-    """24 GB beside 12 GB, and the small one is twice as fast: the optimum under what fits, found by trying all."""
+    """With 24 GB and 12 GB, the smaller device twice as fast, the plan is the optimum found by brute force."""
     times, batch = [StepTime(0.0, 0.002), StepTime(0.0, 0.001)], 128
     model = MemoryModel(2)
-    model.observe([reading(64, 24.0, a_sample=0.15), reading(64, 12.0, a_sample=0.15)])
+    model.observe([reading(64, 24.0, per_sample=0.15), reading(64, 12.0, per_sample=0.15)])
     fit = [model.most_samples(rank) for rank in range(2)]
     assert fit == [int((0.92 * 24 - 2) / 0.15), int((0.92 * 12 - 2) / 0.15)]  # 64 ran, but beyond the budget
     model = MemoryModel(2)
-    model.observe([reading(40, 24.0, a_sample=0.15), reading(40, 12.0, a_sample=0.15)])
+    model.observe([reading(40, 24.0, per_sample=0.15), reading(40, 12.0, per_sample=0.15)])
     fit = [model.most_samples(rank) for rank in range(2)]
     plan = solve_batch(times, batch, limits_of_micro_batches(BatchLimits(), fit, batch))
     allowed = [

@@ -1,4 +1,4 @@
-"""Every position has one owner, whatever the plan; equal plans divide as DistributedSampler does."""
+"""Every position has one owner under any plan; equal plans divide as DistributedSampler does."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_a_block_of_another_size_is_divided_in_proportion(plan: BatchPlan, size:
         assert abs(samples - exact) < 1 + plan.world_size
 
 
-def test_a_whole_block_is_the_plan_itself() -> None:
+def test_a_full_block_has_the_plan_itself() -> None:
     plan = BatchPlan((3, 9))
     assert plan_for_block(plan, 12) == plan
 
 
 def test_few_samples_go_to_rank_zero_first() -> None:
-    """What users log from rank 0 has to stem from real data."""
+    """What users log from rank 0 must come from real data."""
     assert plan_for_block(BatchPlan((1, 50, 50)), 1).samples == (1, 0, 0)
     assert plan_for_block(BatchPlan((1, 50, 50)), 2).samples == (1, 1, 0)
     assert plan_for_block(BatchPlan((1, 50, 50)), 3).samples == (1, 1, 1)

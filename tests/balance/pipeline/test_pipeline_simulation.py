@@ -1,4 +1,4 @@
-"""The simulation keeps the rules of its schedules, and agrees with what is known of them."""
+"""The simulation keeps the rules of the pipeline schedules and agrees with published results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hetero.balance.pipeline.advice import advise_pipeline
-from lightning_hetero.balance.pipeline.simulation import order_of_passes, passes_in_flight, simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import micro_batches_in_flight, order_of_passes, simulate_pipeline
 from lightning_hetero.balance.pipeline.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StageTimes
 
@@ -42,7 +42,7 @@ def test_no_rule_is_broken(
         for one in own:
             held += 1 if one.kind == "forward" else -1
             most = max(most, held)
-        assert most == passes_in_flight(stage, num_stages, micro_batches, schedule)
+        assert most == micro_batches_in_flight(stage, num_stages, micro_batches, schedule)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

@@ -1,4 +1,4 @@
-"""Layers are divided as well as trying all divisions would, and every stage fits."""
+"""Layers are divided as well as by brute force, and every stage fits into memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def costs(draw: st.DrawFn, same_layers: bool = False) -> LayerCosts:
 
 
 def all_plans(num_layers: int, world_size: int) -> Iterator[StagePlan]:
-    """Every division and every order in which rank 0 is last."""
+    """Yield every division in every order in which rank 0 is last."""
     for ranks in itertools.permutations(range(1, world_size)):
         for ends in itertools.combinations(range(1, num_layers), world_size - 1):
             yield StagePlan((*ranks, 0), (*ends, num_layers))
@@ -64,7 +64,7 @@ def test_memory_is_respected_wherever_it_can_be(problem: LayerCosts, data: st.Da
     )
     allowed = [plan for plan in all_plans(problem.num_layers, problem.world_size) if memory.allows(plan)]
     if not allowed:
-        with pytest.raises(InfeasiblePlanError, match="layers must fit into the memories"):
+        with pytest.raises(InfeasiblePlanError, match="layers must fit into the memory of the"):
             solve_stages(problem, memory)
         return
     best = min(problem.of_stages(plan).slowest_s for plan in allowed)
@@ -92,14 +92,14 @@ def test_half_the_speed_is_a_third_of_the_layers() -> None:
 
 
 def test_many_kinds_of_ranks_are_divided_too() -> None:
-    """More orders than can be tried: still within a layer of proportional."""
+    """Even with more orders than can be tried, stages are within a layer of proportional."""
     speeds = [1 + rank / 40 for rank in range(40)]
     problem = LayerCosts.of_speeds([(1.0, 2.0)] * 400, speeds)
     bound_s = 3 * 400 / sum(speeds)
     assert problem.of_stages(solve_stages(problem)).slowest_s < 1.35 * bound_s
 
 
-def test_uniform_stages_know_nothing_of_speeds() -> None:
+def test_uniform_stages_ignore_speeds() -> None:
     assert uniform_stages(7, 3) == StagePlan((1, 2, 0), (3, 5, 7))
 
 
@@ -110,7 +110,7 @@ def test_a_stage_without_layers_is_refused(plan: tuple[tuple[int, ...], tuple[in
 
 
 def test_fewer_layers_than_ranks_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"at least one layer a rank \(3\), got 2"):
+    with pytest.raises(ConfigurationError, match=r"at least one layer per rank \(3\), got 2"):
         solve_stages(LayerCosts.of_speeds([(1.0, 1.0)] * 2, [1, 1, 1]))
 
 

@@ -24,7 +24,7 @@ def window(step: int, world_size: int, *, tuning: bool = False) -> RunWindow:
 
 
 def written(history: RunHistory, events: list[Event]) -> list[str]:
-    """Return the file that a writer has after the events."""
+    """Return the lines of the file after a writer has handled the events."""
     file = list(history.lines)
     for event in events:
         lines = history.add(event)
@@ -60,7 +60,7 @@ def test_a_short_run_is_kept_in_full() -> None:
     assert parse_record(file).windows == tuple(events)
 
 
-def test_changes_without_end_lose_their_older_half() -> None:
+def test_too_many_changes_lose_their_older_half() -> None:
     events: list[Event] = [RunChange(step, step / 10, (64, 64), "again and again") for step in range(20_000)]
     file = written(RunHistory(header(2), 100_000), events)
     changes = parse_record(file).changes
@@ -69,7 +69,7 @@ def test_changes_without_end_lose_their_older_half() -> None:
     assert changes[-1].step == 19_999
 
 
-def test_what_the_writer_appends_is_what_the_history_holds() -> None:
+def test_the_writer_appends_what_the_history_holds() -> None:
     rng = random.Random(0)
     history = RunHistory(header(3), 20_000)
     events: list[Event] = [

@@ -55,13 +55,13 @@ def test_numbers_are_short_and_finite() -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, len(LINES[-1])))
-def test_a_line_that_was_cut_off_at_the_end_is_left_out(cut: int) -> None:
+def test_a_last_line_that_was_cut_off_is_ignored(cut: int) -> None:
     record = parse_record([*LINES[:-1], LINES[-1][:-cut]])
     assert record.end is None
     assert record.advice == EVENTS[2]
 
 
-def test_events_of_later_versions_are_left_out() -> None:
+def test_events_of_later_versions_are_ignored() -> None:
     assert parse_record([LINES[0], '{"event":"later","x":1}', LINES[1]]).windows == (WINDOW,)
 
 
@@ -78,7 +78,7 @@ def changed(line: str, **values: object) -> str:
         (["[1]"], "must be the record of a run"),
         ([changed(LINES[0], version=2)], "version 1, got 2"),
         ([changed(LINES[0], devices=[])], "`devices`"),
-        ([changed(LINES[0], devices=[{}])], "`host` must be a text, got None"),
+        ([changed(LINES[0], devices=[{}])], "`host` must be a string, got None"),
         ([changed(LINES[0], global_batch_size="x")], "`global_batch_size` must be an integer"),
         ([LINES[0], LINES[1][:-9], LINES[1]], "line 2"),
         ([LINES[0], changed(LINES[1], step=1.5)], "line 2: `step` must be an integer"),
@@ -93,14 +93,14 @@ def changed(line: str, **values: object) -> str:
         ([LINES[0], changed(LINES[1], tuning=1)], "`tuning` must be true or false"),
         ([LINES[0], changed(LINES[1], own_s=3)], "`own_s` must be a list"),
         ([LINES[0], changed(LINES[1], own_s=[1])], "`own_s` must have 2 entries, got 1"),
-        ([LINES[0], changed(LINES[1], overhead_s=[])], "must both be there"),
-        ([LINES[0], changed(LINES[2], reason=None)], "`reason` must be a text"),
-        ([LINES[0], changed(LINES[4], ends=[3, 3])], "one stage a rank"),
-        ([LINES[0], changed(LINES[5], stages=[0, 1, 2, 0])], "below the number of ranks"),
+        ([LINES[0], changed(LINES[1], overhead_s=[])], "must both be present"),
+        ([LINES[0], changed(LINES[2], reason=None)], "`reason` must be a string"),
+        ([LINES[0], changed(LINES[4], ends=[3, 3])], "one stage per rank"),
+        ([LINES[0], changed(LINES[5], stages=[0, 1, 2, 0])], "less than the number of ranks"),
         ([LINES[0], "[" * 100_000, LINES[1]], "line 2"),
     ],
 )
-def test_what_is_no_record_is_said_to_be_none(lines: list[str], message: str) -> None:
+def test_a_file_that_is_no_record_is_refused(lines: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message.replace("(", r"\(")):
         parse_record(lines)
 
@@ -113,7 +113,7 @@ JSON = st.recursive(
 
 
 @given(st.integers(0, len(LINES) - 1), st.data())
-def test_any_other_value_anywhere_ends_in_an_error_of_ours_or_a_record(index: int, data: st.DataObject) -> None:
+def test_any_other_value_gives_a_record_or_a_configuration_error(index: int, data: st.DataObject) -> None:
     values = json.loads(LINES[index])
     values[data.draw(st.sampled_from(sorted(values)))] = data.draw(JSON)
     with suppress(ConfigurationError):
@@ -121,6 +121,6 @@ def test_any_other_value_anywhere_ends_in_an_error_of_ours_or_a_record(index: in
 
 
 @given(st.lists(st.text()))
-def test_any_text_ends_in_an_error_of_ours(lines: list[str]) -> None:
+def test_any_text_gives_a_configuration_error(lines: list[str]) -> None:
     with pytest.raises(ConfigurationError):
         parse_record(lines)

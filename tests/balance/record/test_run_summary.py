@@ -54,7 +54,7 @@ def test_a_window_by_hand() -> None:
     assert wait_fractions(BEFORE) == [0.6, 0.2]
 
 
-def test_what_was_not_measured_is_not_made_up() -> None:
+def test_missing_measurements_are_not_made_up() -> None:
     assert measured_efficiency(UNMEASURED) is None
     assert bound_samples_per_s(UNMEASURED) is None
     assert wait_fractions(UNMEASURED) == [None, 0.2]
@@ -113,14 +113,14 @@ def test_without_a_tuning_there_is_no_speed_up(
     assert found is None or found.speed_up is None
 
 
-def test_unequal_first_shares_are_told_apart() -> None:
+def test_unequal_first_shares_are_recognised() -> None:
     found = compare(RunRecord(HEADER, (window((65, 63)), AFTER)))
     assert found is not None
     assert not found.from_equal_shares
 
 
 @pytest.mark.parametrize(
-    ("record", "going_on", "expected"),
+    ("record", "is_running", "expected"),
     [
         (RunRecord(HEADER), False, "no end recorded"),
         (RunRecord(HEADER), True, "tuning"),
@@ -131,15 +131,15 @@ def test_unequal_first_shares_are_told_apart() -> None:
         (RunRecord(HEADER, end=RunEnd(1, 1.0, "ValueError: x")), True, "failed"),
     ],
 )
-def test_state(record: RunRecord, going_on: bool, expected: str) -> None:
-    assert run_status(record, going_on) == expected
+def test_state(record: RunRecord, is_running: bool, expected: str) -> None:
+    assert run_status(record, is_running) == expected
 
 
 def test_plans_follow_the_changes() -> None:
     changes = tuple(RunChange(step, 1.0, plan, "") for step, plan in ((10, (80, 48)), (30, (90, 38)), (20, (86, 42))))
-    # the change at 20 was decided last and replaces what was due at 30
+    # the change at 20 was decided last and replaces the one that was due at 30
     assert plans_over_steps(RunRecord(HEADER, (BEFORE,), changes)) == [(0, (64, 64)), (10, (80, 48)), (20, (86, 42))]
-    # nothing is known of what was before the first change
+    # the plan before the first change is unknown
     assert plans_over_steps(RunRecord(HEADER, (AFTER,), changes[:1])) == [(10, (80, 48))]
     assert plans_over_steps(RunRecord(HEADER)) == []
 
@@ -171,7 +171,7 @@ LOGGED = RunWindow(
 )
 
 
-def test_what_is_logged_of_two_ranks() -> None:
+def test_two_ranks_are_logged_one_by_one() -> None:
     assert scalars_of(LOGGED) == pytest.approx(
         {
             "hetero/step_time_s": 0.4,
@@ -187,7 +187,7 @@ def test_what_is_logged_of_two_ranks() -> None:
     )
 
 
-def test_of_many_ranks_extremes_and_mean_are_logged() -> None:
+def test_many_ranks_are_logged_as_extremes_and_mean() -> None:
     n = 1000
     own = tuple(0.001 * (rank + 1) for rank in range(n))
     scalars = scalars_of(RunWindow(0, 0.0, False, (8,) * n, own, tuple(1 - s for s in own), (0.0,) * n))

@@ -1,4 +1,4 @@
-"""Advice agrees with trying every alternative."""
+"""Advice agrees with a trial of every alternative."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_proportional_devices_are_fully_used() -> None:
     assert advice.sentences() == []
 
 
-def test_a_rank_without_samples_adds_nothing_to_what_ranks_do_alone() -> None:
+def test_a_rank_without_samples_adds_nothing_to_the_bound() -> None:
     times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.0, 0.003)]
     assert predicted_efficiency(times, BatchPlan((20, 10, 0))) == pytest.approx(1.0)
 

@@ -18,7 +18,7 @@ UNKNOWN = DeviceProfile("c", "cpu", "EPYC")
         ([K80, V100, K80], [2187.0, 7834.0, 2187.0]),
         ([K80, UNKNOWN], None),
         ([UNKNOWN, UNKNOWN], None),
-        # of one model: a clock that differs by a setting is for the measurement to tell
+        # same model: only a measurement can tell whether a different clock setting matters
         ([K80, DeviceProfile("a", "cuda:1", "Tesla K80", 1400.0)], None),
     ],
 )

@@ -1,4 +1,4 @@
-"""A state that is loaded is what was saved, or is refused with an error of ours; it never harms the run behind it."""
+"""A loaded state equals the saved one or is refused with a clear error; it never harms the run that loads it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def saved_state() -> dict[str, Any]:
 STATE = saved_state()
 
 
-def go_on(saved: SavedBalance) -> None:
-    """Do with a state what the callback does."""
+def resume(saved: SavedBalance) -> None:
+    """Use a state as the callback does."""
     current = saved.schedule.at(100)
     if saved.balance is None or len(saved.devices) != 3:
         return
@@ -69,11 +69,11 @@ def test_a_state_is_read_as_it_was_saved() -> None:
     assert [time.to_dict() for time in saved.step_times] == STATE["step_times"]
     assert Rebalancer.model_of(saved.balance).to_dict() == STATE["balance"]["model"]
     assert saved.devices == ("K80", "V100", "V100")
-    go_on(saved)
+    resume(saved)
 
 
 @pytest.mark.parametrize("state", [{}, {"finished": False}, {**STATE, "finished": False, "schedule": "x"}])
-def test_before_the_tuning_is_over_there_is_nothing_to_go_on_with(state: dict[str, Any]) -> None:
+def test_nothing_is_restored_before_the_tuning_has_finished(state: dict[str, Any]) -> None:
     assert SavedBalance.from_dict(state) is None
 
 
@@ -95,10 +95,10 @@ HUGE = 10**400
     [
         (["finished"], 1, "`finished` must be true or false, got 1"),
         (["devices"], "V100", "`devices` must be a list, got 'V100'"),
-        (["devices"], [1, 2, 3], "`devices` must be a text, got 1"),
-        (["devices"], ["V100"], r"Its parts must be of one number of ranks, got \[1, 3\]"),
+        (["devices"], [1, 2, 3], "`devices` must be a string, got 1"),
+        (["devices"], ["V100"], r"All parts of the state must have the same number of ranks, got \[1, 3\]"),
         (["schedule"], None, "`schedule` must be a mapping, got None"),
-        (["schedule"], {}, "`first_steps` must be there"),
+        (["schedule"], {}, "`first_steps` must be present"),
         (["schedule", "plans"], [[32, 32, 32]], "`plans` must have 2 entries, got 1"),
         (["schedule", "plans", 1], [48, 48], "`plans` must have 3 entries, got 2"),
         (["schedule", "plans", 1], [0, 0, 0], "`samples` must hold at least one sample"),
@@ -124,23 +124,23 @@ HUGE = 10**400
             float("nan"),
             "`seconds_per_sample` must be a .* got nan",
         ),
-        (["step_times"], STATE["step_times"][:2], r"one number of ranks, got \[2, 3\]"),
+        (["step_times"], STATE["step_times"][:2], r"same number of ranks, got \[2, 3\]"),
         (["balance"], 4, "`balance` must be a mapping"),
-        (["balance", "initial"], [48, 48], r"one number of ranks, got \[2, 3\]"),
+        (["balance", "initial"], [48, 48], r"same number of ranks, got \[2, 3\]"),
         ([*MODEL, "_scale_n"], [32.0], "must have 1 entries, got 3"),
-        ([*MODEL, "_scale_n", 0], -1.0, "`_scale_n` of rank 0 cannot be"),
-        ([*MODEL, "_scale_s", 2], 0.0, "`_scale_s` of rank 2 cannot be"),
-        ([*MODEL, "_size", 1], 0.0, "`_size` of rank 1 cannot be"),
+        ([*MODEL, "_scale_n", 0], -1.0, "`_scale_n` of rank 0 must be a value that a model can reach"),
+        ([*MODEL, "_scale_s", 2], 0.0, "`_scale_s` of rank 2 must be a value that a model can reach"),
+        ([*MODEL, "_size", 1], 0.0, "`_size` of rank 1 must be a value that a model can reach"),
         (
             [*MODEL, "_mean", 1, 1],
             float("inf"),
             "`_mean` must be a number of at least -1e\\+12 and at most 1e\\+12, got inf",
         ),
         ([*MODEL, "_mean", 1], [1.0, 1.0, 1.0], "`_mean` must have 2 entries, got 3"),
-        ([*MODEL, "_covariance", 1, 0, 0], -1.0, "`_covariance` of rank 1 cannot be"),
-        ([*MODEL, "_covariance", 1, 0, 1], 100.0, "`_covariance` of rank 1 cannot be"),
-        ([*MODEL, "_squares", 0], -1, "`_squares` of rank 0 cannot be"),
-        ([*MODEL, "_surprise", 0], 0, "`_surprise` of rank 0 cannot be"),
+        ([*MODEL, "_covariance", 1, 0, 0], -1.0, "`_covariance` of rank 1 must be a value that a model can reach"),
+        ([*MODEL, "_covariance", 1, 0, 1], 100.0, "`_covariance` of rank 1 must be a value that a model can reach"),
+        ([*MODEL, "_squares", 0], -1, "`_squares` of rank 0 must be a value that a model can reach"),
+        ([*MODEL, "_surprise", 0], 0, "`_surprise` of rank 0 must be a value that a model can reach"),
         ([*MODEL, "_freedom"], {}, "`_freedom` must be a list"),
     ],
 )
@@ -188,7 +188,7 @@ def damaged(draw: st.DrawFn) -> Any:
 
 @settings(max_examples=2_000)
 @given(damaged())
-def test_whatever_is_damaged_it_is_refused_or_harmless(state: Any) -> None:
+def test_a_damaged_state_is_refused_or_harmless(state: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -196,7 +196,7 @@ def test_whatever_is_damaged_it_is_refused_or_harmless(state: Any) -> None:
         except ConfigurationError:
             return
         if saved is not None:
-            go_on(saved)
+            resume(saved)
 
 
 @settings(max_examples=300)
@@ -222,7 +222,7 @@ def test_anything_else_is_refused(value: Any) -> None:
         {"ranks": [1, 0], "ends": [1, HUGE]},
     ],
 )
-def test_stages_that_are_none_are_refused(state: dict[str, Any]) -> None:
+def test_invalid_stages_are_refused(state: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         StagePlan.from_dict(state)
     assert StagePlan.from_dict({"ranks": [1, 0], "ends": [1, 3]}).layers_of_ranks == (2, 1)

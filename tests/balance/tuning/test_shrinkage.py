@@ -1,4 +1,4 @@
-"""Like ranks are drawn towards each other as far as their measurement leaves in doubt, and no further."""
+"""Estimates of similar ranks are shrunk towards their mean as far as the noise allows, and no further."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def spread(times: list[float]) -> float:
     return max(times) / min(times) - 1
 
 
-def test_what_is_noise_goes_away() -> None:
+def test_noise_is_removed() -> None:
     model = measured([0.1] * 64, jitter=0.1)
     single = [time.seconds(64) for time in model.step_times()]
     times, deviations = shrink(model, 64, DOUBT)
@@ -40,7 +40,7 @@ def test_a_straggler_and_kinds_of_devices_keep_their_own_speed() -> None:
         assert time.seconds(64) == pytest.approx(seconds, rel=0.1)
 
 
-def test_a_rank_that_is_well_known_speaks_for_itself() -> None:
+def test_a_well_measured_rank_keeps_its_own_estimate() -> None:
     model = measured([0.1, 0.104, 0.096, 0.1], jitter=0.01, steps=10, windows=5)
     times, deviations = shrink(model, 64, DOUBT)
     for time, single in zip(times, model.step_times(), strict=True):
@@ -48,7 +48,7 @@ def test_a_rank_that_is_well_known_speaks_for_itself() -> None:
     assert deviations == pytest.approx(model.deviations(), rel=0.2)
 
 
-def test_one_rank_has_nobody_to_lean_on() -> None:
+def test_a_single_rank_is_left_alone() -> None:
     model = measured([0.1], jitter=0.1)
     times, deviations = shrink(model, 64, DOUBT)
     assert times == model.step_times()
@@ -56,7 +56,7 @@ def test_one_rank_has_nobody_to_lean_on() -> None:
 
 
 def test_ranks_of_very_different_sizes_are_not_compared() -> None:
-    """What one takes at the size of the other is a guess; nothing is drawn towards guesses."""
+    """The time of one rank at the size of the other is a guess, and nothing is shrunk towards guesses."""
     model = StepTimeModel(2)
     model.observe([WindowTiming(16, 2, 0.016), WindowTiming(48, 2, 0.096)])
     times, deviations = shrink(model, 32, DOUBT)

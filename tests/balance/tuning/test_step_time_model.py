@@ -1,4 +1,4 @@
-"""The filter finds overhead and cost, knows how sure it is, and follows a device that changes."""
+"""The filter finds overhead and cost, knows how certain they are, and follows a device that changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_one_size_gives_a_proportional_time(truths: list[StepTime], samples: int
 
 @given(step_times)
 def test_two_sizes_tell_overhead_from_cost(truth: StepTime) -> None:
-    """Predictions at sizes never seen, between and a little outside those that were."""
+    """Predictions hold at sizes that were never measured, between the measured ones and a little outside."""
     model, rng = StepTimeModel(1), random.Random(0)
     for samples in (64, 96, 96, 80, 64):
         model.observe([window(truth, samples, rng)])
@@ -41,8 +41,8 @@ def test_two_sizes_tell_overhead_from_cost(truth: StepTime) -> None:
         assert found.seconds(samples) == pytest.approx(truth.seconds(samples), rel=0.05)
 
 
-def test_doubt_shrinks_with_evidence_and_covers_the_error() -> None:
-    """Of many runs at most as many as a normal distribution allows are off by more than two deviations."""
+def test_uncertainty_shrinks_with_evidence_and_covers_the_error() -> None:
+    """No more runs than a normal distribution allows are off by more than two standard deviations."""
     truth, misses, last = StepTime(0.01, 0.001), 0, 1.0
     for seed in range(200):
         model, rng = StepTimeModel(1), random.Random(seed)
@@ -72,7 +72,7 @@ def test_a_change_of_speed_is_learned_from_one_window_and_keeps_the_ratio(factor
     assert after.overhead_s / after.seconds_per_sample == pytest.approx(ratio, rel=0.1)
 
 
-def test_a_rank_that_measured_nothing_keeps_what_is_known() -> None:
+def test_a_rank_that_measured_nothing_keeps_its_estimate() -> None:
     model = StepTimeModel(2)
     model.observe([WindowTiming(8, 4, 0.1), None])
     assert not model.ready
@@ -81,7 +81,7 @@ def test_a_rank_that_measured_nothing_keeps_what_is_known() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.floats(1e-6, 100), st.floats(0, 10)), min_size=1, max_size=12))
-def test_whatever_is_measured_the_answer_is_usable(windows: list[tuple[int, float, float]]) -> None:
+def test_any_measurement_gives_usable_estimates(windows: list[tuple[int, float, float]]) -> None:
     model = StepTimeModel(1)
     for samples, own_s, deviation_s in windows:
         model.observe([WindowTiming(samples, 5, own_s, deviation_s)])

@@ -1,4 +1,4 @@
-"""What a window of steps says survives outliers and a change in its midst."""
+"""The summary of a window is robust against outliers and a change of speed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_steady_steps_are_averaged() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 8, 10, 30])
 @pytest.mark.parametrize("position", [0, -1])
-def test_one_disturbed_step_counts_for_nothing(count: int, position: int) -> None:
+def test_one_disturbed_step_is_ignored(count: int, position: int) -> None:
     seconds = [0.1] * count
     seconds[position] = 5.0
     window = summarise(steps(*seconds))
@@ -34,7 +34,7 @@ def test_one_disturbed_step_counts_for_nothing(count: int, position: int) -> Non
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 1.5])
 @pytest.mark.parametrize("changed_steps", [3, 5, 7])
-def test_behind_a_change_of_speed_only_the_steps_after_it_count(factor: float, changed_steps: int) -> None:
+def test_only_the_steps_after_a_change_of_speed_count(factor: float, changed_steps: int) -> None:
     rng = random.Random(changed_steps)
     before = [0.1 * rng.gauss(1, 0.02) for _ in range(10 - changed_steps)]
     window = summarise(steps(*before, *[0.1 * factor * rng.gauss(1, 0.02) for _ in range(changed_steps)]))

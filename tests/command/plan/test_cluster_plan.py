@@ -1,4 +1,4 @@
-"""The prediction for a cluster against the solver on expanded ranks, and the search of devices against trying all."""
+"""The prediction for a cluster against the solver on expanded ranks, and the device search against brute force."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def clusters(draw: st.DrawFn, most_multiple: int = 1) -> Cluster:
 
 
 def step_s_of(cluster: Cluster, counts: tuple[int, ...]) -> float | None:
-    """Return the seconds of a step of some devices, by the solver for ranks; None where they cannot hold the batch."""
+    """Return the seconds per step of some devices, by the solver for ranks; None if they cannot hold the batch."""
     times = [kind.step_time for kind, n in zip(cluster.kinds, counts, strict=True) for _ in range(n)]
     caps = [
         cluster.global_batch_size if kind.max_batch_size is None else kind.max_batch_size
@@ -107,7 +107,7 @@ def test_the_sets_are_the_best_of_all(cluster: Cluster) -> None:
     assert found[fastest.counts] == pytest.approx(fastest.step_s)
     costs = {counts: step_s * cluster.price_per_hour(counts) for counts, step_s in found.items()}
     cheapest = plan.cheapest or plan.whole
-    # that search is a heuristic
+    # this search is a heuristic
     assert costs[cheapest.counts] <= min(costs.values()) * 1.03
     assert cheapest.cost_per_million_samples == pytest.approx(
         costs[cheapest.counts] / 3600 / cluster.global_batch_size * 1e6
@@ -143,7 +143,7 @@ def test_a_long_ring_is_worth_less_than_a_short_one() -> None:
     assert plan.fastest.counts[0] == min(step_s, key=lambda n: step_s[n]) == pytest.approx(71, abs=2)
 
 
-def test_a_dear_kind_is_left_out_for_cost() -> None:
+def test_an_expensive_kind_is_left_out_for_cost() -> None:
     cheap = DeviceKind("cheap", 4, StepTime(0.0, 0.002), price_per_hour=1.0)  # any number of them costs the same
     dear = DeviceKind("dear", 4, StepTime(0.0, 0.001), price_per_hour=9.0)
     plan = plan_cluster(Cluster((cheap, dear), 240))
@@ -153,7 +153,7 @@ def test_a_dear_kind_is_left_out_for_cost() -> None:
 
 
 def test_single_moves_find_cheaper_devices() -> None:
-    """Found among random clusters: without the moves the set would cost 3 % more than the best of all."""
+    """Found among random clusters: without the moves, the set would cost 3 % more than the best one."""
     described = [(4, 0.05, 0.018, 16, 3.3), (1, 0.044, 0.023, 8, 5.4), (3, 0.078, 0.034, 8, 1.2)]
     devices = tuple(DeviceKind("one", n, StepTime(a, c), most, None, price) for n, a, c, most, price in described)
     cluster = Cluster(devices, 64, AllReduce((9e6,), 1e9))
@@ -170,10 +170,10 @@ def test_equal_shares_that_do_not_fit_are_no_comparison() -> None:
     assert plan.kinds[0].max_samples == 41  # (920 - 100) / 20
     assert plan.ddp_step_s is None
     assert plan.speed_up is None
-    assert plan.ddp_does_not_fit == "small holds 41 samples, and an equal share is 64"
+    assert plan.ddp_does_not_fit == "small can hold 41 samples, but an equal share is 64"
 
 
-def test_rounding_is_told_with_a_better_batch() -> None:
+def test_rounding_is_reported_with_a_better_batch() -> None:
     plan = plan_cluster(Cluster((DeviceKind("a", 1, StepTime(0, 0.010)), DeviceKind("b", 1, StepTime(0, 0.015))), 4))
     assert plan.rounding == pytest.approx(0.2, abs=1e-3)
     assert plan.enough_global_batch_size is not None
@@ -181,7 +181,7 @@ def test_rounding_is_told_with_a_better_batch() -> None:
     assert advise(times, BatchPlan((2, 2)), BatchLimits()).enough_global_batch_size == plan.enough_global_batch_size
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_clusters_are_refused() -> None:
     one = DeviceKind("one", 1, StepTime(0, 1), max_batch_size=3)
     with pytest.raises(ConfigurationError, match="at least one kind"):
         Cluster((), 8)
@@ -193,12 +193,12 @@ def test_what_cannot_be_is_refused() -> None:
         Cluster((one, DeviceKind("two", 1, StepTime(0, 1), price_per_hour=1.0)), 8)
     with pytest.raises(InfeasiblePlanError, match="global batch of 8 samples, got 1 devices that hold 3"):
         plan_cluster(Cluster((one,), 8))
-    with pytest.raises(InfeasiblePlanError, match="each of the 5 devices at least 1, got 4"):
+    with pytest.raises(InfeasiblePlanError, match="each of the 5 devices at least 1 samples, got 4"):
         plan_cluster(Cluster((DeviceKind("five", 5, StepTime(0, 1)),), 4))
 
 
 def test_ten_thousand_devices_of_six_kinds() -> None:
-    """Not timed here; the search must find at least what leaving out whole kinds finds."""
+    """It is not timed here; the search must be at least as good as leaving out entire kinds."""
     speeds = (4.0, 3.0, 2.0, 1.0, 0.5, 0.01)
     devices = tuple(
         DeviceKind(f"kind {i}", 10_000 // 6, StepTime(0.002, 0.001 / speed), price_per_hour=0.5 + speed)

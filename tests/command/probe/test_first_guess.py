@@ -1,4 +1,4 @@
-"""Shares before a training has measured anything, and the sentences around them."""
+"""Shares before a training has measured anything, and the notes about them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ CPU = DeviceReport("cpu", "EPYC", logical_cores=8, usable_cores=8.0, measured=Me
 )
 def test_shares(devices: tuple[DeviceReport, ...], shares: tuple[float, ...], why: str) -> None:
     guess = first_guess((*devices, CPU))
-    assert guess.shares == (*shares, 0.0), "the processor takes no part beside accelerators"
-    assert why in guess.sentences[0]
-    assert guess.sentences[-1].startswith('To use: Trainer(strategy="hetero_ddp", devices=2)')
+    assert guess.shares == (*shares, 0.0), "the processor takes no part if there are accelerators"
+    assert why in guess.notes[0]
+    assert guess.notes[-1].startswith('To use: Trainer(strategy="hetero_ddp", devices=2)')
     fixed = f"HeteroDDPStrategy(shares=[{shares[0]:g}, {shares[1]:g}])"
-    assert (fixed in guess.sentences[-1]) == (shares != (1.0, 1.0))
+    assert (fixed in guess.notes[-1]) == (shares != (1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_shares(devices: tuple[DeviceReport, ...], shares: tuple[float, ...], wh
 def test_one_device_has_nothing_to_divide(devices: tuple[DeviceReport], shares: tuple[float], why: str) -> None:
     guess = first_guess(devices)
     assert guess.shares == shares
-    assert why in guess.sentences[0]
-    assert 'shares="auto"' in guess.sentences[-1]
+    assert why in guess.notes[0]
+    assert 'shares="auto"' in guess.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -64,25 +64,25 @@ def test_one_device_has_nothing_to_divide(devices: tuple[DeviceReport], shares: 
         (DeviceReport("cuda:0", "V100", other_processes=1), "cuda:0 is shared with 1 other process."),
         (
             DeviceReport("cuda:0", "V100", memory_bytes=16 * GIB, free_bytes=4 * GIB, other_processes=0),
-            "12.0 GiB of cuda:0 are taken, by whom is not visible.",
+            "Processes that cannot be seen from here use 12.0 GiB of cuda:0.",
         ),
         (DeviceReport("cuda:0", "V100", memory_bytes=16 * GIB, free_bytes=15 * GIB), None),
         (DeviceReport("cuda:0", "V100", utilisation=0.9), "cuda:0 is busy: 90%."),
-        (DeviceReport("cpu", "EPYC", utilisation=0.5), "Others keep 50% of the processor busy"),
+        (DeviceReport("cpu", "EPYC", utilisation=0.5), "Other processes keep the processor 50% busy"),
         (DeviceReport("cpu", "EPYC", utilisation=0.01, logical_cores=8, usable_cores=8.0), None),
         (DeviceReport("cpu", "EPYC", logical_cores=8, usable_cores=1.5), "may use 1.5 of 8 cores"),
         (DeviceReport("cpu", "EPYC", measured=Measurement(0.0, 0.1, 9.0, 0.3, "work")), "cpu vary by 30%"),
         (DeviceReport("cpu", "EPYC", measured=Measurement(0.0, 0.1, 9.0, 0.1, "work")), None),
     ],
 )
-def test_what_holds_a_device_back_is_said(report: DeviceReport, note: str | None) -> None:
+def test_a_note_reports_what_slows_a_device_down(report: DeviceReport, note: str | None) -> None:
     notes = device_notes([report])
     assert len(notes) == (0 if note is None else 1)
     assert note is None or note in notes[0]
 
 
-def test_vendors_that_only_gloo_joins_are_named() -> None:
+def test_vendors_that_need_gloo_are_named() -> None:
     amd = DeviceReport("xpu:0", "Arc", "Intel")
     (note,) = device_notes([gpu(0), amd, CPU])
-    assert "Intel and NVIDIA train together over gloo only" in note
+    assert "Intel and NVIDIA can train together only over gloo" in note
     assert device_notes([gpu(0), gpu(1), CPU]) == ()

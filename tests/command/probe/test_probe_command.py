@@ -1,4 +1,4 @@
-"""``lightning-hetero probe`` as people start it: real processes, and machines that this one is not."""
+"""``lightning-hetero probe`` as users start it, in real processes, and on fake machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def probe(*options: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own; ``before`` is code that it executes first."""
+    """Run the command in its own process; ``before`` is code that it executes first."""
     code = f"{before}\nimport sys\nfrom lightning_hetero.command.main import main\nsys.exit(main())"
     # the command's name, so that the package imports no Lightning
     start = f"import sys; sys.argv[0] = 'lightning-hetero'\n{code}"
@@ -35,7 +35,7 @@ def probe(*options: str, before: str = "", **environment: str) -> subprocess.Com
 
 
 def check_schema(printed: str) -> dict[str, Any]:
-    """Return the parsed output; it has what other commands read."""
+    """Return the parsed output, after a check that it has what other commands read."""
     answer: dict[str, Any] = json.loads(printed)
     assert list(answer) == ["lightning_hetero_probe", "host", "devices", "shares", "notes"]
     assert answer["lightning_hetero_probe"] == 1
@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line(options: list[str], words: str, capfd: pytest.Cap
 
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two devices of which everything is known, and a processor."""
+    """A machine with two fully described devices and a processor."""
     gpus = [
         DeviceReport(
             *(f"cuda:{index}", name, "NVIDIA", 24 * GIB, 22 * GIB, 1410.0, 1980.0, ("heat",), 1, 2 * GIB, 1.0, 83),
@@ -116,7 +116,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
         "cpu", "AMD Ryzen Threadripper PRO 5975WX 32-Cores", None, 256 * GIB, 200 * GIB, logical_cores=64
     )
     here = machine.Machine("box", (*gpus, cpu))
-    monkeypatch.setattr(machine, "machine_here", lambda load: here)
+    monkeypatch.setattr(machine, "describe_machine", lambda load: here)
 
 
 def test_all_columns_fit(mixed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,20 +130,20 @@ def test_all_columns_fit(mixed: None, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert words in text
 
 
-def test_a_device_that_fails_is_said_and_the_others_are_measured(
+def test_a_device_that_fails_is_noted_and_the_others_are_measured(
     mixed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(device: torch.device, seconds: float) -> Measurement:
         if device == torch.device("cuda:1"):
-            raise UnsupportedFeatureError("cuda:1 was not measured: CUDA out of memory.")
+            raise UnsupportedFeatureError("cuda:1 could not be measured: CUDA out of memory.")
         return Measurement(1e-3, 1e-5, 1000.0, 0.01, "known work")
 
     monkeypatch.setattr(benchmark, "measure_device", measure)
     assert main(["probe", "--measure", "--json"]) == 0
     answer = check_schema(capsys.readouterr().out)
     assert [device["measured"] is not None for device in answer["devices"]] == [True, False, True]
-    assert answer["notes"][0] == "cuda:1 was not measured: CUDA out of memory."
-    assert answer["shares"] == [2.79, 1.0, 0.0], "the data of the devices decide where not all were measured"
+    assert answer["notes"][0] == "cuda:1 could not be measured: CUDA out of memory."
+    assert answer["shares"] == [2.79, 1.0, 0.0], "nominal speeds decide if not all devices were measured"
 
 
 def test_the_command_imports_no_more_than_it_needs() -> None:

@@ -1,4 +1,4 @@
-"""The page says what the record says, whatever the record says."""
+"""The page shows what the record says, whatever that is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIPELINE_SECTIONS = ["advice", "stages", "passes", "ranks"]
 
 
 class Page(HTMLParser):
-    """What a page consists of; fails where tags do not match."""
+    """The elements of a page; parsing fails if tags do not match."""
 
     VOID = frozenset({"meta", "link", "br"})
 
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 def page_of(lines: list[str], refresh_s: float | None = None) -> tuple[str, Page]:
     html = build(parse_record(lines), refresh_s)
     html.encode()
-    # nothing is loaded from anywhere: the names of SVG are all there is
+    # nothing is loaded: the namespaces of SVG are the only addresses
     assert set(re.findall(r"https?://[^\"' <]*", html)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -69,7 +69,7 @@ def page_of(lines: list[str], refresh_s: float | None = None) -> tuple[str, Page
     assert not page.of("script")
     ids = [attributes["id"] for _, attributes in page.attributes if "id" in attributes]
     assert len(ids) == len(set(ids))
-    # whatever is referred to is there
+    # every reference has a target
     references = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", html))
     assert references <= set(ids)
     return html, page
@@ -78,7 +78,7 @@ def page_of(lines: list[str], refresh_s: float | None = None) -> tuple[str, Page
 @pytest.mark.parametrize(
     ("lines", "sections", "figures"), [(TWO, BATCH_SECTIONS, 5), (PIPELINE, PIPELINE_SECTIONS, 2)], ids=["ddp", "pipe"]
 )
-def test_all_sections_are_there_for_everyone(lines: list[str], sections: list[str], figures: int) -> None:
+def test_all_sections_are_there_and_accessible(lines: list[str], sections: list[str], figures: int) -> None:
     html, page = page_of(lines)
     assert page.sections == sections
     assert page.of("html") == [{"lang": "en"}]
@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_the_record() -> None:
     assert "predicted: 1.48x as many samples/s" in html
     assert "without rank 1 a step would be 9% faster" in html
     assert re.search(r"<td>64 .*→.* 86</td><td>68.0 .* 90.0</td><td>67.0 .* 3.00</td><td>50% .* 3%</td>", html)
-    assert "rank 0, 86 samples, own work: 90 ms" in html
+    assert "rank 0, 86 samples, own time: 90 ms" in html
 
 
 def test_a_pipeline_shows_its_stages() -> None:
@@ -116,7 +116,7 @@ def test_a_thousand_ranks_are_few_bytes() -> None:
     html, page = page_of([to_line(header(names)), *map(to_line, batch_run(costs_s, windows=40))])
     assert len(html.encode()) < 3_000_000
     assert page.sections == BATCH_SECTIONS
-    assert html.count("Of 1000 ranks the 16 slowest and the 16 fastest are shown.") == 4
+    assert html.count("Of 1000 ranks, the 16 slowest and the 16 fastest are shown.") == 4
     assert "rank 999, 34 samples" in html
     assert "rank 500, " not in html
     assert html.count("<td>500</td>") == 1  # its row in the table
@@ -133,14 +133,14 @@ def test_a_thousand_ranks_are_few_bytes() -> None:
     ],
     ids=["header only", "one window", "cut off", "failed", "not recorded"],
 )
-def test_a_page_of_what_there_is(lines: list[str], state: str, sections: list[str]) -> None:
+def test_a_page_shows_what_the_record_has(lines: list[str], state: str, sections: list[str]) -> None:
     html, page = page_of(lines)
     assert f">{state}<small>" in html
     assert page.sections == sections
     assert ("RuntimeError: &lt;b&gt;&amp;" in html) == (state == "failed")
 
 
-def test_a_browser_loads_the_page_again_only_while_the_run_goes_on() -> None:
+def test_a_browser_reloads_the_page_only_while_the_run_continues() -> None:
     html, page = page_of(TWO[:-1], refresh_s=5.0)
     assert {"http-equiv": "refresh", "content": "5"} in page.of("meta")
     assert ">watching<small>" in html
@@ -180,7 +180,7 @@ def test_texts_of_the_record_are_texts(world_size: int) -> None:
 def test_many_changes_do_not_make_the_page_long() -> None:
     changes = [to_line(RunChange(10 + i, 1.0, (64 + i % 3, 64 - i % 3), f"change of try {i}")) for i in range(3000)]
     html, _ = page_of([TWO[0], TWO[1], *changes, *TWO[-3:]])
-    assert "Of 3000 changes 200 are listed." in html
+    assert "Of 3000 changes, 200 are listed." in html
     assert "change of try 2999" in html
     assert len(html) < 1_000_000
 
@@ -194,13 +194,13 @@ def test_numbers_that_no_run_has_are_an_error() -> None:
 
 NUMBERS = st.sampled_from([0.0, 1e-300, 1e-9, 1.0, 1e9, 1e18])
 PAIRS = st.tuples(NUMBERS, NUMBERS)
-MOST_WHOLE = 2**53 - 1  # more is no count: the parser refuses it
+MAX_WHOLE = 2**53 - 1  # the parser refuses larger integers
 
 
-# a page takes too long to look for a smaller example
+# building a page takes too long to shrink examples
 @settings(max_examples=15, phases=[Phase.generate])
 @given(
-    st.tuples(st.integers(0, MOST_WHOLE), st.integers(0, 2)),
+    st.tuples(st.integers(0, MAX_WHOLE), st.integers(0, 2)),
     PAIRS,
     PAIRS,
     PAIRS,
@@ -223,10 +223,10 @@ def test_any_numbers_make_a_page(
         step, 1.0, True, samples, own_s, waiting_s, (0.0, 0.0), overhead_s, cost_s, communication_s, peak_bytes
     )
     change = RunChange(5, 1.0, samples[::-1], "")
-    page_of([TWO[0], to_line(window), to_line(change), to_line(replace(window, step=MOST_WHOLE, tuning=False))])
+    page_of([TWO[0], to_line(window), to_line(change), to_line(replace(window, step=MAX_WHOLE, tuning=False))])
 
 
-def test_a_schedule_of_no_end_is_not_simulated() -> None:
+def test_a_huge_schedule_is_not_simulated() -> None:
     endless = PIPELINE[1].replace('"micro_batches":4', '"micro_batches":1000000000')
     _, page = page_of([PIPELINE[0], endless])
     assert page.sections == ["advice", "stages", "ranks"]

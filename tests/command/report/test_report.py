@@ -1,4 +1,4 @@
-"""The command as people call it, and its page in a real browser."""
+"""The command as users call it, and its page in a real browser."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_without_arguments_the_newest_run_is_shown(tmp_path: Path) -> None:
         ("top/renamed", "top/hetero_report.html"),
     ],
 )
-def test_what_run_means(
+def test_the_meaning_of_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: str, page: str
 ) -> None:
-    # from old to new; a record directly in a directory comes before newer ones below it
+    # from old to new; a record directly in a directory is preferred to newer ones below it
     for age, name in enumerate(["hetero_run.jsonl", "below/hetero_run.jsonl", "hetero_run-1.jsonl", "renamed"]):
         os.utime(write(tmp_path / "top" / name), (1000 + age, 1000 + age))
     if run == "top":
@@ -74,10 +74,10 @@ def test_what_run_means(
         (["nowhere"], "nowhere, which does not exist"),
         (["x" * 5000], "does not exist"),
         (["/dev/null"], "which is neither"),
-        (["empty"], "`LoadBalancer`, which `hetero_ddp` has, writes hetero_run*.jsonl"),
+        (["empty"], "`LoadBalancer`, which `hetero_ddp` adds, writes hetero_run*.jsonl"),
         (["other.jsonl"], "other.jsonl must be the record of a run"),
         (["void"], "empty file"),
-        (["damaged"], "damaged must have one JSON object a line, got something else in line 2"),
+        (["damaged"], "damaged must have one JSON object per line, got something else in line 2"),
         (["good", "--output", "empty"], "`--output` must be a file"),
         (["good", "--output", "/dev/null"], "`--output` must be a file"),
         (["good", "--output", "nowhere/page.html"], "that can be written"),
@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line(
     assert (tmp_path / "good").read_bytes() == good
 
 
-def test_where_nothing_is_the_error_says_what_writes_it(tmp_path: Path) -> None:
+def test_without_a_record_the_error_says_what_writes_one(tmp_path: Path) -> None:
     done = report(directory=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"found no hetero_run*.jsonl below {tmp_path}. `LoadBalancer`" in done.stderr
@@ -148,7 +148,7 @@ def test_a_run_is_followed_until_it_ends(tmp_path: Path, by: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell that starts the tests in the background has them ignore Ctrl-C, and what they start too
+        # a shell that starts the tests in the background makes them and their children ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # no threads here
     )
     try:
@@ -174,7 +174,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Show a page to a browser that reaches no network."""
+    """Show a page in a browser without network access."""
     assert BROWSER is not None
     return subprocess.run(
         [
@@ -225,7 +225,7 @@ def test_the_page_is_drawn_in_its_colours(tmp_path: Path) -> None:
     browse(tmp_path / "hetero_report.html", f"--screenshot={picture}")
     pixels = (imread(picture)[..., :3] * 255).round().astype(int)
     assert pixels.shape == (1600, 1200, 3)
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # own work and waiting
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # own time and waiting
         assert (abs(pixels - colour).max(axis=-1) <= 2).sum() > 5000
 
 

@@ -126,9 +126,12 @@ def test_a_pipelines_checkpoint_is_loaded_without_running_code(ranks: RankPools,
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"schedule": {"first_steps": [0], "plans": [[4, 4, 4]]}}, "Its parts must be of one number of ranks"),
+        (
+            {"schedule": {"first_steps": [0], "plans": [[4, 4, 4]]}},
+            "All parts of the state must have the same number of ranks",
+        ),
         ({"schedule": {"first_steps": [0], "plans": [[2**70, 1]]}}, "`plans` must be an integer"),
-        ({"balance": {"initial": [6, 6], "model": {"_scale_n": [1.0, 1.0]}}}, "`_scale_s` must be there"),
+        ({"balance": {"initial": [6, 6], "model": {"_scale_n": [1.0, 1.0]}}}, "`_scale_s` must be present"),
         ({"step_times": "fast"}, "`step_times` must be a list, got 'fast'"),
         ({"devices": None}, "`devices` must be a list"),
     ],

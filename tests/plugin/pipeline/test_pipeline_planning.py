@@ -189,7 +189,7 @@ def test_memory_limits_what_a_fast_rank_gets(ranks: RankPools, tmp_path: Path) -
     for outcome in ranks.run(2, limited, str(tmp_path), limits):
         assert outcome.plan.layers_of_ranks[0] < 6
     messages = ranks.run(2, too_much_for_two, str(tmp_path))
-    assert all("The layers must fit into the memories of 2 ranks" in message for message in messages)
+    assert all("The layers must fit into the memory of the 2 ranks" in message for message in messages)
 
 
 def limited(folder: str, limits: list[int]) -> Found:
