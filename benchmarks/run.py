@@ -91,7 +91,7 @@ is the simulated step of the best plan, on devices that need time for their laye
 with all layers.
 
 {lines}
-![Which stage computes which micro-batch when, with equal numbers of layers and with those found](../images/pipeline.png)
+![Who computes which micro-batch when, with equal numbers of layers and with those found](../images/pipeline.png)
 
 With three ranks whose layers take hardly any time, a step through the Trainer takes {through:.1f} ms, and with torch's
 bare schedule {bare:.1f} ms. In two rounds the Trainer added {added} ms.
