@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lightning_hetero.balance.types import BatchLimits
 
-__all__ = ["halved", "limits_of_micro_batches", "micro_batch_sizes"]
+__all__ = ["MicroBatchLimits", "halved", "limits_of_micro_batches", "micro_batch_sizes"]
+
+
+@dataclass
+class MicroBatchLimits:
+    """How large the micro-batches of one rank may be, in samples; None for no limit.
+
+    Attributes:
+        limit: The largest micro-batch allowed by the user, or since memory ran out.
+        predicted: The largest micro-batch that is expected to fit.
+        times_out_of_memory: How often memory ran out.
+        why_one: Why a step of this training must be one micro-batch; None where it may be several.
+    """
+
+    limit: int | None = None
+    predicted: int | None = None
+    times_out_of_memory: int = 0
+    why_one: str | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The largest micro-batch allowed, for whatever reason."""
+        if self.why_one is not None:
+            return None
+        return min((n for n in (self.limit, self.predicted) if n is not None), default=None)
 
 
 def limits_of_micro_batches(

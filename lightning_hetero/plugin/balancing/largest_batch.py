@@ -19,9 +19,9 @@ from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.common.protocols import BalancedStrategy, is_balanced
-from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
 from lightning_hetero.plugin.step.gradients import kept_buffers, taken_aside
 from lightning_hetero.plugin.step.log_capture import silent_log
+from lightning_hetero.plugin.step.metrics import discarded_metrics
 from lightning_hetero.plugin.step.out_of_memory import free_memory, is_out_of_memory
 from lightning_hetero.plugin.step.step_output import loss_of
 
@@ -80,7 +80,7 @@ class LargestBatchFinder(Callback):
         strategy.timer.pause()  # ranks wait for the one that searches longest
         own = self._largest(strategy, trainer, pl_module)
         self.found = tuple(all_gather(own))
-        strategy.micro_batches.limit = min(own, strategy.micro_batches.limit or own)
+        strategy.micro_batch_limits.limit = min(own, strategy.micro_batch_limits.limit or own)
         if self.verbose:
             say(trainer, f"hetero_ddp: the largest micro-batches that fit, in samples per rank, are {list(self.found)}")
 
@@ -92,7 +92,7 @@ class LargestBatchFinder(Callback):
                 f" of any size, got {type(loader).__name__}. Set `max_batch_size` instead."
             )
         # Start with the size that the step before has run: its micro-batches are smaller if memory ran out.
-        start = max(micro_batch_sizes(part.samples, strategy.micro_batches.most), default=1)
+        start = max(micro_batch_sizes(part.samples, strategy.micro_batch_limits.most), default=1)
         search = Search(start, most=part.global_samples)
         while (size := search.next_size()) is not None:
             search.tell(self._fits(strategy, module, loader, size))

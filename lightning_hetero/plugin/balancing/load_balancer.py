@@ -315,7 +315,7 @@ class LoadBalancer(Callback):
         report = RankReport(
             window=summarise(strategy.timer.take()) or _NOTHING_MEASURED,
             memory=self._read_memory(plan.samples[strategy.global_rank]),
-            micro_batch_limit=strategy.micro_batches.limit or 0,
+            micro_batch_limit=strategy.micro_batch_limits.limit or 0,
             fetched_through=strategy.fetched_through,
             fingerprint=fingerprint_of(schedule, progress.step, progress.epoch),
         )
@@ -327,7 +327,7 @@ class LoadBalancer(Callback):
             return self.session.decide(reports, strategy.limits, memory_limits_shares=by_memory)
 
         result = decide_on_rank_zero(report.to_numbers(), decide, strategy.root_device)
-        strategy.micro_batches.predicted = result.predicted_micro_batches[strategy.global_rank]
+        strategy.micro_batch_limits.predicted = result.predicted_micro_batches[strategy.global_rank]
         tuning = not self.finished
         actions = self.session.follow(result)
         if self.progress_bar and self.step_times:
@@ -353,7 +353,7 @@ class LoadBalancer(Callback):
             return _NOTHING_READ
         assert strategy.memory is not None
         strategy.memory.restart()  # the next window may follow at once
-        largest = max(micro_batch_sizes(samples, strategy.micro_batches.most), default=0)
+        largest = max(micro_batch_sizes(samples, strategy.micro_batch_limits.most), default=0)
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 

@@ -16,11 +16,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 
+from lightning_hetero.balance.batch.caps import MicroBatchLimits
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, DeviceProfile, PlanSchedule
 from lightning_hetero.distributed.step_timer import StepTimer
 from lightning_hetero.hardware.memory import MemoryMeter
 
-__all__ = ["BalancedStrategy", "LoaderOwner", "MicroBatchLimits", "StepOwner", "is_balanced"]
+__all__ = ["BalancedStrategy", "LoaderOwner", "StepOwner", "is_balanced"]
 
 
 class _OnRank(Protocol):
@@ -57,11 +58,12 @@ class StepOwner(_OnRank, Protocol):
         loss_weight: What the rank's loss counts, such that the mean over ranks is the mean over the global batch.
     """
 
-    loss_reduction: str
     num_loss_terms: Callable[[Any], int] | None
     loss_weight: float
     timer: StepTimer
 
+    @property
+    def loss_reduction(self) -> str: ...
     @property
     def micro_batch_size(self) -> int | Sequence[int] | Mapping[str, int] | None: ...
     @property
@@ -75,20 +77,8 @@ class StepOwner(_OnRank, Protocol):
     def post_backward(self, closure_loss: torch.Tensor) -> None: ...
 
 
-class MicroBatchLimits(Protocol):
-    """How large a rank's micro-batches may be; None for no limit.
-
-    Attributes:
-        limit: The largest micro-batch allowed by the user, or since memory ran out.
-        predicted: The largest micro-batch that is expected to fit.
-    """
-
-    limit: int | None
-    predicted: int | None
-
-    @property
-    def most(self) -> int | None:
-        """The largest micro-batch allowed, for whatever reason."""
+class Alone(Protocol):
+    """Steps that can be run on one rank alone."""
 
     def alone(self) -> AbstractContextManager[None]:
         """Run what is in this context on this rank alone: what communicates is refused."""
@@ -100,12 +90,13 @@ class BalancedStrategy(_OnRank, Protocol):
     profiles: tuple[DeviceProfile, ...]
     timer: StepTimer
     memory: MemoryMeter | None
+    micro_batch_limits: MicroBatchLimits
 
     @property
     def micro_batch_size(self) -> int | Sequence[int] | Mapping[str, int] | None: ...
 
     @property
-    def micro_batches(self) -> MicroBatchLimits: ...
+    def micro_batches(self) -> Alone: ...
     @property
     def world_size(self) -> int: ...
     @property

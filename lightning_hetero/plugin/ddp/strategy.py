@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hetero.balance.batch.caps import MicroBatchLimits
 from lightning_hetero.balance.tuning.prior import nominal_shares
 from lightning_hetero.balance.types import (
     BatchLimits,
@@ -36,7 +37,8 @@ from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
-from lightning_hetero.plugin.ddp.stand_in import muted_gradients, stand_in
+from lightning_hetero.plugin.ddp.stand_in import stand_in
+from lightning_hetero.plugin.step.gradients import muted_gradients
 
 __all__ = ["HeteroDDPStrategy"]
 
@@ -108,7 +110,8 @@ class HeteroDDPStrategy(BaseStrategy):
         self.profiles: tuple[DeviceProfile, ...] = ()
         self.train_data = TrainingData(self)
         self.eval_data = EvaluationData(self, self.train_data.plan_at_next_step)
-        self.micro_batches = MicroBatches(self)
+        self.micro_batch_limits = MicroBatchLimits()
+        self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
         self._part_of_step: BatchSlice | None = None
@@ -221,7 +224,7 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.shares_of_ranks(self.shares, self.profiles)
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
-        self.micro_batches.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+        self.micro_batch_limits.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
 
     @override
     def on_train_start(self) -> None:
@@ -330,7 +333,7 @@ class HeteroDDPStrategy(BaseStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         self.micro_batches.refuse_to_communicate("all_gather")
-        self.micro_batches.communicates()
+        self.micro_batches.note_communication()
         with self.timer.waiting():
             self._check_gathered(tensor)
             return super().all_gather(tensor, group, sync_grads)
@@ -357,7 +360,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.micro_batches.communicates()
+        self.micro_batches.note_communication()
         if isinstance(tensor, Tensor):
             tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
         with self.timer.waiting():

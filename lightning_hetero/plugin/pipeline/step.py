@@ -25,10 +25,11 @@ from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
-from lightning_hetero.plugin.ddp.stand_in import discarded_metrics
+from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.batch_size import samples_in
-from lightning_hetero.plugin.step.log_capture import LogCapture, in_place_of_log, silent_log
+from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
+from lightning_hetero.plugin.step.metrics import discarded_metrics
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
@@ -134,7 +135,7 @@ class PipelineStep:
         calls: list[dict[str, Any]] = []
         log = LogCapture(lambda *given, **named: calls.append(_named_arguments(given, named)))
         first = 0
-        with in_place_of_log(self._module, log) if self._pipeline.is_last else nullcontext():
+        with overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext():
             for count, size in groups:
                 inputs = [
                     self._inputs(step, parts[i], rest, i)
@@ -185,7 +186,7 @@ class PipelineStep:
         if not self._pipeline.is_last:
             return self._hear()
         calls: list[dict[str, Any]] = []
-        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        recorded = overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named)))
         with recorded if logs else nullcontext():
             returned = self._finished(step, batch, rest, _joined(found, sizes), 0)
         return self._tell(returned, calls)
@@ -218,7 +219,7 @@ class PipelineStep:
             self._hear()
             return
         calls: list[dict[str, Any]] = []
-        recorded = in_place_of_log(self._module, lambda *given, **named: calls.append(_named_arguments(given, named)))
+        recorded = overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named)))
         with recorded, self._metrics.alone():
             yield True
         self._tell(None, calls)
@@ -242,7 +243,7 @@ class PipelineStep:
                 stack.enter_context(discarded_metrics(self._module))
             stack.enter_context(self._seeded(number))
             stack.enter_context(self._metrics.alone())
-            for context in (silent_log(self._module), _in_place_of_forward(self._called, note)):
+            for context in (silent_log(self._module), overridden(self._called, "forward", note)):
                 stack.enter_context(context)
             try:
                 step(part, *rest)
@@ -272,7 +273,7 @@ class PipelineStep:
                 )
             return output
 
-        with _in_place_of_forward(self._called, returned), self._seeded(number), self._metrics.alone():
+        with overridden(self._called, "forward", returned), self._seeded(number), self._metrics.alone():
             finished = step(part, *rest)
         if not calls:
             raise UnsupportedFeatureError(_no_call(step))
@@ -366,15 +367,3 @@ def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
                     f" got shape {tuple(tensor.shape)} for {size} samples."
                 )
     return unflatten([torch.cat(tensors) for tensors in zip(*flat, strict=True)], structures[0])
-
-
-@contextmanager
-def _in_place_of_forward(called: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = called.__dict__.get("forward")
-    called.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del called.__dict__["forward"]
-        if before is not None:
-            called.__dict__["forward"] = before

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["accumulate_as_backward", "added", "kept_buffers", "mark", "put_back", "reduces_at_the_end", "taken_aside"]
+__all__ = [
+    "Gradients",
+    "accumulate_as_backward",
+    "added",
+    "kept_buffers",
+    "mark",
+    "muted_gradients",
+    "put_back",
+    "reduces_at_the_end",
+    "taken_aside",
+]
 
 Gradients = list[tuple[nn.Parameter, Tensor]]
 
@@ -100,3 +111,17 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in kept:
             buffer.copy_(value)
+
+
+@contextmanager
+def muted_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Replace every gradient computed in this context by zeros before it is accumulated or communicated.
+
+    Multiplying the loss by zero is not enough: zero times infinity is not a number.
+    """
+    handles: list[RemovableHandle] = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

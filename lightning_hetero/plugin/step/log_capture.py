@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-__all__ = ["LogCapture", "captured_log", "in_place_of_log", "silent_log"]
+from lightning_hetero.plugin.common.overridden import overridden
+
+__all__ = ["LogCapture", "captured_log", "silent_log"]
 
 # Position of `reduce_fx` among the arguments of `LightningModule.log` after the value.
 _REDUCE_FX = 4
@@ -98,7 +100,7 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
 def captured_log(module: LightningModule) -> Iterator[LogCapture]:
     """Collect what ``module`` logs in this context, and log it at the end unless the context ends in an error."""
     log = LogCapture(module.log)
-    with in_place_of_log(module, log):
+    with overridden(module, "log", log):
         yield log
     log.flush()
 
@@ -106,18 +108,5 @@ def captured_log(module: LightningModule) -> Iterator[LogCapture]:
 @contextmanager
 def silent_log(module: LightningModule) -> Iterator[None]:
     """Log nothing in this context."""
-    with in_place_of_log(module, lambda *_, **__: None):
+    with overridden(module, "log", lambda *_, **__: None):
         yield
-
-
-@contextmanager
-def in_place_of_log(module: LightningModule, log: Callable[..., None]) -> Iterator[None]:
-    """Replace ``module.log`` by ``log`` in this context."""
-    before = module.__dict__.get("log")
-    module.__dict__["log"] = log
-    try:
-        yield
-    finally:
-        del module.__dict__["log"]
-        if before is not None:
-            module.__dict__["log"] = before

@@ -71,7 +71,7 @@ def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list
     trainer.fit(model, DataLoader(Numbered(2 * BATCH_SIZE * (STEPS + 1)), batch_size=BATCH_SIZE, shuffle=True))
     assert isinstance(strategy.memory, Memory)
     plans = [plan for _, plan in balancer.changes]
-    return plans, strategy.memory.highest, strategy.micro_batches.times_out_of_memory, flat(model.network)
+    return plans, strategy.memory.highest, strategy.micro_batch_limits.times_out_of_memory, flat(model.network)
 
 
 def exact(parameters: list[float]) -> bool:
@@ -120,7 +120,7 @@ def search(totals: list[int]) -> tuple[tuple[int, ...], list[float], int, BatchP
     model, finder, balancer, strategy = Allocating(), LargestBatchFinder(), LoadBalancer(), Scripted(totals, False)
     trainer = make_trainer(strategy, 2, [SlowDown([2.0, 1.0], 0.002), finder, balancer], max_steps=STEPS)
     trainer.fit(model, DataLoader(Numbered(2 * BATCH_SIZE * (STEPS + 1)), batch_size=BATCH_SIZE, shuffle=True))
-    return finder.found, flat(model.network), strategy.micro_batches.times_out_of_memory, balancer.changes[-1][1]
+    return finder.found, flat(model.network), strategy.micro_batch_limits.times_out_of_memory, balancer.changes[-1][1]
 
 
 def test_the_largest_batch_of_each_rank_is_found_and_respected(ranks: RankPools) -> None:
@@ -168,4 +168,4 @@ def test_a_real_shortage_of_memory_is_survived() -> None:
         accelerator="gpu", devices=1, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False
     )
     trainer.fit(Hungry(), DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 4)), batch_size=8))
-    assert strategy.micro_batches.times_out_of_memory > 0
+    assert strategy.micro_batch_limits.times_out_of_memory > 0

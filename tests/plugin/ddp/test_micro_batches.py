@@ -197,8 +197,8 @@ def train(case: Case) -> Outcome:
         losses=seen.losses,
         predictions=seen.predictions,
         passes=model.passes,
-        times_out_of_memory=strategy.micro_batches.times_out_of_memory,
-        limit=strategy.micro_batches.limit,
+        times_out_of_memory=strategy.micro_batch_limits.times_out_of_memory,
+        limit=strategy.micro_batch_limits.limit,
     )
 
 
@@ -342,8 +342,8 @@ def train_alone(kind: type[Scarce], phase: str, fits: int) -> None:
         (Manual, "forward", 3, "in the forward pass .* only automatic optimisation can be repeated"),
         (Manual, "backward", 3, "in a backward pass .* only automatic optimisation can be repeated"),
         (Gathers, "forward", 3, "in the forward pass .* the step had communicated before"),
-        (Unsplittable, "forward", 3, "its repetition in smaller passes failed: .* an object of type 'object'"),
-        (Unsplittable, "backward", 3, "its repetition in smaller passes failed: .* an object of type 'object'"),
+        (Unsplittable, "forward", 3, "its repetition in smaller micro-batches failed: .* an object of type 'object'"),
+        (Unsplittable, "backward", 3, "its repetition in smaller micro-batches failed: .* an object of type 'object'"),
     ],
 )
 def test_a_rank_that_cannot_go_on_says_why(

@@ -1,0 +1,202 @@
+"""Go on after a rank has run out of memory: smaller micro-batches, and no step is lost.
+
+Where memory runs out in a forward pass, or in the backward pass of an early micro-batch, nothing was communicated: the
+step is run again in smaller micro-batches. Where it runs out in the last backward pass, the gradients that were already
+computed may be on their way to the peers. They are right and stay. Only those of the remaining parameters are computed
+again, in smaller micro-batches and beside DDP, and then given to autograd as if the interrupted pass had found them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_hetero.balance.batch.caps import MicroBatchLimits, halved, micro_batch_sizes
+from lightning_hetero.distributed.group.failure import announce
+from lightning_hetero.exceptions import HeteroError, RankOutOfMemoryError, UnsupportedFeatureError
+from lightning_hetero.plugin.common.protocols import StepOwner
+from lightning_hetero.plugin.ddp.step_runner import StepRunner
+from lightning_hetero.plugin.step.batch_size import samples_in
+from lightning_hetero.plugin.step.gradients import (
+    Gradients,
+    accumulate_as_backward,
+    added,
+    kept_buffers,
+    mark,
+    reduces_at_the_end,
+)
+from lightning_hetero.plugin.step.log_capture import silent_log
+from lightning_hetero.plugin.step.metrics import discarded_metrics
+from lightning_hetero.plugin.step.out_of_memory import free_memory, is_out_of_memory
+
+__all__ = ["BeforeBackward", "OutOfMemoryRecovery", "StepAttempt"]
+
+
+@dataclass(frozen=True)
+class StepAttempt:
+    """A step between its forward pass and the backward pass of its last micro-batch.
+
+    Attributes:
+        args: What the user's step was given for the last micro-batch; the batch first.
+        samples: Number of samples of the last micro-batch; 0 where they were not counted.
+        weight: What the loss of the last micro-batch counts in that of the rank, in one optimiser step.
+        early_gradients: The gradients of the micro-batches before it.
+    """
+
+    args: tuple[Any, ...]
+    samples: int
+    weight: float
+    early_gradients: Gradients
+
+
+@dataclass(frozen=True)
+class BeforeBackward:
+    """What tells afterwards how far an interrupted backward pass has come.
+
+    Attributes:
+        parameters: The parameters that are trained.
+        marks: Changes for each parameter as soon as its gradient is accumulated.
+        reduces_at_the_end: Whether DDP combines gradients after the pass, not while it goes on.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    marks: Sequence[tuple[int, int] | None]
+    reduces_at_the_end: bool
+
+    @classmethod
+    def of(cls, parameters: Sequence[nn.Parameter], model: nn.Module | None) -> BeforeBackward:
+        """Take note of where the gradients of ``parameters`` stand."""
+        return cls(parameters, [mark(parameter) for parameter in parameters], reduces_at_the_end(model))
+
+    @property
+    def untouched(self) -> list[nn.Parameter]:
+        """The parameters whose gradients were not computed since."""
+        return [p for p, before in zip(self.parameters, self.marks, strict=True) if mark(p) == before]
+
+
+class OutOfMemoryRecovery:
+    """Repeats what did not fit, on one rank.
+
+    Args:
+        strategy: The strategy whose steps are run.
+        runner: Runs them.
+        limits: Lowered where memory runs out.
+    """
+
+    def __init__(self, strategy: StepOwner, runner: StepRunner, limits: MicroBatchLimits) -> None:
+        self._strategy = strategy
+        self._runner = runner
+        self._limits = limits
+
+    def smaller(self, sizes: Sequence[int], where: str, reason: str, finished: int = 0) -> tuple[int, ...]:
+        """Lower the limit after micro-batches that did not fit; return the sizes to try next.
+
+        Args:
+            sizes: Sizes of the micro-batches, in samples.
+            where: The part of the step in which memory ran out.
+            reason: What torch said.
+            finished: Number of samples in the micro-batches that did fit. No new micro-batch has some of these samples
+                and some others.
+
+        Raises:
+            RankOutOfMemoryError: Smaller micro-batches are of no help.
+        """
+        self._limits.times_out_of_memory += 1
+        largest = max(sizes)
+        if self._limits.why_one is not None:
+            raise self.failure(where, self._limits.why_one, reason)
+        if largest < 2:
+            raise self.failure(where, "a single sample does not fit", reason)
+        self._limits.limit = halved(largest)
+        warnings.warn(
+            f"`hetero_ddp`: rank {self._strategy.global_rank} ran out of memory in {where} with {largest} samples; the"
+            f" step is repeated, and from now on a micro-batch has at most {self._limits.limit}. ({reason})",
+            stacklevel=2,
+        )
+        free_memory(self._strategy.root_device)
+        rest = sum(sizes) - finished
+        return (*micro_batch_sizes(finished, self._limits.limit), *micro_batch_sizes(rest, self._limits.limit))
+
+    # ---- an interrupted backward pass --------------------------------------------------------------------------------
+
+    def finish_backward(self, attempt: StepAttempt | None, before: BeforeBackward, loss: Tensor, reason: str) -> Tensor:
+        """Compute the gradients that an interrupted backward pass has not, and combine them with those of other ranks.
+
+        Args:
+            attempt: The step; None where it is not known.
+            before: How the gradients stood before the pass.
+            loss: What the pass began with.
+            reason: What torch said.
+
+        Raises:
+            RankOutOfMemoryError: Memory ran out, and smaller micro-batches are of no help.
+        """
+        module, strategy = self._runner.module, self._strategy
+        if attempt is None or not module.automatic_optimization:
+            raise self.failure("a backward pass", "only automatic optimisation can be repeated", reason)
+        # the rest of the interrupted graph holds memory, and Lightning holds the loss
+        loss = loss.detach_()
+        if not before.untouched:
+            raise self.failure("the all-reduce", "what was communicated cannot be repeated", reason)
+        gradients = self._repeated(attempt, before.untouched, reason)
+        strategy.timer.gradients_ready()
+        accumulate_as_backward(gradients, strategy.model if before.reduces_at_the_end else None)
+        loss = strategy.precision_plugin.post_backward(loss, module)
+        strategy.post_backward(loss)
+        return loss
+
+    def _repeated(self, attempt: StepAttempt, parameters: Sequence[nn.Parameter], reason: str) -> Gradients:
+        """Return the gradients of the last micro-batch, computed in smaller ones that fit."""
+        sizes: Sequence[int] = (attempt.samples or samples_in(attempt.args[0]),)
+        while True:
+            sizes = self.smaller(sizes, "the backward pass", reason)
+            try:
+                gradients = self._gradients(attempt, sizes, parameters)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise self.cannot_repeat("the backward pass", error, reason) from error
+                reason = str(error)
+            else:
+                return [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+
+    def _gradients(
+        self, attempt: StepAttempt, sizes: Sequence[int], parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor | None]:
+        runner, module = self._runner, self._runner.module
+        batch, *rest = attempt.args
+        parts = runner.split(batch, sizes)
+        found: list[Tensor | None] = [None] * len(parameters)
+        with ExitStack() as stack:
+            for context in (discarded_metrics(module), silent_log(module), kept_buffers(module)):
+                stack.enter_context(context)
+            for part, weight in zip(parts, runner.weights(parts, sizes), strict=True):
+                output = runner.forward_beside_ddp(part, *rest)
+                gradients = runner.gradients_of(output, weight * attempt.weight, parameters)
+                del output
+                found = [added(old, new) for old, new in zip(found, gradients, strict=True)]
+        return found
+
+    # ---- giving up ---------------------------------------------------------------------------------------------------
+
+    def cannot_repeat(self, where: str, error: Exception, reason: str) -> Exception:
+        """Return what to raise where a step that ran out of memory fails in another way when it is repeated."""
+        if isinstance(error, HeteroError) and not isinstance(error, UnsupportedFeatureError):
+            return error  # says what happened: this rank gave up, or a peer did
+        return self.failure(where, f"its repetition in smaller micro-batches failed: {error}", reason)
+
+    def failure(self, where: str, why: str, reason: str) -> RankOutOfMemoryError:
+        """Return the error of a rank that gives up, and announce it to the peers."""
+        strategy = self._strategy
+        part = strategy.training_slice
+        message = (
+            f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
+            f" {part.step if part else '?'} with {part.samples if part else '?'} samples, and {why}. Lower the batch"
+            f" size or set `max_batch_size` or `micro_batch_size`. ({reason})"
+        )
+        announce(message)
+        return RankOutOfMemoryError(message)

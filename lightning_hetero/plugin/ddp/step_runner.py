@@ -1,0 +1,100 @@
+"""Run the user's step on parts of a rank's mini-batch, through DDP or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+from torchmetrics import Metric
+
+from lightning_hetero.plugin.common.protocols import StepOwner
+from lightning_hetero.plugin.step.gradients import muted_gradients
+from lightning_hetero.plugin.step.split_batch import split_batch
+from lightning_hetero.plugin.step.step_output import loss_of
+
+__all__ = ["StepRunner"]
+
+
+class StepRunner:
+    """What a step of one training needs, whatever its micro-batches.
+
+    Args:
+        strategy: The strategy whose steps are run.
+    """
+
+    def __init__(self, strategy: StepOwner) -> None:
+        self._strategy = strategy
+        self._all_parameters = tuple(self.module.parameters())
+
+    @property
+    def module(self) -> LightningModule:
+        """The user's module."""
+        assert self._strategy.lightning_module is not None
+        return self._strategy.lightning_module
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self._all_parameters if p.requires_grad]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether DDP was told that the graph is static.
+
+        It then counts every backward pass of the first step and expects as many in each step from then on, so early
+        micro-batches are hidden from it.
+        """
+        return getattr(self._strategy.model, "static_graph", False)
+
+    @property
+    def accumulated_batches(self) -> int:
+        """Number of batches whose gradients Lightning accumulates in one optimiser step."""
+        return self._strategy.trainer.accumulate_grad_batches if self.module.automatic_optimization else 1
+
+    def why_one(self) -> str | None:
+        """Return why a step cannot be run in several micro-batches; None where it can."""
+        module = self.module
+        if not module.automatic_optimization:
+            return "only automatic optimisation can be repeated in smaller micro-batches"
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
+            return "synchronised batch normalisation communicates in every micro-batch"
+        if any(isinstance(layer, Metric) and layer.dist_sync_on_step for layer in module.modules()):
+            return "a metric with `dist_sync_on_step=True` communicates in every micro-batch"
+        return None
+
+    def split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
+        """Return the micro-batches of these sizes."""
+        loader = self._strategy.trainer.train_dataloader
+        return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
+
+    def weights(self, parts: Sequence[Any], sizes: Sequence[int]) -> list[float]:
+        """Return what the loss of each micro-batch counts in that of all of them."""
+        strategy = self._strategy
+        if strategy.loss_reduction == "sum":
+            return [1.0] * len(parts)
+        terms = [strategy.num_loss_terms(part) for part in parts] if strategy.num_loss_terms is not None else sizes
+        return [n / max(sum(terms), 1) for n in terms]
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients in this context without combining them with those of other ranks."""
+        model = self._strategy.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def forward_beside_ddp(self, *args: Any) -> Any:
+        """Run the user's step without DDP noticing."""
+        with self._strategy.precision_plugin.train_step_context():
+            return self.module.training_step(*args)
+
+    def gradients_of(self, output: Any, weight: float, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        """Return the gradients of what a step returned, times ``weight``, without any of DDP's hooks."""
+        strategy = self._strategy
+        loss = loss_of(output) * (weight * strategy.loss_weight)
+        loss = strategy.precision_plugin.pre_backward(loss, self.module)
+        with muted_gradients(parameters) if strategy.loss_weight == 0.0 else nullcontext():
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
