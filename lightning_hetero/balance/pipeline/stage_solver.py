@@ -199,8 +199,9 @@ def _default_order(world_size: int, last_rank: int) -> tuple[int, ...]:
 def _does_not_fit(memory: StageMemory | None, world_size: int) -> str:
     assert memory is not None
     held = sum(memory.weights_bytes)
+    ranks = "1 rank" if world_size == 1 else f"the {world_size} ranks"
     return (
-        f"The layers must fit into the memory of the {world_size} ranks, got {held / 1e9:.3g} GB of parameters,"
+        f"The layers must fit into the memory of {ranks}, got {held / 1e9:.3g} GB of parameters,"
         f" gradients and optimiser state, in addition to activations, and budgets of"
         f" {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB. Use smaller micro-batches, hold fewer at a"
         f' time (`schedule="1f1b"`), or use more devices.'

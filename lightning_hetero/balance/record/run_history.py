@@ -10,8 +10,8 @@ __all__ = ["RunHistory"]
 class RunHistory:
     """The lines of a record, thinned out when there are too many.
 
-    At first every event is kept. When the record is full, every second window of watching is dropped, and so on. All
-    windows of the tuning are kept. If it is mostly changes of shares that fill the record, their older half is dropped.
+    Every event is kept until the record is full; then every second window of watching, later every fourth, and so on.
+    All windows of the tuning are kept. If mostly changes of shares fill the record, their older half is dropped.
 
     Args:
         header: Header of the run.

@@ -100,7 +100,7 @@ class Cluster:
             most = kind.most_samples(self.memory)
             if most is not None and most < self.batch_multiple:
                 raise InfeasiblePlanError(
-                    f"{kind.name} must hold at least {self.batch_multiple} samples (`batch_multiple`), but its memory"
+                    f"{kind.name} must hold at least `batch_multiple` samples ({self.batch_multiple}), but its memory"
                     f" or `max_batch_size` allows {most}. Leave the device out, or use smaller samples."
                 )
 

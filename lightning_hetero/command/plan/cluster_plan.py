@@ -160,8 +160,8 @@ def _why_infeasible(cluster: Cluster) -> str:
     multiple, batch, size = cluster.batch_multiple, cluster.global_batch_size, cluster.world_size
     if size * multiple > batch:
         return (
-            f"`global_batch_size` must give each of the {size} devices at least {multiple} samples, got {batch}. Raise"
-            f" it to {size * multiple} or more, or use fewer devices."
+            f"`global_batch_size` must give each of the {size} devices at least `batch_multiple` samples ({multiple}),"
+            f" got {batch}. Raise it to {size * multiple} or more, or use fewer devices."
         )
     most = zip(cluster.kinds, cluster.most_samples, strict=True)
     held = sum(kind.count * (samples // multiple) * multiple for kind, samples in most)

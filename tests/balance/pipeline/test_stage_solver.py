@@ -64,7 +64,7 @@ def test_memory_is_respected_wherever_it_can_be(problem: LayerCosts, data: st.Da
     )
     allowed = [plan for plan in all_plans(problem.num_layers, problem.world_size) if memory.allows(plan)]
     if not allowed:
-        with pytest.raises(InfeasiblePlanError, match="layers must fit into the memory of the"):
+        with pytest.raises(InfeasiblePlanError, match="layers must fit into the memory of"):
             solve_stages(problem, memory)
         return
     best = min(problem.of_stages(plan).slowest_s for plan in allowed)

@@ -187,13 +187,15 @@ def test_impossible_clusters_are_refused() -> None:
         Cluster((), 8)
     with pytest.raises(ConfigurationError, match="`count` must be at least 1, got 0 of none"):
         DeviceKind("none", 0, StepTime(0, 1))
-    with pytest.raises(InfeasiblePlanError, match="one must hold at least 4 samples"):
+    with pytest.raises(InfeasiblePlanError, match=r"one must hold at least `batch_multiple` samples \(4\)"):
         Cluster((one,), 8, batch_multiple=4)
     with pytest.raises(ConfigurationError, match="`price_per_hour` must be given for all"):
         Cluster((one, DeviceKind("two", 1, StepTime(0, 1), price_per_hour=1.0)), 8)
     with pytest.raises(InfeasiblePlanError, match="global batch of 8 samples, got 1 devices that hold 3"):
         plan_cluster(Cluster((one,), 8))
-    with pytest.raises(InfeasiblePlanError, match="each of the 5 devices at least 1 samples, got 4"):
+    with pytest.raises(
+        InfeasiblePlanError, match=r"each of the 5 devices at least `batch_multiple` samples \(1\), got 4"
+    ):
         plan_cluster(Cluster((DeviceKind("five", 5, StepTime(0, 1)),), 4))
 
 

@@ -71,7 +71,7 @@ def mistake(tmp_path: Path, text: str | bytes, capsys: pytest.CaptureFixture[str
         ("global_batch_size: 1.5\ndevices:\n" + DEVICE, "`global_batch_size` must be a whole number of at least 1 and"),
         ("global_batch_size: yes\ndevices:\n" + DEVICE, "at most 1000000000, got True."),
         ("global_batch_size: '64'\ndevices:\n" + DEVICE, "at most 1000000000, got '64'."),
-        ("global_batch_size: 1\ndevices:\n" + DEVICE, "`global_batch_size` must give each of the 2 devices at least 1"),
+        ("global_batch_size: 1\ndevices:\n" + DEVICE, "`global_batch_size` must give each of the 2 devices at least"),
         ("global_batch_size: 64", "`devices` must be a list with one entry for each kind of device, it is missing."),
         ("global_batch_size: 64\ndevices: []", "for each kind of device, got a list of 0."),
         ("global_batch_size: 64\ndevices: {a: 1}", "for each kind of device, got a mapping of 1."),
@@ -109,7 +109,7 @@ def mistake(tmp_path: Path, text: str | bytes, capsys: pytest.CaptureFixture[str
         (GOOD + "memory_megabytes_per_sample: 0", "`memory_megabytes_per_sample` must be a number above 0, got 0."),
         (
             GOOD + "  - {name: B, samples_per_s: 1, memory_gigabytes: 1}\nmemory_megabytes_per_sample: 2000",
-            "B must hold at least 1 samples (`batch_multiple`), but its memory or `max_batch_size` allows 0.",
+            "B must hold at least `batch_multiple` samples (1), but its memory or `max_batch_size` allows 0.",
         ),
         (
             "global_batch_size: 64\ndevices:\n  - {name: A, count: 2, samples_per_s: 4, max_batch_size: 31}",
@@ -151,7 +151,7 @@ def test_a_wrong_value_is_named_with_its_path(
         ),
         (
             PIPELINE + "  - {name: A, speed: 1, memory_gigabytes: 1}\nlayer_parameter_megabytes: 100",
-            "The layers must fit into the memory of the 1 ranks",
+            "The layers must fit into the memory of 1 rank",
         ),
     ],
 )  # fmt: skip
