@@ -76,7 +76,7 @@ def test_a_mistake_that_all_ranks_find_ends_them_without_traceback() -> None:
 def test_equal_stages_and_those_found_train_alike() -> None:
     """On twelve layers; the ratio of two to one is only roughly met where little time is taken for each layer."""
     printed = run_example("--steps", "5", "--seconds-per-sample", "0.001", name="characters")
-    (equal, found) = re.findall(r"layers a rank\s*│\s*(\d+, \d+)\s*│\s*(\d+, \d+)", printed)[0]
+    (equal, found) = re.findall(r"layers per rank\s*│\s*(\d+, \d+)\s*│\s*(\d+, \d+)", printed)[0]
     assert equal == "6, 6"
     assert found in ("7, 5", "8, 4", "9, 3")
     (difference,) = re.findall(r"largest difference of a parameter ([\d.e+-]+)", printed)
@@ -97,6 +97,6 @@ def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
         subcommand, *config, "--trainer.limit_test_batches=1", "--trainer.limit_predict_batches=1", *rest,
         name="characters",
     )  # fmt: skip
-    assert "layers a rank" in printed
+    assert "layers per rank" in printed
     assert "error" not in printed.lower()
     assert "terminate called" not in printed

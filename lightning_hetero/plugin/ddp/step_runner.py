@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.step.gradients import muted_gradients
+from lightning_hetero.plugin.step.loss_weights import loss_weights
 from lightning_hetero.plugin.step.split_batch import split_batch
 from lightning_hetero.plugin.step.step_output import loss_of
 
@@ -75,11 +76,7 @@ class StepRunner:
 
     def weights(self, parts: Sequence[Any], sizes: Sequence[int]) -> list[float]:
         """Return what the loss of each micro-batch counts in that of all of them."""
-        strategy = self._strategy
-        if strategy.loss_reduction == "sum":
-            return [1.0] * len(parts)
-        terms = [strategy.num_loss_terms(part) for part in parts] if strategy.num_loss_terms is not None else sizes
-        return [n / max(sum(terms), 1) for n in terms]
+        return loss_weights(parts, sizes, self._strategy.loss_reduction, self._strategy.num_loss_terms)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients in this context without combining them with those of other ranks."""

@@ -8,7 +8,7 @@ and broadcasts it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = ["PipelineMetrics"]
 
@@ -39,22 +40,16 @@ class PipelineMetrics:
         self._last_rank = last_rank
         self._is_last = is_last
         self.is_alone = False
-        self._changed: list[tuple[Metric, Callable[..., Any], Any]] = []
-        self.names: dict[int, str] = {}
-        for name, metric in module.named_modules():
-            if not isinstance(metric, Metric):
-                continue
-            self.names[id(metric)] = name
-            self._changed.append((metric, metric.compute, metric.distributed_available_fn))
-            metric.compute = self._broadcasting(metric.compute)  # type: ignore[method-assign]
-            metric.distributed_available_fn = _never
+        metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        self.names = {id(metric): name for name, metric in metrics.items()}
+        self._overrides = ExitStack()
+        for metric in metrics.values():
+            for name, value in (("compute", self._broadcasting(metric.compute)), ("distributed_available_fn", _never)):
+                self._overrides.enter_context(overridden(metric, name, value))
 
     def restore(self) -> None:
         """Restore the metrics to their original state."""
-        for metric, compute, distributed_available in self._changed:
-            metric.compute = compute  # type: ignore[method-assign]
-            metric.distributed_available_fn = distributed_available
-        self._changed = []
+        self._overrides.close()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

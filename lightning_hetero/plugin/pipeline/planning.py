@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
-from lightning_hetero.balance.pipeline.stage_solver import StageMemory
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.exceptions import ConfigurationError
+from lightning_hetero.hardware.memory import meter_of
+from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.pipeline.step import Example
 
-__all__ = ["PipelineFindings", "find_stages"]
+__all__ = ["PipelineFindings", "budget_bytes", "find_stages", "first_plan", "report_findings"]
+
+_MEMORY_FRACTION = 0.92
 
 
 @dataclass(frozen=True)
@@ -96,3 +103,63 @@ def _decision(
         return PipelineFindings(plan, costs, transfer_s, advice, example.training)
 
     return decide
+
+
+def first_plan(
+    num_layers: int,
+    world_size: int,
+    splits: str | Sequence[int],
+    speeds: Sequence[float] | None,
+    found: StagePlan | None,
+) -> StagePlan:
+    """Return the stages to begin with.
+
+    Args:
+        num_layers: Number of layers of the model.
+        world_size: Number of ranks.
+        splits: The user's splits, or "auto".
+        speeds: The user's speeds of the ranks, or None.
+        found: Stages that an earlier run has found; None where there are none.
+
+    Raises:
+        ConfigurationError: The splits are beyond the model's layers.
+    """
+    uniform = uniform_stages(num_layers, world_size)
+    if not isinstance(splits, str):
+        if splits and splits[-1] >= num_layers:
+            raise ConfigurationError(
+                f"`splits` must be layers of the model, of which there are {num_layers}, got {splits}."
+            )
+        return StagePlan(uniform.ranks, (*splits, num_layers))
+    if speeds is not None:
+        return solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * num_layers, speeds))
+    fits = found is not None and (found.num_stages, found.num_layers) == (uniform.num_stages, uniform.num_layers)
+    return found if found is not None and fits else uniform
+
+
+def budget_bytes(given: int | Sequence[int] | None, rank: int, device: torch.device) -> float | None:
+    """Return what a rank may hold: what the user says, or most of what its device has; None where nothing is known.
+
+    Args:
+        given: The user's ``max_memory_bytes``.
+        rank: The rank.
+        device: Its device.
+    """
+    if given is not None:
+        return float(given if isinstance(given, int) else given[rank])
+    meter = meter_of(device)
+    use = None if meter is None else meter.read()
+    return None if use is None else _MEMORY_FRACTION * use.available_bytes
+
+
+def report_findings(trainer: Trainer, findings: PipelineFindings) -> None:
+    """Print the stages that were found, and what is predicted of them."""
+    plan = findings.plan
+    for sentence in (
+        f"{list(plan.layers_of_ranks)} layers per rank, in the order of ranks {list(plan.ranks)}",
+        *findings.advice.sentences(),
+    ):
+        say(trainer, f"hetero_pipeline: {sentence}")
+    warning = findings.advice.warning()
+    if warning is not None:
+        rank_zero_warn(f"hetero_pipeline: {warning}")

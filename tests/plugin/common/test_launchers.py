@@ -215,7 +215,7 @@ def test_a_name_starts_a_pipeline(tmp_path: Path, name: str) -> None:
     done = run_pipeline(tmp_path, repr(name), "well")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["trained", "12"]
-    assert "hetero_pipeline: [1, 1, 1] layers a rank" in done.stderr
+    assert "hetero_pipeline: [1, 1, 1] layers per rank" in done.stderr
     assert "predicted" in done.stderr
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
     assert saved["global_step"] == (12 if name == "hetero_pipeline" else 0)  # the spawning process makes no steps

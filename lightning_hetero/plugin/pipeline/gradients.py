@@ -1,0 +1,48 @@
+"""Gradients of a model whose parts live on several ranks: those of shared parameters, and the norm of all."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.plugin.step.gradients import Gradients
+
+__all__ = ["clip_by_norm", "with_tied_combined"]
+
+
+def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Gradients:
+    """Return ``gradients``, with those of parameters that several stages use added up over the stages.
+
+    Every rank has to call this at the same point.
+    """
+    found = {id(parameter): gradient for parameter, gradient in gradients}
+    combined: Gradients = []
+    for parameter, group in placement.tied:
+        if parameter.requires_grad:
+            gradient = found.get(id(parameter), torch.zeros_like(parameter))
+            dist.all_reduce(gradient, group=group)
+            combined.append((parameter, gradient))
+    tied = {id(parameter) for parameter, _ in combined}
+    return [*((p, g) for p, g in gradients if id(p) not in tied), *combined]
+
+
+def clip_by_norm(optimizer: Optimizer, clip_val: float, placement: TensorPlacement, device: torch.device) -> None:
+    """Scale the gradients of this rank such that the norm of all ranks' gradients is at most ``clip_val``.
+
+    Every rank has to call this at the same point.
+
+    Args:
+        optimizer: Its parameters are clipped.
+        clip_val: The largest norm.
+        placement: Which rank counts which parameter.
+        device: This rank's device.
+    """
+    own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    squares = [p.grad.square().sum() for p in own if placement.counts(p)]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+    total = total.to(torch.float64) if device.type == "cpu" else total.float()
+    dist.all_reduce(total)
+    nn.utils.clip_grads_with_norm_(own, clip_val, total.sqrt())

@@ -1,0 +1,92 @@
+"""What a pipeline cannot train, told before a process is started."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.optim import LBFGS, Optimizer
+
+from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
+
+__all__ = ["refuse_optimizers", "refuse_saving", "refuse_training"]
+
+_log = logging.getLogger(__name__)
+
+
+def refuse_training(
+    module: LightningModule, callbacks: Iterable[Callback], precision: str | int, world_size: int
+) -> None:
+    """Refuse a training that cannot be split into stages.
+
+    Args:
+        module: The user's LightningModule.
+        callbacks: The callbacks of its Trainer.
+        precision: The Trainer's precision.
+        world_size: Number of ranks.
+
+    Raises:
+        UnsupportedFeatureError: It cannot; the message says why, and what to do instead where there is something.
+    """
+    reason = None
+    if not module.automatic_optimization:
+        reason = "manual optimisation runs backward passes of its own"
+    elif precision == "16-mixed":
+        reason = 'precision "16-mixed" scales the loss, and stages would have to agree when to skip; use "bf16-mixed"'
+    for callback in callbacks:
+        reason = _why_not(callback, world_size) or reason
+    if reason is not None:
+        raise UnsupportedFeatureError(f"`hetero_pipeline` cannot train this: {reason}.")
+
+
+def _why_not(callback: Callback, world_size: int) -> str | None:
+    name = type(callback).__name__
+    if world_size > 1 and (
+        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
+    ):
+        return (
+            f"{name} saves where a rank has failed, and the layers of other ranks may be gone then; save while"
+            f" training, with ModelCheckpoint(every_n_train_steps=...)"
+        )
+    if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        return f"{name} copies the whole model, of which a rank has a part"
+    return None
+
+
+def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimisers that need the whole model on one rank.
+
+    Raises:
+        UnsupportedFeatureError: One of them does.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise UnsupportedFeatureError(
+            "`hetero_pipeline` cannot train with LBFGS, which runs the step several times and compares gradients of all"
+            " parameters. Use another optimiser."
+        )
+
+
+def refuse_saving(failure: BaseException | None, on_exception: Callable[[BaseException], None]) -> NoReturn:
+    """Refuse to save after a run has failed.
+
+    Args:
+        failure: The error that is being handled, if a callback saves before Lightning has told the strategy; else None.
+        on_exception: Tells the strategy.
+
+    Raises:
+        RankFailedError: The run has failed before.
+        BaseException: ``failure``: the callback must not go on as if it had saved, and what the user sees in the end
+            should be why the run has failed.
+    """
+    reason = (
+        "`hetero_pipeline` cannot save once a run has failed: the layers of other ranks may be gone. Save while"
+        " training, with ModelCheckpoint(every_n_train_steps=...)."
+    )
+    if failure is None:
+        raise RankFailedError(reason)
+    on_exception(failure)
+    _log.error(reason)
+    raise failure

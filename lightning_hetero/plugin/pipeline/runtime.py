@@ -1,0 +1,149 @@
+"""What runs the stages of one training, evaluation or prediction, from its set-up to its tear-down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
+from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.distributed.pipeline.pipeline import Pipeline
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.plugin.common.overridden import overridden
+from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
+from lightning_hetero.plugin.pipeline.layers import layers_of
+from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
+from lightning_hetero.plugin.pipeline.step import PipelineStep
+
+__all__ = ["Runtime", "not_moved_to_cpu"]
+
+_END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
+
+LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
+
+
+class Runtime:
+    """The stages of one run, and everything of the user's that is overridden for them.
+
+    Args:
+        module: The user's LightningModule.
+        plan: The stages to begin with.
+        rank: This rank.
+        device: This rank's device.
+        schedule: The order of forward and backward passes.
+        num_microbatches: Number of micro-batches per step.
+        loss_weights: Returns what the loss of each micro-batch counts, given the micro-batches and their sizes.
+
+    Attributes:
+        placement: Where the parts of the model live. It outlives the run, after which a checkpoint may be saved.
+        metrics: The metrics of the module.
+        pipeline: Runs the layers of this rank's stage.
+        steps: Runs the user's steps.
+        seed: The seed of random numbers that all ranks draw alike.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        plan: StagePlan,
+        *,
+        rank: int,
+        device: torch.device,
+        schedule: Schedule,
+        num_microbatches: int,
+        loss_weights: LossWeights,
+    ) -> None:
+        self._module = module
+        self._rank = rank
+        self._device = device
+        self._schedule = schedule
+        self._num_microbatches = num_microbatches
+        self._loss_weights = loss_weights
+        self._overrides = ExitStack()
+        self.called, self.layers = layers_of(module)
+        self.seed = broadcast_from(torch.initial_seed(), 0)
+        self.placement = TensorPlacement(module, self.layers, plan, device)
+        self.metrics = PipelineMetrics(module, plan.ranks[-1], is_last=rank == plan.ranks[-1])
+        self._overrides.callback(self.metrics.restore)
+        try:
+            self.pipeline = self._new_pipeline()
+            self.steps = self._new_steps()
+            self._run_hooks_where_steps_end()
+        except BaseException:
+            self._overrides.close()
+            raise
+
+    def _new_pipeline(self) -> Pipeline:
+        placement = self.placement
+        return Pipeline(placement.own_layers, placement.plan, self._schedule, self._rank, self._device)
+
+    def _new_steps(self) -> PipelineStep:
+        return PipelineStep(
+            self._module,
+            self.called,
+            self.pipeline,
+            self._num_microbatches,
+            self._loss_weights,
+            self.metrics,
+            self.seed,
+        )
+
+    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
+        """Change to other stages; every rank has to call this at the same point."""
+        with torch.inference_mode(False):
+            self.placement.move(plan, optimizers)
+        self.pipeline.close()
+        self.pipeline = self._new_pipeline()
+        self.steps = self._new_steps()
+
+    # ---- what is overridden ----------------------------------------------------------------------------------------
+
+    def _run_hooks_where_steps_end(self) -> None:
+        """Have hooks at the end of an epoch, which use what steps have collected, run on the rank that has it."""
+
+        def where_steps_end(hook: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> Any:
+                with self.steps.collected() as here:
+                    return hook() if here else None
+
+            return run
+
+        for name in _END_OF_EPOCH:
+            if is_overridden(name, self._module):
+                self._override(self._module, name, where_steps_end(getattr(self._module, name)))
+
+    def clip_whole_model(self, precision: Precision) -> None:
+        """Have clipping by norm, which Lightning asks ``precision`` for, use the norm of the whole model."""
+
+        def clip(optimizer: Optimizer, clip_val: float) -> None:
+            clip_by_norm(optimizer, clip_val, self.placement, self._device)
+
+        self._override(precision, "clip_grad_by_norm", clip)
+
+    def _override(self, obj: Any, name: str, function: Callable[..., Any]) -> None:
+        self._overrides.enter_context(overridden(obj, name, function))
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the user's objects as they were found; the placement stays."""
+        self._overrides.close()
+        self.pipeline.close()
+
+
+@contextmanager
+def not_moved_to_cpu(module: nn.Module) -> Iterator[None]:
+    """Leave a module where it is although it is told to move to the CPU.
+
+    Peers of a failed rank may never send what they hold of the model, so it cannot be moved as a whole.
+    """
+    with overridden(module, "cpu", lambda: module):
+        yield
