@@ -22,7 +22,7 @@ HEAVY_GRADIENTS = [608_000, 19_000, 19_000, 1]  # of workloads.heavy_gradients()
 def main() -> None:
     """Print both tables."""
     print(
-        "| devices | split | ddp samples/s | measured | step ms | measured | difference ms | speed-up | measured | error |"
+        "| devices | split | ddp samples/s | measured | step ms | measured | added ms | speed-up | measured | error |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, scenario in SCENARIOS.items():
