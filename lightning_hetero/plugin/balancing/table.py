@@ -51,7 +51,7 @@ def print_balance(
     console = Console(width=None if console.is_terminal else 80, highlight=False)
     bar = trainer.progress_bar_callback
     with console.capture() if bar is not None else nullcontext() as captured:
-        console.print("hetero_ddp: one step of each rank, before and after the change of shares")
+        console.print("hetero_ddp: own time of each rank per step, and waiting for the other ranks")
         console.print(balance_table(profiles, before, after))
         console.print(f"speed-up {measured_speed_up(before, after):.2f} (samples/s after the change / before)")
     if bar is not None and captured is not None:
