@@ -243,13 +243,13 @@ def test_a_scaled_loss_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"splits": [4, 2]}, r"`splits` must be positive and strictly increasing, got \[4, 2\]"),
-        ({"splits": "even"}, "`splits` must be \"auto\", or the first layer of every stage but the first"),
+        ({"splits": "even"}, "`splits` must be \"auto\", or a list with the first layer of every stage but the first"),
         ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None where `splits` says"),
         ({"speeds": [1, 0]}, r"`speeds\[1\]` must be"),
         ({"num_microbatches": 0}, "`num_microbatches` must be"),
         ({"schedule": "zb"}, "`schedule` must be one of"),
         ({"loss_reduction": "max"}, "`loss_reduction` must be one of"),
-        ({"num_loss_terms": 3}, "`num_loss_terms` must be callable"),
+        ({"num_loss_terms": 3}, "`num_loss_terms` must be a function"),
         ({"max_memory_bytes": 0}, "`max_memory_bytes` must be"),
     ],
 )  # fmt: skip
