@@ -150,13 +150,13 @@ def test_the_help_explains_every_argument(
         # ours, at construction
         ("HeteroDDPStrategy", "shares", "[1,-2]", "`shares[1]` must be a finite positive number, got -2.0"),
         ("HeteroDDPStrategy", "batch_multiple", "0", "`batch_multiple` must be an integer of at least 1, got 0"),
-        ("HeteroPipelineStrategy", "splits", "[3,2]", "`splits` must be positive and increase, got [3, 2]"),
+        ("HeteroPipelineStrategy", "splits", "[3,2]", "`splits` must be positive and strictly increasing, got [3, 2]"),
         ("LoadBalancer", "tune_steps", "0", "`tune_steps` must be an integer of at least 1, got 0"),
         ("PipelineRecorder", "step", "-1", "`step` must be an integer of at least 0, got -1"),
         ("SlowDown", "factors", "[0.5,1]", "`factors[0]` must be a finite number of at least 1, got 0.5"),
         # ours, where the number of ranks is known
-        ("HeteroDDPStrategy", "shares", "[1,2,3]", "`shares` must have one number a rank (2), got 3"),
-        ("HeteroPipelineStrategy", "speeds", "[1]", "`speeds` must have one number a rank (2), got 1"),
+        ("HeteroDDPStrategy", "shares", "[1,2,3]", "`shares` must have one number per rank (2), got 3"),
+        ("HeteroPipelineStrategy", "speeds", "[1]", "`speeds` must have one number per rank (2), got 1"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("from_file", [False, True], ids=["flags", "yaml"])
