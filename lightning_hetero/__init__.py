@@ -4,7 +4,6 @@ Importing this package registers its strategies, so ``Trainer(strategy="hetero_d
 """
 
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 __all__ = [
@@ -19,14 +18,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def _is_command() -> bool:
-    started = Path(sys.argv[0] if sys.argv else "").name
-    # sys.argv[0] is "-m" while `python -m` looks for its module, which may be this one or one of the user's.
-    return started == "lightning-hetero" or (started == "-m" and ("-m", __name__) in pairwise(sys.orig_argv))
-
-
-# The command does not need Lightning, whose import takes seconds.
-if not _is_command():
+# The command `lightning-hetero` does not need Lightning, whose import takes seconds.
+if Path(sys.argv[0] if sys.argv else "").name != "lightning-hetero":
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
     from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
     from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy

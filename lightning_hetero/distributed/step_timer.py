@@ -24,6 +24,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hetero.balance.types import StepTiming
+from lightning_hetero.distributed.torch_private import current_backward_pass, queue_after_backward
 
 __all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
 
@@ -163,17 +164,12 @@ class StepTimer:
             loss.register_hook(self._queue_gradients_ready)
 
     def _queue_gradients_ready(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
-        # Callbacks of the engine run in the order in which they were queued, once all gradients are computed. DDP
-        # waits for its peers in such a callback, which it queues in the middle of the backward pass; this one is queued
-        # at its start. Nothing public marks this moment, and hooks on parameters cost Python time for each of them.
-        # tests/distributed/test_step_timer.py fails if the order changes.
-        torch.autograd.Variable._execution_engine.queue_callback(self.gradients_ready)
-        self._pass = torch._C._current_graph_task_id()
+        # DDP queues its wait for the peers later in the pass; tests/distributed/test_step_timer.py checks the order
+        queue_after_backward(self.gradients_ready)
+        self._pass = current_backward_pass()
 
     def _note_gradient(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
-        # The number of the running backward pass is private. torch tells nested passes apart by it (graph.py), and the
-        # test of the timer under reentrant checkpointing fails without it.
-        if torch._C._current_graph_task_id() != self._pass:
+        if current_backward_pass() != self._pass:
             self._nested = True
         self._last_gradient = self._clock.mark()
 

@@ -9,7 +9,6 @@ out hands out a copy of another rank's batch with 0 samples, a stand-in, until n
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -39,15 +38,16 @@ class Joint(NamedTuple):
         samples_in: counts the samples of a batch; asked where the loader does not make its batches from samples.
         begin: where to begin; ``block`` batches are skipped. Asked when the first batch is asked for.
         after_fetch: called with its slice before a batch is handed out.
-        reader: name of the module whose iterations are joined. Any other reader, such as a callback that looks at a
-            batch, may be alone on its rank: its iteration is the loader's own, without the other ranks.
+        called_by_loop: Tells the ``__iter__`` that asks whether a training or evaluation loop has called it. Any other
+            reader, such as a callback that looks at a batch, may be alone on its rank: its iteration is the loader's
+            own, without the other ranks.
     """
 
     device: torch.device
     samples_in: Callable[[Any], int]
     begin: Callable[[], Cursor]
     after_fetch: Callable[[BatchSlice], None]
-    reader: str
+    called_by_loop: Callable[[], bool]
 
 
 def join_loader(loader: Any, joint: Joint) -> Any:
@@ -81,8 +81,6 @@ def join_loader(loader: Any, joint: Joint) -> Any:
 class JoinedLoader:
     """What all joined loaders have in common."""
 
-    __slots__ = ()  # a class with a layout of its own could not become that of a copied DataLoader
-
     _joint: Joint
     _longest: int | None
 
@@ -97,13 +95,11 @@ class JoinedLoader:
             raise TypeError("a rank's loader has no length")
         return self._longest
 
-    def _iterate(self, start: Callable[[], Iterator[Any]], reader: str) -> Iterator[Any]:
-        if reader != self._joint.reader:
-            return (_batch_of(item) for item in start())
-        return _JoinedIterator(start, self._joint, self)
+    def _iterate(self, start: Callable[[], Iterator[Any]], *, joined: bool) -> Iterator[Any]:
+        return _JoinedIterator(start, self._joint, self) if joined else (_batch_of(item) for item in start())
 
     def _skip(self, batches: int) -> int:
-        """Have the next iteration begin that many batches later; return how many are left to be read in vain."""
+        """Have the next iteration begin that many batches later; return how many are left to read and discard."""
         return batches
 
     def _before_read(self) -> None:
@@ -114,8 +110,7 @@ class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
     __len__ = JoinedLoader.__len__
 
     def __iter__(self) -> Any:
-        # the caller's module is all that tells a training loop from a callback
-        return self._iterate(super().__iter__, sys._getframe(1).f_globals["__name__"])
+        return self._iterate(super().__iter__, joined=self._joint.called_by_loop())
 
     def _skip(self, batches: int) -> int:
         if isinstance(self.batch_sampler, SkippingSampler):
@@ -139,7 +134,7 @@ class _StatefulJoinedDataLoader(_JoinedDataLoader):
 
     def _before_read(self) -> None:
         if not self.has_length and self._iterator is not None:
-            object.__setattr__(self, "_before_last", super().state_dict())  # type: ignore[misc]
+            vars(self)["_before_last"] = super().state_dict()  # type: ignore[misc]
 
     def _skip(self, batches: int) -> int:  # noqa: ARG002
         return 0
@@ -153,7 +148,7 @@ class _JoinedIterable(JoinedLoader):
         self.__dict__.update(own)
 
     def __iter__(self) -> Any:
-        return self._iterate(lambda: iter(self._loader), sys._getframe(1).f_globals["__name__"])
+        return self._iterate(lambda: iter(self._loader), joined=self._joint.called_by_loop())
 
     def _skip(self, batches: int) -> int:
         return 0 if is_stateful(self._loader) else batches  # it resumes by itself
@@ -205,8 +200,8 @@ class _JoinedIterator:
     def _read(self) -> tuple[int, Any]:
         if self._batches is None:
             self._cursor = self._joint.begin()
-            in_vain = self._loader._skip(self._cursor.block)
-            self._batches = islice(self._start(), in_vain, None)
+            to_discard = self._loader._skip(self._cursor.block)
+            self._batches = islice(self._start(), to_discard, None)
         self._loader._before_read()
         item = next(self._batches)
         if isinstance(item, _Counted):

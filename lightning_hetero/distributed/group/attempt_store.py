@@ -11,12 +11,8 @@ import os
 import time
 import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not exported
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not exported
 
 __all__ = ["attempt_store", "may_be_stale"]
 

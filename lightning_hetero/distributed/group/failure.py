@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch.distributed as dist
 
+from lightning_hetero.distributed.torch_private import default_store
 from lightning_hetero.exceptions import HeteroError, RankFailedError
 
 __all__ = ["announce", "announced", "failure_of_peers", "forget", "why_communication_failed"]
@@ -26,7 +26,7 @@ _PATIENCE_S = 5.0
 def announce(message: str) -> None:
     """Leave ``message`` for the peers; never raises."""
     with suppress(Exception):
-        store = _store()
+        store = default_store()
         if store is not None:
             store.set(_KEY, message)
 
@@ -34,7 +34,7 @@ def announce(message: str) -> None:
 def announced() -> str | None:
     """Return the message of a failing rank; None if there is none, or if the rank that keeps the store is gone."""
     with suppress(Exception):
-        store = _store()
+        store = default_store()
         if store is not None and store.check([_KEY]):
             return str(store.get(_KEY).decode())
     return None
@@ -43,7 +43,7 @@ def announced() -> str | None:
 def forget() -> None:
     """Delete the entries of an earlier run of these processes; never raises."""
     with suppress(Exception):
-        store = _store()
+        store = default_store()
         if store is not None:
             store.delete_key(_KEY)
             store.delete_key(f"{_SEEN}/{dist.get_rank()}")
@@ -101,15 +101,9 @@ def why_communication_failed(error: BaseException) -> str | None:
 def _silent_ranks(enough: threading.Event) -> list[int]:
     silent = set(range(dist.get_world_size())) - {dist.get_rank()}
     with suppress(Exception):
-        store = _store()
+        store = default_store()
         store.set(f"{_SEEN}/{dist.get_rank()}", "1")
         deadline = time.monotonic() + _PATIENCE_S
         while silent and time.monotonic() < deadline and not store.check([_KEY]) and not enough.wait(0.05):
             silent -= {rank for rank in silent if store.check([f"{_SEEN}/{rank}"])}
     return sorted(silent)
-
-
-def _store() -> Any:
-    # The store through which the ranks found each other. Nothing public returns it, and a collective cannot be used
-    # when a rank is gone. tests/plugin/ddp/test_micro_batches.py fails if this changes.
-    return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None

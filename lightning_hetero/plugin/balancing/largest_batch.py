@@ -18,6 +18,7 @@ from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
+from lightning_hetero.plugin.common.lightning_private import before_batch_transfer
 from lightning_hetero.plugin.common.protocols import BalancedStrategy, is_balanced
 from lightning_hetero.plugin.step.gradients import kept_buffers, taken_aside
 from lightning_hetero.plugin.step.log_capture import silent_log
@@ -118,8 +119,8 @@ def _run_passes(strategy: BalancedStrategy, module: LightningModule, loader: Dat
     """Run a forward and a backward pass on ``size`` samples, and discard the gradients."""
     dataset: Any = loader.dataset
     batch = loader.collate_fn([dataset[i % len(dataset)] for i in range(size)])
-    # The same as in Lightning's loop. The hook before the transfer has no public caller.
-    batch = module._on_before_batch_transfer(strategy.precision_plugin.convert_input(batch), 0)
+    # as in Lightning's loop
+    batch = before_batch_transfer(module, strategy.precision_plugin.convert_input(batch))
     batch = strategy.batch_to_device(batch, strategy.root_device)
     numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     with torch.enable_grad(), strategy.precision_plugin.train_step_context():

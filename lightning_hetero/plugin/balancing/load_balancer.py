@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -31,7 +30,7 @@ from lightning_hetero.balance.tuning.saved_balance import SavedBalance
 from lightning_hetero.balance.tuning.session import StepFacts, TuningSession, TuningSettings, WindowResult
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
-from lightning_hetero.distributed.collectives import decide_on_rank_zero
+from lightning_hetero.distributed.collectives import all_gather_counts, decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.balancing.reporter import RunReporter
 from lightning_hetero.plugin.common import arguments
@@ -40,7 +39,7 @@ from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.common.protocols import BalancedStrategy, is_balanced
 from lightning_hetero.plugin.common.run_writer import reason_of
 
-__all__ = ["LoadBalancer", "add_default_balancer"]
+__all__ = ["LoadBalancer"]
 
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
@@ -245,25 +244,21 @@ class LoadBalancer(Callback):
     # ---- actions ---------------------------------------------------------------------------------------------------
 
     @property
-    def _balanced(self) -> BalancedStrategy:
-        assert self._strategy is not None
-        return self._strategy
-
-    @property
     def _reporter(self) -> RunReporter:
         assert self.reporter is not None
         return self.reporter
+
+    @property
+    def _balanced(self) -> BalancedStrategy:
+        assert self._strategy is not None
+        return self._strategy
 
     def _begin(self, first_step: int, suggestion: BatchPlan | None = None) -> None:
         strategy = self._balanced
         assert strategy.plan_schedule is not None
         actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion)
         if not self.finished:
-            warmup_steps, shares = self.settings.warmup_steps, strategy.plan_schedule.at(first_step).samples
-            self._reporter.say_progress(
-                f"tuning the shares in at most {warmup_steps + self.settings.tune_steps} steps, the first"
-                f" {warmup_steps} to warm up; {list(shares)} samples per rank so far"
-            )
+            self._reporter.tuning(self.settings, strategy.plan_schedule.at(first_step))
         self._perform(actions)
 
     def _perform(self, actions: tuple[Action, ...]) -> None:
@@ -284,18 +279,26 @@ class LoadBalancer(Callback):
             case BeginAgain():
                 self._begin(action.first_step)
             case AdoptSuggestion():
-                first_step = decide_on_rank_zero([strategy.fetched_through], _step_after_all, strategy.root_device)
+                first_step = max(all_gather_counts(strategy.fetched_through, strategy.root_device)) + 1
                 self._perform(self.session.adopt_suggestion(first_step))
             case ExchangeReports():
                 self._exchange_reports()
             case ChangePlan():
                 strategy.change_plan(action.first_step, action.plan)
-                self._report_change(action)
+                self._reporter.change(action, self._predicted_step_s(action.plan), tuned=self.finished)
             case KeepPlan():
-                self._reporter.say(f"the shares stay {list(action.plan.samples)}; {action.reason}")
+                self._reporter.no_change(action)
                 self._report_advice()
             case ShowSpeedUp():
-                self._report_speed_up(action)
+                self._reporter.speed_up(action, strategy.profiles)
+                self._report_advice()
+
+    def _predicted_step_s(self, plan: BatchPlan) -> float:
+        return predicted_step_s(self.step_times, plan) + self.communication_s if self.step_times else 0.0
+
+    def _report_advice(self) -> None:
+        if (advice := self.advice) is not None:
+            self._reporter.advice(advice)
 
     def _close_step(self, action: CloseStep) -> None:
         strategy = self._balanced
@@ -357,41 +360,6 @@ class LoadBalancer(Callback):
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 
-    # ---- what people see -------------------------------------------------------------------------------------------
-
-    def _report_change(self, change: ChangePlan) -> None:
-        reporter, samples = self._reporter, list(change.plan.samples)
-        reporter.change(change.first_step, change.plan, change.reason)
-        message = f"{samples} samples per rank from training step {change.first_step} on ({change.reason})"
-        if change.tune_steps_left > 0:
-            reporter.say_progress(f"{message}; tuning for at most {self._time_left(change)}")
-        elif self.finished:
-            reporter.say(message)
-        else:
-            reporter.say_progress(message)
-
-    def _time_left(self, change: ChangePlan) -> str:
-        steps = change.tune_steps_left
-        step_s = predicted_step_s(self.step_times, change.plan) + self.communication_s if self.step_times else 0.0
-        about = f", about {steps * step_s:.0f} s" if steps * step_s >= 1 else ""
-        return f"{steps} more steps{about}"
-
-    def _report_speed_up(self, shown: ShowSpeedUp) -> None:
-        strategy = self._balanced
-        if self.verbose and strategy.is_global_zero:
-            from lightning_hetero.plugin.balancing.table import print_balance  # rich takes a while to import
-
-            print_balance(strategy.trainer, strategy.profiles, shown.before, shown.after)
-        self._report_advice()
-
-    def _report_advice(self) -> None:
-        advice = self.advice
-        if advice is None:
-            return
-        self._reporter.advice(advice)
-        for sentence in advice.sentences():
-            self._reporter.say(sentence)
-
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
     @override
@@ -429,17 +397,3 @@ class LoadBalancer(Callback):
             return
         strategy.restore_schedule(saved.schedule)
         self.session.restore(saved)
-
-
-def _step_after_all(rows: list[list[float]]) -> int:
-    """Return the first step that no rank has fetched, given what each rank has fetched through."""
-    return int(max(fetched_through for (fetched_through,) in rows)) + 1
-
-
-def add_default_balancer(trainer: Trainer) -> None:
-    """Add a balancer with default settings to the callbacks of ``trainer`` unless there is one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-    if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
-        # Lightning keeps checkpoint callbacks last
-        first_checkpoint = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
-        callbacks.insert(first_checkpoint, LoadBalancer())

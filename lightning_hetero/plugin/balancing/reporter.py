@@ -9,7 +9,9 @@ from lightning.pytorch import Trainer
 
 from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunEnd, RunWindow
 from lightning_hetero.balance.record.run_summary import scalars_of
+from lightning_hetero.balance.tuning.actions import ChangePlan, KeepPlan, ShowSpeedUp
 from lightning_hetero.balance.tuning.advice import Advice
+from lightning_hetero.balance.tuning.session import TuningSettings
 from lightning_hetero.balance.types import BatchPlan, DeviceProfile
 from lightning_hetero.plugin.common.console import has_progress_bar, say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
@@ -84,17 +86,53 @@ class RunReporter:
             for logger in self._trainer.loggers:
                 logger.log_metrics(scalars, step=step)
 
-    def change(self, first_step: int, plan: BatchPlan, reason: str) -> None:
-        """Record a change of shares."""
+    def tuning(self, settings: TuningSettings, plan: BatchPlan) -> None:
+        """Report that the tuning begins with ``plan``."""
+        steps, warmup_steps = settings.warmup_steps + settings.tune_steps, settings.warmup_steps
+        self.say_progress(
+            f"tuning the shares in at most {steps} steps, the first {warmup_steps} to warm up;"
+            f" {list(plan.samples)} samples per rank so far"
+        )
+
+    def change(self, change: ChangePlan, step_s: float, *, tuned: bool) -> None:
+        """Record and report a change of shares.
+
+        Args:
+            change: The change.
+            step_s: The predicted duration of a step under the new plan; 0 where it is not known.
+            tuned: Whether the tuning is over.
+        """
         if self._writer is not None:
-            self._writer.add(RunChange(first_step, self.time_s, plan.samples, reason))
+            self._writer.add(RunChange(change.first_step, self.time_s, change.plan.samples, change.reason))
+        samples, steps = list(change.plan.samples), change.tune_steps_left
+        message = f"{samples} samples per rank from training step {change.first_step} on ({change.reason})"
+        if steps > 0:
+            about = f", about {steps * step_s:.0f} s" if steps * step_s >= 1 else ""
+            self.say_progress(f"{message}; tuning for at most {steps} more steps{about}")
+        elif tuned:
+            self.say(message)
+        else:
+            self.say_progress(message)
+
+    def no_change(self, kept: KeepPlan) -> None:
+        """Report that the tuning is over and has changed nothing."""
+        self.say(f"the shares stay {list(kept.plan.samples)}; {kept.reason}")
 
     def advice(self, advice: Advice) -> None:
-        """Record the predictions for the plan that was found."""
+        """Record and report the predictions for the plan that was found."""
         if self._writer is not None:
             step = TrainingProgress(self._trainer).step
             fields = (advice.step_s, advice.speed_up, advice.efficiency, tuple(advice.sentences()))
             self._writer.add(RunAdvice(step, self.time_s, *fields))
+        for sentence in advice.sentences():
+            self.say(sentence)
+
+    def speed_up(self, shown: ShowSpeedUp, profiles: tuple[DeviceProfile, ...]) -> None:
+        """Print what the tuning brought."""
+        if self._verbose and self._trainer.is_global_zero:
+            from lightning_hetero.plugin.balancing.table import print_balance  # rich takes a while to import
+
+            print_balance(self._trainer, profiles, shown.before, shown.after)
 
     def end(self, reason: str) -> None:
         """Record the end of the run; events after it are left out."""

@@ -11,8 +11,6 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +23,7 @@ from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment
+from lightning_hetero.plugin.common.lightning_private import connect_through, is_attached, wrap_checkpoint_io
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 
 __all__ = ["BaseStrategy"]
@@ -76,9 +75,8 @@ class BaseStrategy(DDPStrategy):
     def checkpoint_io(self) -> CheckpointIO:
         if self._checkpoint_io is None:
             self._checkpoint_io = WholeFileCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # which takes it unless the user has given it another one
-            self._checkpoint_io.checkpoint_io = WholeFileCheckpointIO()
+        else:
+            wrap_checkpoint_io(self._checkpoint_io, WholeFileCheckpointIO())
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -119,13 +117,8 @@ class BaseStrategy(DDPStrategy):
             self._process_group_backend = self._get_process_group_backend()
             where = environment.main_address, environment.main_port
             timeout = self._timeout or default_pg_timeout
-            _init_dist_connection(
-                environment,
-                self._process_group_backend,
-                timeout=timeout,
-                device_id=None if self.root_device.type == "cpu" else self.root_device,
-                store=attempt_store(*where, self.global_rank, self.world_size, timeout),
-            )
+            store = attempt_store(*where, self.global_rank, self.world_size, timeout)
+            connect_through(environment, self._process_group_backend, store, timeout, self.root_device)
         super().setup_distributed()  # which leaves a process group that there is
 
     @override
@@ -149,8 +142,7 @@ class BaseStrategy(DDPStrategy):
     def is_alone(self) -> bool:
         """Whether peers may not come to what this rank does now, so that it does what it can without them."""
         module = self.lightning_module
-        # `module.trainer` raises where there is none
-        return module is not None and module._trainer is not None and module.trainer.interrupted
+        return module is not None and is_attached(module) and module.trainer.interrupted
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_hetero.distributed.torch_private import BatchNorm
+from lightning_hetero.plugin.common.lightning_private import uses_post_local_sgd
+
 __all__ = ["GATHERED", "inexact_parts", "warn_of_inexact"]
 
 GATHERED = (
@@ -25,7 +28,7 @@ def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
     batch_norm = [
         name
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+        if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
     ]
     if batch_norm:
         others = " and others" if len(batch_norm) > 1 else ""
@@ -33,10 +36,7 @@ def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
             f"batch normalisation ({batch_norm[0]!r}{others}), because it takes its statistics from each rank's"
             f" mini-batch: use Trainer(sync_batchnorm=True)"
         )
-    # Neither attribute is public; the test of this warning fails when they change. The class is compared by name,
-    # because importing its module imports half of torch.
-    state = type(strategy._ddp_comm_state).__name__
-    if state == "PostLocalSGDState" or strategy._model_averager is not None:
+    if uses_post_local_sgd(strategy):
         found.append(
             "post-local SGD, because it averages the ranks' parameters as if their mini-batches were equal: use"
             " another communication hook, or equal shares: HeteroDDPStrategy(shares=[1, ...])"

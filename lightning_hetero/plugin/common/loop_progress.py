@@ -6,12 +6,10 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 
-__all__ = ["FETCHING_MODULE", "TrainingProgress", "evaluation_loaders", "resume_exactly", "training_loaders"]
+from lightning_hetero.plugin.common.lightning_private import combined_loaders, evaluation_loop, logged_step
 
-# The module whose iterations are those of the loops: they reach their loaders through a CombinedLoader.
-FETCHING_MODULE = CombinedLoader.__module__
+__all__ = ["TrainingProgress", "evaluation_loaders", "resume_exactly", "training_loaders"]
 
 
 class TrainingProgress:
@@ -37,7 +35,7 @@ class TrainingProgress:
     @property
     def logged_step(self) -> int:
         """The step under which Lightning's loggers file what is logged now."""
-        return self._loop.epoch_loop._batches_that_stepped  # type: ignore[no-any-return]
+        return logged_step(self._loop)
 
     @property
     def position(self) -> int:
@@ -82,14 +80,9 @@ def resume_exactly() -> None:
 
 def training_loaders(trainer: Trainer) -> tuple[list[Any], str]:
     """Return the training loaders, and how they are combined: the ``mode`` of ``CombinedLoader``."""
-    return _parts(trainer.fit_loop)
+    return combined_loaders(trainer.fit_loop)
 
 
 def evaluation_loaders(trainer: Trainer) -> tuple[list[Any], str]:
     """Return the loaders of the evaluation at hand, and how they are combined."""
-    return _parts(trainer._evaluation_loop)
-
-
-def _parts(loop: Any) -> tuple[list[Any], str]:
-    combined = loop._combined_loader
-    return ([], "") if combined is None else (combined.flattened, combined._mode)
+    return combined_loaders(evaluation_loop(trainer))

@@ -20,7 +20,8 @@ from lightning_hetero.distributed.data.share_loader import share_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
-from lightning_hetero.plugin.common.loop_progress import FETCHING_MODULE, TrainingProgress, evaluation_loaders
+from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop, telling_indices
+from lightning_hetero.plugin.common.loop_progress import TrainingProgress, evaluation_loaders
 from lightning_hetero.plugin.common.protocols import LoaderOwner
 from lightning_hetero.plugin.data import loader_kinds as loaders
 from lightning_hetero.plugin.data.slices import StepSlices
@@ -72,10 +73,10 @@ class EvaluationData:
             original=loaders.original_batch_sampler(loader.loader),
             stand_in=not predicting,
         )
-        indices = loaders.telling_indices(sampler) if loader.tells_indices else None
+        indices = telling_indices(sampler) if loader.tells_indices else None
         shared = share_loader(loader.loader, sampler, _nothing, partial(slices.note, 0), indices)
         if not predicting:
-            object.__setattr__(shared, _SLICES, slices)
+            vars(shared)[_SLICES] = slices
         return shared
 
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
@@ -89,9 +90,9 @@ class EvaluationData:
         slices = StepSlices()
         note = partial(slices.note, 0)
         joined = join_loader(
-            dataloader, Joint(self._strategy.root_device, _samples_or_one, Cursor, note, FETCHING_MODULE)
+            dataloader, Joint(self._strategy.root_device, _samples_or_one, Cursor, note, called_by_lightning_loop)
         )
-        object.__setattr__(joined, _SLICES, slices)
+        vars(joined)[_SLICES] = slices
         return joined
 
     def _plan(self) -> BatchPlan:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_hetero.distributed.collectives import BroadcastOrder, SizedOrder
 from lightning_hetero.distributed.data.changed_loader import changed_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
+from lightning_hetero.plugin.common.lightning_private import inner_batch_sampler, tells_indices
 
 __all__ = [
     "Divisible",
@@ -20,7 +20,6 @@ __all__ = [
     "deal_batches",
     "examine",
     "original_batch_sampler",
-    "telling_indices",
 ]
 
 
@@ -101,24 +100,14 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
         batch_size=getattr(batch_sampler, "batch_size", None),
         drop_last=getattr(batch_sampler, "drop_last", False),
         batch_sampler=type(batch_sampler).__name__,
-        tells_indices=isinstance(dataloader.batch_sampler, _IndexBatchSamplerWrapper),
+        tells_indices=tells_indices(dataloader.batch_sampler),
     )
 
 
 def original_batch_sampler(loader: DataLoader[Any]) -> Any:
     """Return the batch sampler of a loader without what Lightning and an earlier fit have put around it."""
-    batch_sampler: Any = loader.batch_sampler
-    if isinstance(batch_sampler, _IndexBatchSamplerWrapper):
-        batch_sampler = batch_sampler._batch_sampler
+    batch_sampler = inner_batch_sampler(loader.batch_sampler)
     return batch_sampler.original if isinstance(batch_sampler, ShareBatchSampler) else batch_sampler
-
-
-def telling_indices(batch_sampler: ShareBatchSampler) -> Any:
-    """Wrap a batch sampler as Lightning does for predictions: it reads the indices of a batch from this private class.
-
-    The test of prediction writers fails where Lightning changes that.
-    """
-    return _IndexBatchSamplerWrapper(batch_sampler)
 
 
 def deal_batches(unbatched: Unbatched, rank: int, world_size: int) -> DataLoader[Any]:

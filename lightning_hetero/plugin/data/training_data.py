@@ -30,8 +30,8 @@ from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.inexact import GATHERED, warn_of_inexact
+from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
 from lightning_hetero.plugin.common.loop_progress import (
-    FETCHING_MODULE,
     TrainingProgress,
     resume_exactly,
     training_loaders,
@@ -134,7 +134,7 @@ class TrainingData:
         count = (lambda _: 1) if strategy.num_loss_terms is not None else samples_in
         loader = join_loader(
             dataloader,
-            Joint(strategy.root_device, count, lambda: self._begin_joined(loader), slices, FETCHING_MODULE),
+            Joint(strategy.root_device, count, lambda: self._begin_joined(loader), slices, called_by_lightning_loop),
         )
         return loader
 

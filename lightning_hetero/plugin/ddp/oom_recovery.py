@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.balance.batch.caps import MicroBatchLimits, halved, micro_batch_sizes
 from lightning_hetero.distributed.group.failure import announce
+from lightning_hetero.distributed.torch_private import reduces_after_backward
 from lightning_hetero.exceptions import HeteroError, RankOutOfMemoryError, UnsupportedFeatureError
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.ddp.step_runner import StepRunner
@@ -28,7 +29,6 @@ from lightning_hetero.plugin.step.gradients import (
     added,
     kept_buffers,
     mark,
-    reduces_at_the_end,
 )
 from lightning_hetero.plugin.step.log_capture import silent_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics
@@ -61,17 +61,17 @@ class BeforeBackward:
     Attributes:
         parameters: The parameters that are trained.
         marks: Changes for each parameter as soon as its gradient is accumulated.
-        reduces_at_the_end: Whether DDP combines gradients after the pass, not while it goes on.
+        reduces_after: Whether DDP combines gradients after the pass, not while it goes on.
     """
 
     parameters: Sequence[nn.Parameter]
     marks: Sequence[tuple[int, int] | None]
-    reduces_at_the_end: bool
+    reduces_after: bool
 
     @classmethod
     def of(cls, parameters: Sequence[nn.Parameter], model: nn.Module | None) -> BeforeBackward:
         """Take note of where the gradients of ``parameters`` stand."""
-        return cls(parameters, [mark(parameter) for parameter in parameters], reduces_at_the_end(model))
+        return cls(parameters, [mark(parameter) for parameter in parameters], reduces_after_backward(model))
 
     @property
     def untouched(self) -> list[nn.Parameter]:
@@ -145,7 +145,7 @@ class OutOfMemoryRecovery:
             raise self.failure("the all-reduce", "what was communicated cannot be repeated", reason)
         gradients = self._repeated(attempt, before.untouched, reason)
         strategy.timer.gradients_ready()
-        accumulate_as_backward(gradients, strategy.model if before.reduces_at_the_end else None)
+        accumulate_as_backward(gradients, strategy.model if before.reduces_after else None)
         loss = strategy.precision_plugin.post_backward(loss, module)
         strategy.post_backward(loss)
         return loss

@@ -29,7 +29,7 @@ from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTi
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
-from lightning_hetero.plugin.balancing.load_balancer import add_default_balancer
+from lightning_hetero.plugin.balancing.default_balancer import add_default_balancer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact

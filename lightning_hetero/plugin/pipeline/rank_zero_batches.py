@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -15,7 +14,7 @@ from lightning_hetero.distributed.data.changed_loader import changed_loader
 from lightning_hetero.distributed.data.skipping import can_skip, is_stateful
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.exceptions import RankFailedError
-from lightning_hetero.plugin.common.loop_progress import FETCHING_MODULE
+from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
 
 __all__ = ["RankZeroBatches", "TrainingBatches"]
 
@@ -49,10 +48,10 @@ class RankZeroBatches:
     def __iter__(self) -> Iterator[Any]:
         if dist.get_rank() != 0:
             return self._receive()
-        reader = sys._getframe(1).f_globals["__name__"]  # tells a loop of Lightning's from a callback
+        in_loop = called_by_lightning_loop()
         try:
             # at once, as on one device: of several loaders each draws its seed before the first is read
-            return self._send(self._begin(in_loop=reader == FETCHING_MODULE))
+            return self._send(self._begin(in_loop=in_loop))
         except Exception as error:
             return self._send(_raise(error))
 

@@ -24,12 +24,13 @@ from torchmetrics import Metric
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
+from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
-from lightning_hetero.plugin.step.metrics import discarded_metrics
+from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value, step_value
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
@@ -113,7 +114,7 @@ class PipelineStep:
         self._micro_batches = micro_batches
         self._loss_weights = loss_weights
         # batch normalisation refuses a single sample in training
-        normalises = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+        normalises = any(isinstance(layer, BatchNorm) for layer in module.modules())
         self._fewest_samples = 2 if normalises else 1
         self._metrics = metrics
         self._seed = seed
@@ -306,8 +307,7 @@ class PipelineStep:
     def _local(self, value: Any) -> Any:
         if isinstance(value, _MetricOf):
             metric: Any = self._module.get_submodule(value.name)
-            # where Lightning looks for what a metric is on a step; see `stand_in`
-            metric._forward_cache = move_data_to_device(value.in_step, self._module.device)
+            set_step_value(metric, move_data_to_device(value.in_step, self._module.device))
             return metric
         if isinstance(value, Mapping):
             return {key: self._local(entry) for key, entry in value.items()}
@@ -316,7 +316,7 @@ class PipelineStep:
 
 def _portable(value: Any, names: dict[int, str]) -> Any:
     if isinstance(value, Metric):
-        return _MetricOf(names[id(value)], _on_cpu(value._forward_cache))
+        return _MetricOf(names[id(value)], _on_cpu(step_value(value)))
     if isinstance(value, Mapping):
         return {key: _portable(entry, names) for key, entry in value.items()}
     return value.detach().cpu() if isinstance(value, Tensor) else value

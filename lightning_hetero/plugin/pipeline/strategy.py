@@ -29,6 +29,7 @@ from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
+from lightning_hetero.plugin.common.lightning_private import samplers_stay
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
@@ -126,7 +127,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
         arguments.check_bool("verbose", verbose)
-        # not all of DDP's arguments: there is no DDP here that would follow them
+        # not all of DDP's arguments: no DDP is here to follow them
         launching: dict[str, Any] = {
             "accelerator": accelerator,
             "parallel_devices": parallel_devices,
@@ -169,9 +170,9 @@ class HeteroPipelineStrategy(BaseStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._data = PipelineData(model.trainer)
-        # every rank works on the same batches, so none may get a sampler of its own; nothing public says so for a
-        # subclass of DDPStrategy. tests/plugin/pipeline/test_pipeline.py compares the order of samples with a process.
-        model.trainer._accelerator_connector.use_distributed_sampler = False
+        # Every rank works on the same batches, so none may get a sampler of its own.
+        # tests/plugin/pipeline/test_pipeline.py compares the order of samples with that of a single process.
+        samplers_stay(model.trainer)
         if model.trainer.state.fn == TrainerFn.FITTING:
             callbacks = model.trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
             refuse_training(model, callbacks, self.precision_plugin.precision, self.world_size)
@@ -185,8 +186,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     def setup(self, trainer: Trainer) -> None:
         # as DDPStrategy, without what wraps and synchronises a whole module
         assert self.accelerator is not None
-        # all ranks log the same values, so the advice to synchronise them is wrong here
-        warnings.filterwarnings("ignore", "It is recommended to use `self.log")
+        warnings.filterwarnings("ignore", "It is recommended to use `self.log")  # all ranks log the same values
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(self._module)
         self.model_to_device()
@@ -197,7 +197,8 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def model_to_device(self) -> None:
         _, layers = layers_of(self._module)
-        self.plan = self._first_plan(len(layers))
+        found = None if self.findings is None else self.findings.plan
+        self.plan = first_plan(len(layers), self.world_size, self.splits, self.speeds, found)
         self._batches = 0
         self._runtime = Runtime(
             self._module,
@@ -208,10 +209,6 @@ class HeteroPipelineStrategy(BaseStrategy):
             num_microbatches=self.num_microbatches,
             loss_weights=partial(loss_weights, loss_reduction=self.loss_reduction, num_loss_terms=self.num_loss_terms),
         )
-
-    def _first_plan(self, num_layers: int) -> StagePlan:
-        found = None if self.findings is None else self.findings.plan
-        return first_plan(num_layers, self.world_size, self.splits, self.speeds, found)
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Change to the best stages before the first step that is not a check of the validation loop."""
@@ -313,11 +310,10 @@ class HeteroPipelineStrategy(BaseStrategy):
         with failure_of_peers(), self.precision_plugin.predict_step_context():
             return self._running.steps.evaluate(self._module.predict_step, args, logs=False)
 
-    # What one rank runs alone, it runs as one device: its peers would not answer.
-
     @property
     @override
     def is_alone(self) -> bool:
+        # what one rank runs alone, it runs as one device: its peers would not answer
         return super().is_alone or (self._runtime is not None and self._runtime.metrics.is_alone)
 
     @override
@@ -325,10 +321,8 @@ class HeteroPipelineStrategy(BaseStrategy):
         """Return ``tensor``, as on one device: every sample is on every rank."""
         return tensor
 
-    # ---- what a recorder needs ---------------------------------------------------------------------------------------
-
     def record_step(self) -> None:
-        """Note who computes what when from now on; every rank has to call it at the same point."""
+        """Note who computes what when; every rank has to call it at the same point."""
         self._running.pipeline.record()
 
     def recorded_step(self) -> Timeline:
@@ -352,14 +346,11 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._refuse_after_failure()
+        if self.world_size > 1 and (self._failed or super().is_alone):
+            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
         # the process that has spawned the ranks has no part of the model, but all of it
         runtime = self._runtime
         return super().lightning_module_state_dict() if runtime is None else runtime.placement.state_dict()
-
-    def _refuse_after_failure(self) -> None:
-        if self.world_size > 1 and (self._failed or super().is_alone):
-            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
 
     @override
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

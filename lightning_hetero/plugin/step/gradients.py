@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hetero.distributed.torch_private import queue_after_all_reduce, version_of, without_tensor_hooks
+
 __all__ = [
     "Gradients",
     "accumulate_as_backward",
@@ -18,7 +20,6 @@ __all__ = [
     "mark",
     "muted_gradients",
     "put_back",
-    "reduces_at_the_end",
     "taken_aside",
 ]
 
@@ -59,47 +60,28 @@ def added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 def mark(parameter: nn.Parameter) -> tuple[int, int] | None:
     """Return a value that changes as soon as a gradient is accumulated."""
     gradient = parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
+    return None if gradient is None else (id(gradient), version_of(gradient))
 
 
-def reduces_at_the_end(model: Any) -> bool:
-    """Return whether DDP will combine gradients only after its next backward pass, the first of a static graph."""
-    # Nothing public shows this. Without it the random memory shortages with `static_graph` in
-    # tests/plugin/ddp/test_micro_batches.py fail.
-    return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
-
-
-def accumulate_as_backward(gradients: Gradients, reduced_at_the_end: Any = None) -> None:
+def accumulate_as_backward(gradients: Gradients, reduced_after: Any = None) -> None:
     """Accumulate ``gradients`` as an interrupted backward pass would have done, including DDP's hooks.
 
     Args:
         gradients: Gradients to accumulate, at least one.
-        reduced_at_the_end: The DDP module, if it was about to combine gradients after the interrupted backward pass;
+        reduced_after: The DDP module, if it was about to combine gradients after the interrupted backward pass;
             torch has dropped that callback together with the pass.
     """
     parameters, values = zip(*gradients, strict=True)
 
     def combine(_: Tensor) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(reduced_at_the_end.reducer._delay_all_reduce)
+        queue_after_all_reduce(reduced_after)
 
-    with _without_hooks(parameters):
-        handle = parameters[0].register_hook(combine) if reduced_at_the_end is not None else None
+    # the user's hooks have seen these gradients
+    with without_tensor_hooks(parameters):
+        handle = parameters[0].register_hook(combine) if reduced_after is not None else None
         torch.autograd.backward(parameters, values)
         if handle is not None:
             handle.remove()
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep the user's hooks from seeing gradients a second time."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from run_records import PIPELINE, TWO, write
 from lightning_hetero.command.main import main
 
 TIMEOUT_S = 120
+COMMAND = Path(sysconfig.get_path("scripts")) / "lightning-hetero"
 
 
 def report(*arguments: str | Path, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Call the command in ``directory``."""
     return subprocess.run(
-        [sys.executable, "-m", "lightning_hetero", "report", *map(str, arguments)],
+        [COMMAND, "report", *map(str, arguments)],
         cwd=directory,
         env=os.environ | environment,
         capture_output=True,
@@ -144,7 +146,7 @@ def test_a_run_is_followed_until_it_ends(tmp_path: Path, by: str) -> None:
     record = write(tmp_path / "hetero_run.jsonl", TWO[:1])
     page = tmp_path / "page.html"
     follower = subprocess.Popen(
-        [sys.executable, "-m", "lightning_hetero", "report", record, "--follow", "--interval", "0.2", "--output", page],
+        [COMMAND, "report", record, "--follow", "--interval", "0.2", "--output", page],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

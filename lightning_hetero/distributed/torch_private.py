@@ -1,0 +1,87 @@
+"""Everything of torch that is used here and is not public, each with the reason why.
+
+tests/distributed/test_torch_private.py fails where torch changes one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = [
+    "LOADER_ITERATOR",
+    "BatchNorm",
+    "current_backward_pass",
+    "default_store",
+    "queue_after_all_reduce",
+    "queue_after_backward",
+    "reduces_after_backward",
+    "version_of",
+    "without_tensor_hooks",
+]
+
+# The base of batch normalisation in one, two and three dimensions; the public classes have no other in common.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+# Where a DataLoader keeps its persistent workers: a copy of the loader must not share them.
+LOADER_ITERATOR = "_iterator"
+
+
+def queue_after_backward(callback: Callable[[], None]) -> None:
+    """Have autograd call ``callback`` once the current backward pass has computed all gradients.
+
+    Callbacks run in the order in which they were queued. DDP waits for its peers in such a callback, which it queues in
+    the middle of the pass, so one that is queued at the start comes before. Nothing public marks this moment: hooks on
+    parameters cost Python for each of them.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def current_backward_pass() -> int:
+    """Return the number of the backward pass that runs in this thread; -1 outside of one.
+
+    Nested passes, as reentrant checkpointing has them, have numbers of their own. torch's own hooks for multiple
+    gradients (``torch.autograd.graph``) tell passes apart by it.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that grows whenever the tensor is changed in place."""
+    return tensor._version
+
+
+@contextmanager
+def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take the user's hooks off ``tensors`` in this context; a public hook can be removed only by its owner."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
+
+
+def reduces_after_backward(model: Any) -> bool:
+    """Return whether DDP combines gradients only after its next backward pass, the first of a static graph."""
+    return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
+
+
+def queue_after_all_reduce(ddp: Any) -> None:
+    """Have DDP combine gradients once the current backward pass is over, as it does in the first of a static graph."""
+    queue_after_backward(ddp.reducer._delay_all_reduce)
+
+
+def default_store() -> Any:
+    """Return the store through which the ranks found each other; None without a process group.
+
+    A collective cannot be used where a rank is gone.
+    """
+    return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None

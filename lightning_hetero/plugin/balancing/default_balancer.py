@@ -1,0 +1,21 @@
+"""The balancer of a user who has asked for none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
+
+__all__ = ["add_default_balancer"]
+
+
+def add_default_balancer(trainer: Trainer) -> None:
+    """Add a balancer with default settings to the callbacks of ``trainer`` unless there is one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
+    if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
+        # Lightning keeps checkpoint callbacks last
+        first_checkpoint = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(first_checkpoint, LoadBalancer())

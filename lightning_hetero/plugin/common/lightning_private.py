@@ -1,0 +1,137 @@
+"""Everything of Lightning that is used here and is not public, each with the reason why.
+
+tests/plugin/common/test_lightning_private.py fails where Lightning changes one of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
+
+__all__ = [
+    "before_batch_transfer",
+    "called_by_lightning_loop",
+    "combined_loaders",
+    "connect_through",
+    "evaluation_loop",
+    "inner_batch_sampler",
+    "is_attached",
+    "logged_step",
+    "logged_values",
+    "samplers_stay",
+    "telling_indices",
+    "tells_indices",
+    "uses_post_local_sgd",
+    "wrap_checkpoint_io",
+]
+
+
+def called_by_lightning_loop() -> bool:
+    """Whether the function that asks, an ``__iter__``, was called by one of Lightning's loops.
+
+    Loops reach their loaders through a CombinedLoader; a callback that looks at a batch does not. The module of the
+    caller's caller is all that tells them apart.
+    """
+    return bool(sys._getframe(2).f_globals.get("__name__") == CombinedLoader.__module__)
+
+
+def combined_loaders(loop: Any) -> tuple[list[Any], str]:
+    """Return the loaders of a loop, and how they are combined: the ``mode`` of ``CombinedLoader``.
+
+    A Trainer shows its loaders only as the user gave them, and no loop its mode.
+    """
+    combined = loop._combined_loader
+    return ([], "") if combined is None else (combined.flattened, combined._mode)
+
+
+def evaluation_loop(trainer: Trainer) -> Any:
+    """Return the loop of the evaluation that runs: there is one for each of validation, sanity check, and test."""
+    return trainer._evaluation_loop
+
+
+def logged_values(trainer: Trainer) -> dict[str, Any]:
+    """Return where ``self.log`` accumulates values, one metric per name; empty where nothing can be logged."""
+    values: dict[str, Any] | None = trainer._results
+    return {} if values is None else values
+
+
+def logged_step(loop: Any) -> int:
+    """Return the step under which Lightning's loggers file what is logged now."""
+    return int(loop.epoch_loop._batches_that_stepped)
+
+
+def is_attached(module: LightningModule | None) -> bool:
+    """Whether a module belongs to a Trainer; ``module.trainer`` raises where it does not."""
+    return module is not None and module._trainer is not None
+
+
+def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
+    """Run the module's hook before a batch is moved to the device, as the loops do; it has no public caller."""
+    return module._on_before_batch_transfer(batch, 0)
+
+
+def samplers_stay(trainer: Trainer) -> None:
+    """Have Lightning leave samplers as they are; nothing public says so for a subclass of DDPStrategy."""
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+
+
+def telling_indices(batch_sampler: Any) -> Any:
+    """Wrap a batch sampler as Lightning does for predictions: it reads the indices of a batch from this class."""
+    return _IndexBatchSamplerWrapper(batch_sampler)
+
+
+def tells_indices(batch_sampler: Any) -> bool:
+    """Whether Lightning reads from a batch sampler which samples a prediction is for."""
+    return isinstance(batch_sampler, _IndexBatchSamplerWrapper)
+
+
+def inner_batch_sampler(batch_sampler: Any) -> Any:
+    """Return a batch sampler without what :func:`telling_indices` puts around it."""
+    return batch_sampler._batch_sampler if isinstance(batch_sampler, _IndexBatchSamplerWrapper) else batch_sampler
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+
+def uses_post_local_sgd(strategy: DDPStrategy) -> bool:
+    """Whether parameters of ranks are averaged instead of gradients.
+
+    The class of the hook's state is compared by name: importing its module imports half of torch.
+    """
+    return type(strategy._ddp_comm_state).__name__ == "PostLocalSGDState" or strategy._model_averager is not None
+
+
+def wrap_checkpoint_io(wrapper: CheckpointIO | None, inner: CheckpointIO) -> bool:
+    """Put ``inner`` into a plugin that wraps another one, such as the asynchronous one; return whether it does.
+
+    The wrapper keeps a plugin that the user has put into it.
+    """
+    if not isinstance(wrapper, _WrappingCheckpointIO):
+        return False
+    wrapper.checkpoint_io = inner
+    return True
+
+
+def connect_through(
+    environment: ClusterEnvironment, backend: str, store: Any, timeout: Any, device: torch.device
+) -> None:
+    """Start the process group as DDPStrategy does, through a store of our own, which DDPStrategy cannot be given."""
+    _init_dist_connection(
+        environment,
+        backend,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+        store=store,
+    )

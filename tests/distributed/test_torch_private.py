@@ -1,0 +1,108 @@
+"""What is private in torch is there, and does what is relied on."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from harness import RankPools
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from lightning_hetero.distributed.torch_private import (
+    LOADER_ITERATOR,
+    BatchNorm,
+    current_backward_pass,
+    default_store,
+    queue_after_all_reduce,
+    queue_after_backward,
+    reduces_after_backward,
+    version_of,
+    without_tensor_hooks,
+)
+
+
+def test_callbacks_run_after_the_backward_pass_in_the_order_of_queueing() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = x * 2
+
+    def queue(gradient: torch.Tensor) -> None:
+        seen.append("hook")
+        queue_after_backward(lambda: seen.append("first"))
+        queue_after_backward(lambda: seen.append("second"))
+
+    y.register_hook(queue)
+    x.register_hook(lambda gradient: seen.append("leaf"))
+    y.sum().backward()
+    assert seen == ["hook", "leaf", "first", "second"]
+
+
+def test_nested_backward_passes_have_numbers_of_their_own() -> None:
+    numbers: list[int] = []
+
+    def inner(gradient: torch.Tensor) -> None:
+        numbers.append(current_backward_pass())
+        with torch.enable_grad():
+            z = torch.ones(1, requires_grad=True)
+            w = z * 3
+            w.register_hook(lambda g: numbers.append(current_backward_pass()))
+            w.backward()
+
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(inner)
+    y.backward()
+    assert current_backward_pass() == -1
+    assert len(set(numbers)) == 2
+    assert -1 not in numbers
+
+
+def test_a_change_in_place_shows() -> None:
+    tensor = torch.zeros(1)
+    before = version_of(tensor)
+    tensor.add_(1)
+    assert version_of(tensor) > before
+
+
+def test_hooks_are_silent_for_a_while() -> None:
+    seen: list[str] = []
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.register_hook(lambda g: seen.append("user"))
+    with without_tensor_hooks([parameter]):
+        parameter.sum().backward()
+        assert seen == []
+    parameter.sum().backward()
+    assert seen == ["user"]
+
+
+def test_batch_normalisation_has_one_base() -> None:
+    layers = [nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.BatchNorm3d(1), nn.SyncBatchNorm(1)]
+    assert all(isinstance(layer, BatchNorm) for layer in layers)
+
+
+def test_a_loader_keeps_its_workers_where_a_copy_looks() -> None:
+    loader: DataLoader[int] = DataLoader(range(2), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    assert vars(loader)[LOADER_ITERATOR] is None
+    list(loader)
+    assert vars(loader)[LOADER_ITERATOR] is not None
+
+
+def on_ranks() -> tuple[bool, bool, list[float]]:
+    """Return whether there is a store, whether DDP says when it reduces, and gradients that it reduced when told."""
+    store = default_store()
+    store.set("test_torch_private", "there")
+    ddp = DistributedDataParallel(nn.Linear(1, 1, bias=False), static_graph=True)
+    late = reduces_after_backward(ddp)
+    weight = ddp.module.weight
+    value = torch.full((1, 1), float(dist.get_rank()))
+    ddp(torch.ones(1, 1))  # begins a step
+    handle = weight.register_hook(lambda gradient: queue_after_all_reduce(ddp))
+    torch.autograd.backward([weight], [value])
+    handle.remove()
+    assert weight.grad is not None
+    return bool(store.check(["test_torch_private"])), late, weight.grad.flatten().tolist()
+
+
+def test_the_store_and_the_first_step_of_a_static_graph(ranks: RankPools) -> None:
+    assert default_store() is None
+    assert ranks.run(2, on_ranks) == [(True, True, [0.5])] * 2

@@ -1,0 +1,137 @@
+"""What is private in Lightning is there, and does what is relied on; what needs ranks is tested where it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from lightning_hetero.plugin.common.lightning_private import (
+    before_batch_transfer,
+    called_by_lightning_loop,
+    combined_loaders,
+    evaluation_loop,
+    inner_batch_sampler,
+    is_attached,
+    logged_step,
+    logged_values,
+    samplers_stay,
+    telling_indices,
+    tells_indices,
+    uses_post_local_sgd,
+    wrap_checkpoint_io,
+)
+
+
+class Asks(DataLoader[Any]):
+    """Asks by whom it is iterated."""
+
+    answers: list[bool]
+
+    def __iter__(self) -> Any:
+        vars(self).setdefault("answers", []).append(called_by_lightning_loop())
+        return super().__iter__()
+
+
+class Looks(BoringModel):
+    """Looks at what is private while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Any] = {}
+
+    def train_dataloader(self) -> Any:
+        return Asks(torch.randn(4, 32), batch_size=2)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen["hook"] = dataloader_idx
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loader: Any = self.trainer.train_dataloader
+        list(loader)  # as a callback may
+        self.log("value", 1.0)
+        self.seen["logged"] = sorted(logged_values(self.trainer))
+        self.seen["step"] = logged_step(self.trainer.fit_loop)
+        self.seen["training"] = combined_loaders(self.trainer.fit_loop)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen["evaluation"] = combined_loaders(evaluation_loop(self.trainer))
+        return super().validation_step(batch, batch_idx)
+
+
+def trained(tmp_path: Path) -> tuple[Looks, Trainer]:
+    model = Looks()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    assert not is_attached(model)
+    trainer.fit(model)
+    return model, trainer
+
+
+def test_loops_tell_what_they_read_and_count(tmp_path: Path) -> None:
+    model, _ = trained(tmp_path)
+    (training,), mode = model.seen["training"]
+    assert (mode, training.answers) == ("max_size_cycle", [True, False, False])
+    (evaluation,), mode = model.seen["evaluation"]
+    assert (mode, evaluation.answers) == ("sequential", [True])
+    assert model.seen["logged"] == ["training_step.value"]
+    assert model.seen["step"] == 1
+    assert is_attached(model)
+    model.seen["hook"] = None
+    assert before_batch_transfer(model, "batch") == "batch"
+    assert model.seen["hook"] == 0
+
+
+def test_samplers_are_left_as_they_are() -> None:
+    class Counts(LightningModule):
+        pass
+
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    trainer.strategy._lightning_module = Counts()
+    assert trainer._accelerator_connector.use_distributed_sampler
+    samplers_stay(trainer)
+    assert not trainer._accelerator_connector.use_distributed_sampler
+
+
+def test_predictions_tell_their_indices() -> None:
+    batches = BatchSampler(SequentialSampler(range(4)), 2, drop_last=False)
+    wrapped = telling_indices(batches)
+    assert (tells_indices(batches), tells_indices(wrapped)) == (False, True)
+    assert inner_batch_sampler(wrapped) is inner_batch_sampler(batches) is batches
+    assert list(wrapped) == [[0, 1], [2, 3]]
+    assert wrapped.seen_batch_indices == [[0, 1], [2, 3]]
+
+
+def test_post_local_sgd_is_recognised() -> None:
+    state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=1)
+    assert uses_post_local_sgd(DDPStrategy(ddp_comm_state=state))
+    assert not uses_post_local_sgd(DDPStrategy())
+
+
+def test_a_plugin_that_wraps_another_is_given_ours_unless_it_has_one() -> None:
+    inner, wrapper = TorchCheckpointIO(), AsyncCheckpointIO()
+    assert wrap_checkpoint_io(wrapper, inner)
+    assert wrapper.checkpoint_io is inner
+    assert not wrap_checkpoint_io(TorchCheckpointIO(), inner)
+    assert not wrap_checkpoint_io(None, inner)
