@@ -1,15 +1,15 @@
 """Decide, window after window, which plan to follow, and how long to measure next.
 
-The step times of all ranks are learned (``step_time_model``) and the global batch is divided anew (``batch_solver``).
-Whether that is worth a change is judged as follows.
+The step times of all ranks are learned (``step_time_model``) and the global batch is divided accordingly
+(``batch_solver``).  These rules decide whether the new plan is worth a change:
 
-- The plan that the run began with is left only for one that is ``min_gain`` faster, beyond doubt: the slowest rank must
-  be slow even if it was measured too slow by chance.  "By chance" depends on the number of ranks, since of a thousand
-  measurements the worst is far off.
-- While tuning, a run that has left it follows the best plan known: a wrong step is mended by the next.
-- Afterwards a small gain must again be beyond doubt, and some time must have passed since the last change; a large one
-  is taken at once, and for some steps after it the best plan known is followed again.
-- A run in which the first plan is as good as any goes back to it.
+- The plan with which the run began is left only for one that is ``min_gain`` faster beyond doubt: the slowest rank must
+  be slow even if it was measured too slow by chance.  What is possible by chance depends on the number of ranks, since
+  the worst of a thousand measurements is far off.
+- While tuning, a run that has left its first plan follows the best plan known: the next change corrects a wrong one.
+- Afterwards, a small gain must again be beyond doubt, and some time must have passed since the last change.  A large
+  gain is taken at once, and for some steps after it the best plan known is followed again.
+- A run returns to its first plan if that plan is as good as any.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, Win
 
 __all__ = ["Decision", "Rebalancer", "Window"]
 
-# Of all looks at all ranks together, so many may find a difference where there is none.
+# The probability that one check of all ranks finds a difference although there is none.
 _FALSE_ALARMS = 0.001
-# A gain below this part of `min_gain` is none.
+# A gain below this fraction of `min_gain` counts as none.
 _NO_GAIN = 0.2
-# While tuning, a gain is taken that would be one if the ranks were measured so many standard deviations too slow.
+# While tuning, a gain is taken if it remains one with all ranks measured this many standard deviations too slow.
 _LITTLE_DOUBT = 0.5
-# A gain that does not wait for the cool-down.
+# A gain above this does not wait for the cool-down.
 _LARGE_GAIN = 0.15
 _COOL_DOWN_WINDOWS = 2
-# After a large change of speed the best plan known is followed for so many steps, as in the tuning.
+# After a large change of speed, the best plan known is followed for this many steps, as in the tuning.
 _FOLLOW_STEPS = 16
-# After a change of size the allocator and the autotuner of the device see new shapes.
+# After a change of mini-batch size, the allocator and the autotuner of a device see new shapes.
 _SETTLE_STEPS = 1
 _FIRST_WINDOW = 2
 _LONGEST_WINDOW = 10
-# Looks for drift are at least this far apart, so that they cost next to nothing where steps are short or ranks many: a
-# judgement takes about 5 microseconds a rank.
-_LOOK_S = 0.25
-_LOOK_S_A_RANK = 0.0005
+# Checks for drift are at least this far apart, so that they cost next to nothing if steps are short or ranks are many:
+# a decision takes about 5 microseconds per rank.
+_CHECK_INTERVAL_S = 0.25
+_CHECK_INTERVAL_S_PER_RANK = 0.0005
 _LONGEST_PAUSE = 20
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which steps are measured next.
+    """The steps that are measured next.
 
     Attributes:
-        skipped_steps: steps that pass before the measuring begins.
-        measured_steps: steps that are measured then.
+        skipped_steps: Number of steps before the first measured one.
+        measured_steps: Number of measured steps.
     """
 
     skipped_steps: int
@@ -65,17 +65,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do next.
+    """The decision on what all ranks do next.
 
     Attributes:
-        plan: the plan to follow from now on; the present one where nothing is to be changed.
-        step_times: expected step time of each rank, shape ``(world_size,)``; empty before every rank was measured.
-        communication_s: what a step takes besides the slowest rank's own time.
-        gain: how much faster ``plan`` is than the plan before it; 0.25 is a quarter more samples/s.
-        tuned: whether the first search for the shares is over.
-        window: the steps to measure next.
-        tune_steps_left: most further steps until the first search for the shares is over.
-        unmeasured_ranks: ranks of which no step was measured so far.
+        plan: The plan to follow from now on; the current one if nothing changes.
+        step_times: Expected step time of each rank, shape ``(world_size,)``; empty until every rank has been measured.
+        communication_s: Time of a step besides the slowest rank's own time.
+        gain: Gain of ``plan`` over the plan before it; 0.25 is a quarter more samples/s.
+        tuned: Whether the tuning is over.
+        window: The steps to measure next.
+        tune_steps_left: Maximum number of further steps until the tuning is over.
+        unmeasured_ranks: Ranks of which no step has been measured so far.
     """
 
     plan: BatchPlan
@@ -89,16 +89,16 @@ class Decision:
 
 
 class Rebalancer:
-    """The judgement of one run; lives on rank zero.
+    """Decides on the plans of one run; lives on rank 0.
 
     Args:
-        initial: the plan that the run began with.
-        current: the plan that holds now.
-        limits: what every plan has to respect.
-        min_gain: least predicted gain over ``initial`` that justifies another plan.
-        tune_steps: steps in which windows are short and the best plan known is followed.
-        watch_steps: steps of a window afterwards.
-        model: what is known of the step times; None for nothing. A run with a model does not tune.
+        initial: The plan with which the run began.
+        current: The plan that holds now.
+        limits: Limits that every plan must respect.
+        min_gain: Minimum predicted gain over ``initial`` that justifies another plan.
+        tune_steps: Number of steps in which windows are short and the best plan known is followed.
+        watch_steps: Number of steps of a window afterwards.
+        model: Step times known from an earlier run; None if there are none. A run with a model does not tune.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Rebalancer:
         self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
     def set_limits(self, limits: BatchLimits) -> None:
-        """Respect ``limits`` from the next judgement on; a plan that does not is left at once."""
+        """Respect ``limits`` from the next decision on; a plan that breaks them is left at once."""
         self._limits = limits
 
     def first_window(self) -> Window:
@@ -144,8 +144,8 @@ class Rebalancer:
         step_times, self._deviations = shrink(self.model, equal_size, self._doubt)
         target = self._best(step_times)
         gain = self._gain(step_times, target)
-        has_to = not keeps_limits(self.current, self._limits)
-        if target != self.current and (has_to or self._worth_it(step_times, target, gain)):
+        must = not keeps_limits(self.current, self._limits)
+        if target != self.current and (must or self._worth_it(step_times, target, gain)):
             if self._tune_steps_left <= 0 and gain > _LARGE_GAIN:
                 self._tune_steps_left = _FOLLOW_STEPS
             return self._change(target, step_times, gain)
@@ -160,13 +160,13 @@ class Rebalancer:
         return self._decision(target, step_times, gain)
 
     def _without_times(self) -> Decision:
-        """Judge before every rank was measured: the present shares, as far as limits allow."""
+        """Decide before every rank has been measured: keep the current shares as far as the limits allow."""
         if keeps_limits(self.current, self._limits):
             return self._decision(self.current, (), 0.0)
         batch = self.current.global_batch_size
         return self._change(proportional_plan(self.current.shares, batch, self._limits, min_samples=1), (), 0.0)
 
-    # ---- judgement -------------------------------------------------------------------------------------------------
+    # ---- decision --------------------------------------------------------------------------------------------------
 
     def _best(self, step_times: Sequence[StepTime]) -> BatchPlan:
         best = solve_batch(step_times, self.initial.global_batch_size, self._limits, min_samples=1)
@@ -188,7 +188,13 @@ class Rebalancer:
         return sure > 0 and self._windows_since_change > _COOL_DOWN_WINDOWS
 
     def _gain(self, step_times: Sequence[StepTime], target: BatchPlan, doubt: float = 0.0) -> float:
-        """Predict how many more samples a second ``target`` processes, were the ranks measured ``doubt`` too slow."""
+        """Predict the relative gain of ``target`` over the current plan, in samples per second.
+
+        Args:
+            step_times: Expected step time of each rank.
+            target: The plan to compare with the current one.
+            doubt: Number of standard deviations by which ranks are assumed to be measured too slow.
+        """
         old_s = max(
             time.seconds(n) * (1 - doubt * deviation)
             for time, n, deviation in zip(step_times, self.current.samples, self._deviations, strict=True)
@@ -198,7 +204,7 @@ class Rebalancer:
 
     @property
     def _doubt(self) -> float:
-        """How many standard deviations a rank can be off by chance, for as little as is known of the deviation.
+        """Number of standard deviations that a rank can be off by chance, given how well the deviation is known.
 
         Student's quantile by the first term of its expansion around the normal one (M. Abramowitz and I. Stegun,
         *Handbook of Mathematical Functions*, 26.7.5).
@@ -207,13 +213,13 @@ class Rebalancer:
         return z + (z**3 + z) / (4 * self.model.freedom)
 
     def _settled(self, gain: float) -> bool:
-        """Whether more measuring would hardly change the plan."""
+        """Return whether more measuring would hardly change the plan."""
         return gain + self._doubt * max(self._deviations) < self._min_gain
 
     # ---- times -----------------------------------------------------------------------------------------------------
 
     def _learn_communication(self, windows: Sequence[WindowTiming | None]) -> None:
-        # all ranks wait for the slowest; what that one waits is the communication itself, which no plan removes
+        # all ranks wait for the slowest; the waiting of that one is the communication itself, which no plan removes
         waiting = [window.waiting_s for window in windows if window is not None]
         if not waiting:
             return
@@ -232,8 +238,8 @@ class Rebalancer:
         tuned = self._tune_steps_left <= 0
         skipped = _SETTLE_STEPS if self._windows_since_change == 0 else 0
         if tuned and step_times and not skipped:
-            look_s = max(_LOOK_S, _LOOK_S_A_RANK * plan.world_size)
-            apart = math.ceil(look_s / max(self._step_s(step_times, plan), 1e-9))
+            interval_s = max(_CHECK_INTERVAL_S, _CHECK_INTERVAL_S_PER_RANK * plan.world_size)
+            apart = math.ceil(interval_s / max(self._step_s(step_times, plan), 1e-9))
             skipped = min(max(apart - self._watch_steps, 0), _LONGEST_PAUSE * self._watch_steps)
         window = Window(skipped, self._length_of_window())
         return Decision(
@@ -250,23 +256,23 @@ class Rebalancer:
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in plain numbers."""
+        """Return the state that a resumed run needs, as plain numbers."""
         return {"initial": list(self.initial.samples), "model": self.model.to_dict()}
 
     @staticmethod
     def model_of(state: Any) -> StepTimeModel:
-        """Return the model that :meth:`to_dict` described.
+        """Return the model in a state of :meth:`to_dict`.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: The state is not of this form.
         """
         return StepTimeModel.from_dict(entry(as_mapping(state, "balance"), "model"))
 
     @staticmethod
     def initial_of(state: Any) -> BatchPlan:
-        """Return the plan with which the run began that :meth:`to_dict` described.
+        """Return the first plan of the run in a state of :meth:`to_dict`.
 
         Raises:
-            ConfigurationError: it is something else.
+            ConfigurationError: The state is not of this form.
         """
         return BatchPlan(as_ints(entry(as_mapping(state, "balance"), "initial"), "initial"))

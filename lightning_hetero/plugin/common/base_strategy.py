@@ -1,4 +1,4 @@
-"""What both strategies have in common: how ranks are counted, how they save, and how they fail."""
+"""The common base of both strategies: how they count ranks, save checkpoints and fail."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ _log = logging.getLogger(__name__)
 
 
 _LOADERS_KEY = "lightning_hetero"
-# what DDPStrategy takes that says how gradients are averaged
+# arguments of DDPStrategy that control how gradients are averaged
 _OF_AVERAGING = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
 
 
 class BaseStrategy(DDPStrategy):
-    """A strategy that knows how many ranks there are, whatever each node has, and tells peers why it fails."""
+    """A strategy whose nodes may have different numbers of ranks, and whose ranks tell their peers why they fail."""
 
     strategy_name = ""
     _failed = False
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
-        """Check what is passed on to Lightning's DDPStrategy, and by it to torch's DistributedDataParallel.
+        """Check the arguments that Lightning's DDPStrategy and torch's DistributedDataParallel receive.
 
         Args:
-            keywords: what is passed on. LightningCLI passes every default.
-            not_wrapped: why the strategy wraps no module, and has no use for what says how; empty where it does.
+            keywords: Arguments to pass on. LightningCLI passes every default.
+            not_wrapped: Why the strategy wraps no module and so has no use for the arguments of wrapping; empty if it
+                wraps one.
         """
         of_ddp = _defaults_of(DistributedDataParallel)
         accepted = {**of_ddp, **_defaults_of(DDPStrategy)}
@@ -68,7 +69,7 @@ class BaseStrategy(DDPStrategy):
         self.check_world_size(self.world_size if known else self.num_nodes * self.num_processes)
 
     def check_world_size(self, world_size: int) -> None:
-        """Check the arguments that depend on the number of ranks; no process is launched yet."""
+        """Check the arguments that depend on the number of ranks, before any process is launched."""
 
     @property
     @override
@@ -84,10 +85,10 @@ class BaseStrategy(DDPStrategy):
         self._checkpoint_io = io
 
     def loaders_state(self) -> Any:
-        """Return what a checkpoint has to hold of the training loaders, as plain values; asked on rank 0."""
+        """Return the state of the training loaders for a checkpoint, as plain values; called on rank 0."""
 
     def load_loaders_state(self, state: Any) -> None:
-        """Resume from what :meth:`loaders_state` has returned; None where the checkpoint holds nothing."""
+        """Resume from a state that :meth:`loaders_state` has returned; None if the checkpoint holds none."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -105,7 +106,7 @@ class BaseStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self._failed = False
-        forget()  # what an earlier run of this process has left
+        forget()  # the failures of an earlier run in this process
         super().setup_environment()
 
     @override
@@ -119,7 +120,7 @@ class BaseStrategy(DDPStrategy):
             timeout = self._timeout or default_pg_timeout
             store = attempt_store(*where, self.global_rank, self.world_size, timeout)
             connect_through(environment, self._process_group_backend, store, timeout, self.root_device)
-        super().setup_distributed()  # which leaves a process group that there is
+        super().setup_distributed()  # keeps a process group that exists
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -136,11 +137,11 @@ class BaseStrategy(DDPStrategy):
             TrainingProgress(self.lightning_module.trainer).begin_epoch()
         super().on_train_batch_start(batch, batch_idx)
 
-    # Where a rank fails, callbacks may save a checkpoint before peers are told: these wait elsewhere and do not answer.
+    # If a rank fails, callbacks may save a checkpoint before its peers are told: they wait elsewhere and do not answer.
 
     @property
     def is_alone(self) -> bool:
-        """Whether peers may not come to what this rank does now, so that it does what it can without them."""
+        """Whether peers may miss the collectives that this rank reaches now, so that it goes on without them."""
         module = self.lightning_module
         return module is not None and is_attached(module) and module.trainer.interrupted
 
@@ -169,20 +170,21 @@ class BaseStrategy(DDPStrategy):
             reason = announced() or why_communication_failed(exception)
             if reason is None:
                 told = "".join(traceback.format_exception(exception))
-                announce(f"rank {self.global_rank} with\n{told}")  # its own may be cut off when all are ended
+                # this rank's own output may be cut off when all ranks are ended
+                announce(f"rank {self.global_rank} with\n{told}")
             else:
                 _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
-        if not self._failed:  # a process that `spawn` has started does not come here where it fails
+        if not self._failed:  # a process started by `spawn` does not get here if it fails
             leave_group_at_exit()
         super().teardown()
 
 
 def _defaults_of(target: type[Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor and their defaults."""
+    """Return the arguments of a constructor with their defaults."""
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = inspect.signature(target.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "self" and p.kind not in variadic}

@@ -1,4 +1,4 @@
-"""The evaluation loaders of a strategy: every sample once, on as many steps on every rank, divided by speed."""
+"""The evaluation loaders of a strategy: every sample once, equally many steps on every rank, divided by speed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from lightning_hetero.plugin.step.batch_size import samples_in
 
 __all__ = ["EvaluationData"]
 
-# under this name a loader carries its slices: they go when it goes
+# a loader carries its slices in this attribute, so they live exactly as long as the loader
 _SLICES = "_hetero_slices"
 
 
 class EvaluationData:
     """Divides the loaders of validation, test and prediction of a strategy.
 
-    Nothing has to be exact here but which samples are seen. A last batch with fewer samples than ranks takes some from
-    the one before it, so that no rank is without.
+    Only the choice of samples must be exact here. If the last batch has fewer samples than there are ranks, it takes
+    some from the batch before it, so that every rank has at least one.
 
     Args:
-        strategy: The strategy whose loaders they are.
-        training_plan: Returns the plan of the next training step; None where there is no training.
+        strategy: The strategy whose loaders are divided.
+        training_plan: Function that returns the plan of the next training step, or None if there is no training.
     """
 
     def __init__(self, strategy: LoaderOwner, training_plan: Callable[[], BatchPlan | None]) -> None:
@@ -50,7 +50,12 @@ class EvaluationData:
         self._steps: Counter[int] = Counter()
 
     def process(self, dataloader: object, *, predicting: bool) -> object:
-        """Return the loader that takes the place of ``dataloader``; every rank has to call this at the same point."""
+        """Return the loader to use instead of ``dataloader``; every rank must call this at the same point.
+
+        Args:
+            dataloader: The loader that Lightning passes to ``process_dataloader``.
+            predicting: Whether the loader is for prediction.
+        """
         strategy = self._strategy
         if strategy.world_size == 1:
             return dataloader
@@ -100,36 +105,36 @@ class EvaluationData:
         plan = self._training_plan()
         if plan is not None:
             return plan
-        # only the proportions count: a plan is scaled to the loader's batches
+        # only the proportions count; a plan is scaled to the loader's batches
         shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles)
         return proportional_plan(shares, 1000 * strategy.world_size, min_samples=1)
 
     def begin(self, step: Callable[..., Any]) -> None:
-        """An evaluation begins.
+        """Prepare for an evaluation.
 
         Args:
-            step: the user's.
+            step: The user's evaluation step.
 
         Raises:
-            UnsupportedFeatureError: the step fetches its batches itself, so that a stand-in could not be taken back.
+            UnsupportedFeatureError: The step fetches its batches itself, so a stand-in could not be undone.
         """
         self._steps.clear()
         if self._strategy.world_size > 1 and "dataloader_iter" in inspect.signature(step).parameters:
             raise UnsupportedFeatureError(
-                "`hetero_ddp` has to know the batch of an evaluation step before the step begins, got a step that takes"
+                "`hetero_ddp` must know the batch of an evaluation step before the step begins, got a step that takes"
                 ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
             )
 
     def part_of_step(self, arguments_of_step: tuple[Any, ...]) -> BatchSlice | None:
-        """Return which part of its global batch the step at hand has; None where that is not known.
+        """Return the current step's part of its global batch; None if it is unknown.
 
         Args:
-            arguments_of_step: what Lightning passes to the user's step; the last is the number of the loader where
-                there are several that are evaluated one after the other.
+            arguments_of_step: Arguments that Lightning passes to the user's step. If several loaders are evaluated one
+                after the other, the last argument is the index of the loader.
 
         Raises:
-            UnsupportedFeatureError: several loaders give a batch to this step, and one of the batches is a stand-in: it
-                cannot be taken back without the others.
+            UnsupportedFeatureError: Several loaders give a batch to this step, and one of the batches is a stand-in: it
+                cannot be undone without the others.
         """
         if self._strategy.world_size == 1:
             return None
@@ -147,14 +152,14 @@ class EvaluationData:
         of_ranks = zip(*(part.plan.samples for part in parts), strict=True)
         if any(len({samples > 0 for samples in of_rank}) > 1 for of_rank in of_ranks):
             raise UnsupportedFeatureError(
-                f"`hetero_ddp` cannot evaluate {len(parts)} loaders at the same time where one of them has no sample"
-                f" for a rank. Evaluate them one after the other or use `drop_last=True`."
+                f"`hetero_ddp` cannot evaluate {len(parts)} loaders at the same time if one of them has no sample"
+                f" for a rank. Evaluate them one after the other, or use `drop_last=True`."
             )
         return parts[0] if parts else None
 
 
 def _samples_or_one(batch: Any) -> int:
-    """Count the samples for the means that a step logs; where that is not possible, batches count alike."""
+    """Count the samples for the means that a step logs; if that is impossible, every batch counts as one sample."""
     try:
         return samples_in(batch)
     except UnsupportedFeatureError:
@@ -162,4 +167,4 @@ def _samples_or_one(batch: Any) -> int:
 
 
 def _nothing() -> None:
-    """Evaluation is not timed."""
+    """Do nothing: evaluation is not timed."""

@@ -1,4 +1,4 @@
-"""Which loaders can be divided among ranks, and from what."""
+"""Determine which loaders can be divided among ranks, and how."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Divisible:
     """A loader whose batches are made from samples that any rank can load.
 
     Attributes:
-        loader: the loader, as Lightning hands it over.
-        order: the order of the whole epoch, the same on all ranks.
-        lists: the batches that a batch sampler of the user's makes from that order; None where it is torch's.
-        batch_size: samples a rank under equal shares; None where the user's batch sampler does not tell.
-        drop_last: whether a last batch that is not full is left out.
-        batch_sampler: name of the batch sampler's class.
-        tells_indices: whether Lightning reads from it which samples a prediction is for.
+        loader: The loader as Lightning passes it.
+        order: The order of the whole epoch, the same on all ranks.
+        lists: The batches that the user's batch sampler makes from that order; None if the batch sampler is torch's.
+        batch_size: Number of samples per rank with equal shares; None if the user's batch sampler does not tell.
+        drop_last: Whether a last batch that is not full is dropped.
+        batch_sampler: Name of the batch sampler's class.
+        tells_indices: Whether Lightning reads from the loader which samples a prediction is for.
     """
 
     loader: DataLoader[Any]
@@ -51,8 +51,8 @@ class Unbatched:
     """A loader whose dataset makes the batches: they cannot be divided, but any rank can load any of them.
 
     Attributes:
-        loader: the loader, as Lightning hands it over.
-        order: the order of the whole epoch, the same on all ranks.
+        loader: The loader as Lightning passes it.
+        order: The order of the whole epoch, the same on all ranks.
     """
 
     loader: DataLoader[Any]
@@ -61,23 +61,24 @@ class Unbatched:
 
 @dataclass(frozen=True)
 class Own:
-    """A loader that yields what is its rank's own.
+    """A loader that yields its rank's own batches.
 
     Attributes:
-        reason: why it cannot be divided, as part of a sentence.
+        reason: Why the loader cannot be divided, as part of a sentence.
     """
 
     reason: str
 
 
 def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None) -> Divisible | Unbatched | Own:
-    """Find out how a loader can be divided; every rank has to call this at the same point.
+    """Determine how a loader can be divided; every rank must call this at the same point.
 
     Args:
-        dataloader: what Lightning's ``process_dataloader`` hook is given.
-        world_size: number of ranks.
-        epoch: the epoch that the loader will begin with; where a run is resumed that is not the first.
-        resumed: see :class:`~lightning_hetero.distributed.collectives.BroadcastOrder`.
+        dataloader: The loader that Lightning passes to ``process_dataloader``.
+        world_size: Number of ranks.
+        epoch: The epoch with which the loader will begin; not the first one if a run is resumed.
+        resumed: Random state of the order in the run that is resumed; see
+            :class:`~lightning_hetero.distributed.collectives.BroadcastOrder`.
     """
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return Own("each rank reads a stream of its own")
@@ -85,7 +86,7 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
     if batch_sampler is None:
         order = _whole_order(dataloader.sampler, world_size, epoch, resumed)
         return _not_divided_by_lightning() if order is None else Unbatched(dataloader, order)
-    # torchdata puts a class of its own, that can save its position, in the place of torch's
+    # torchdata replaces torch's class by its own, which can save its position
     torchs = type(batch_sampler).__name__ == "BatchSampler" and type(batch_sampler).__module__.startswith("torch")
     if not torchs and world_size == 1:
         return Own("its batch sampler is the user's, and there is nothing to divide")
@@ -105,7 +106,7 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
 
 
 def original_batch_sampler(loader: DataLoader[Any]) -> Any:
-    """Return the batch sampler of a loader without what Lightning and an earlier fit have put around it."""
+    """Return the batch sampler of a loader without the wrappers of Lightning and of an earlier fit."""
     batch_sampler = inner_batch_sampler(loader.batch_sampler)
     return batch_sampler.original if isinstance(batch_sampler, ShareBatchSampler) else batch_sampler
 
@@ -120,7 +121,7 @@ def _not_divided_by_lightning() -> Own:
 
 
 def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> SizedOrder | None:
-    """Return the order of the whole epoch, equal on all ranks, or None where ``sampler`` is not known to give it."""
+    """Return the order of the whole epoch, equal on all ranks; None if ``sampler`` is not known to give it."""
     if isinstance(sampler, (BroadcastOrder, _Head)):
         return sampler
     if isinstance(sampler, _EveryNth):
@@ -130,23 +131,23 @@ def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> Siz
     # Lightning sets the epoch only after workers have begun to read
     sampler.set_epoch(epoch)
     if sampler.num_replicas == 1:
-        # Lightning wraps a user's own sampler; only in one of torch's is the order known to be equal on all ranks
+        # Lightning wraps the user's own sampler; only torch's samplers are known to give all ranks the same order
         inner = getattr(sampler.dataset, "_sampler", None)
         known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
         return sampler if known else BroadcastOrder(sampler, epoch, resumed)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
-        # the user's own, which divides equally: the same order undivided
+        # the user's own DistributedSampler, which divides equally: use the same order undivided
         whole: DistributedSampler[Any] = DistributedSampler(
             sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
         )
         whole.set_epoch(epoch)
-        # what it drops to make the parts equal is dropped here too
+        # samples that it drops to make the parts equal are dropped here, too
         return _Head(whole, sampler.total_size) if sampler.drop_last else whole
     return None
 
 
 def _sampler_inside(batch_sampler: Any) -> Any:
-    """Return the sampler that Lightning has given to a batch sampler of the user's, under whatever name."""
+    """Return the sampler that Lightning has given to the user's batch sampler, whatever the attribute is called."""
     inside = [value for value in vars(batch_sampler).values() if isinstance(value, DistributedSampler)]
     return inside[0] if len(inside) == 1 else getattr(batch_sampler, "sampler", None)
 
@@ -190,7 +191,7 @@ class _EveryNth:
 
 @dataclass(frozen=True)
 class _Lists:
-    """A batch sampler, with the sampler inside it where its epoch can be set."""
+    """A batch sampler and the sampler inside it, on which the epoch is set."""
 
     batches: Any
     sampler: Any

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of divided training loaders, so that an epoch is resumed where it was left."""
+"""The state of divided training loaders in a checkpoint, with which an epoch is resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["ResumedLoaders", "loaders_state"]
 
 
 def loaders_state(samplers: Iterable[ShareBatchSampler]) -> list[dict[str, Any]]:
-    """Return plain values, one entry a loader: its global batch, and from what random numbers its order was drawn.
+    """Return one entry of plain values per loader: its global batch size, and the random state that gave its order.
 
-    Lightning counts the batches of an epoch, so a position means nothing under another global batch; and torch's own
-    orders follow from seed and epoch, others do not.
+    Lightning counts the batches of an epoch, so a position means nothing with another global batch size. The orders of
+    torch's own samplers follow from seed and epoch; others do not.
     """
     orders = [(sampler.batches.size, sampler.batches.order) for sampler in samplers]
     return [
@@ -29,7 +29,7 @@ class ResumedLoaders:
     """The loaders of an earlier run.
 
     Args:
-        state: what :func:`loaders_state` has returned; anything else is taken for nothing.
+        state: Return value of :func:`loaders_state` in the earlier run; anything else counts as no state.
     """
 
     def __init__(self, state: Any = None) -> None:
@@ -38,20 +38,20 @@ class ResumedLoaders:
         self._orders_used = 0
 
     def next_order(self) -> Any:
-        """Return from what the order of the next loader was drawn, in the order of loaders; None where not known."""
+        """Return the random state that gave the order of the next loader, in the order of loaders; None if unknown."""
         entry = self._entries[self._orders_used] if self._orders_used < len(self._entries) else {}
         self._orders_used += 1
         return entry.get("order")
 
     def check(self, samplers: Sequence[ShareBatchSampler], position: int) -> None:
-        """Check that a position in the epoch means the same samples.
+        """Check that a position in the epoch means the same samples as in the earlier run.
 
         Args:
-            samplers: those of the present loaders.
-            position: how many batches of the epoch the earlier run has trained on.
+            samplers: Samplers of the current loaders.
+            position: Number of batches of the epoch that the earlier run has trained on.
 
         Raises:
-            ConfigurationError: the global batch is another one.
+            ConfigurationError: The global batch size is not that of the earlier run.
         """
         if len(samplers) != len(self._entries) or not position:
             return
@@ -61,12 +61,12 @@ class ResumedLoaders:
             return
         if len(now) > 1:
             raise ConfigurationError(
-                f"The global batch of each loader must be that of the checkpoint where an epoch is resumed after"
-                f" {position} of its batches, {before}, got {now}: samples would be left out or repeated. Set the"
+                f"The global batch sizes of the loaders must be those of the checkpoint, {before}, to resume an epoch"
+                f" after {position} of its batches, got {now}: samples would be left out or repeated. Set the"
                 f" `batch_size` of each loader to match, or resume from the end of an epoch."
             )
         raise ConfigurationError(
-            f"`global_batch_size` must be that of the checkpoint where an epoch is resumed after {position} of its"
-            f" batches, {before[0]}, got {now[0]}: samples would be left out or repeated. Pass"
+            f"`global_batch_size` must be that of the checkpoint, {before[0]}, to resume an epoch after {position} of"
+            f" its batches, got {now[0]}: samples would be left out or repeated. Pass"
             f" HeteroDDPStrategy(global_batch_size={before[0]}), or resume from the end of an epoch."
         )

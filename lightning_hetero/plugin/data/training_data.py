@@ -1,4 +1,4 @@
-"""The training loaders of a strategy: how their global batches are divided, and which part of them a step has."""
+"""The training loaders of a strategy: how global batches are divided, and which part of them a step gets."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ __all__ = ["TrainingData"]
 class TrainingData:
     """Divides the training loaders of a strategy.
 
-    Loaders are processed one by one, and only when all are does Lightning say which belong together. They are therefore
-    first looked at together when the first batch is drawn or somebody asks for the schedule.
+    Lightning processes loaders one by one, and tells which belong together only after the last. They are therefore
+    first examined together when the first batch is drawn or the plan schedule is read.
 
     Args:
-        strategy: whose loaders they are.
+        strategy: The strategy whose loaders are divided.
 
     Attributes:
-        part: this rank's part of the step at hand; None where its loader is not divided.
+        part: This rank's part of the current global batch; None if no loader has noted one.
     """
 
     def __init__(self, strategy: LoaderOwner) -> None:
@@ -71,7 +71,7 @@ class TrainingData:
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
     def process(self, dataloader: object) -> object:
-        """Return the loader that takes the place of ``dataloader``; every rank has to call this at the same point."""
+        """Return the loader to use instead of ``dataloader``; every rank must call this at the same point."""
         self._samplers = self.part = None
         self._stays_equal = False
         self._slices.clear()
@@ -90,11 +90,11 @@ class TrainingData:
         return self._joined(dataloader)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what a checkpoint has to hold of the loaders; plain values."""
+        """Return the state of the loaders for a checkpoint, as plain values."""
         return loaders_state(sampler for sampler in self._samplers or ())
 
     def load(self, state: Any) -> None:
-        """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
+        """Resume from a state that :meth:`state` has returned, or from none if the checkpoint holds none."""
         self._resumed = ResumedLoaders(state)
 
     def _divided(self, loader: loaders.Divisible) -> DataLoader[Any]:
@@ -120,8 +120,8 @@ class TrainingData:
         name = loader.batch_sampler
         if strategy.global_batch_size is None:
             raise UnsupportedFeatureError(
-                f"`global_batch_size` must be given with a batch sampler of your own, got None with {name!r}: under"
-                f" `ddp` each rank makes batches of its own, which `hetero_ddp` cannot divide. It takes each batch of"
+                f"`global_batch_size` must be given with your own batch sampler, got None with {name!r}: under `ddp`"
+                f" each rank makes its own batches, which `hetero_ddp` cannot divide. Instead, it takes each batch of"
                 f" {name!r} as a global batch and divides it among the ranks. If that is what you want, pass"
                 f" HeteroDDPStrategy(global_batch_size=<size of its batches>); otherwise pass `batch_size` and a"
                 f" sampler of single samples, or divide the data yourself with Trainer(use_distributed_sampler=False)."
@@ -151,23 +151,26 @@ class TrainingData:
         )
 
     def check(self, training_step: Callable[..., Any]) -> None:
-        """Check that the weight of a step's loss follows from the batches that it is given.
+        """Check that the weight of a step's loss follows from the batches that the step is given.
+
+        Args:
+            training_step: The user's training step.
 
         Raises:
-            UnsupportedFeatureError: it does not.
+            UnsupportedFeatureError: The weight does not follow from them.
         """
         self._resolve()
         if self._strategy.world_size > 1 and "dataloader_iter" in inspect.signature(training_step).parameters:
             raise UnsupportedFeatureError(
-                "`hetero_ddp` has to know the batch of a step before the step begins, got a `training_step` that takes"
+                "`hetero_ddp` must know the batch of a step before the step begins, got a `training_step` that takes"
                 ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
             )
 
-    # ---- the schedule ----------------------------------------------------------------------------------------------
+    # ---- the plan schedule -----------------------------------------------------------------------------------------
 
     @property
     def plan_schedule(self) -> PlanSchedule | None:
-        """Which plan holds at which training step; None where the training loaders are not divided, or only equally."""
+        """The plan schedule of the training; None if the training loaders are not divided, or only equally."""
         return self._schedule if self._resolve() and not self._stays_equal else None
 
     @plan_schedule.setter
@@ -183,14 +186,14 @@ class TrainingData:
         return self._strategy.shares == "auto" or not schedule.at(self._progress.step + 1).is_equal
 
     def keep_equal(self) -> None:
-        """The step at hand gathers its samples: from here on the plan does not change."""
+        """Keep the plan from now on, because the current step gathers its samples."""
         if not self._stays_equal and self._strategy.world_size > 1 and self._strategy.trainer.training:
             self._stays_equal = True
             warn_of_inexact([GATHERED])
 
     @property
     def limits(self) -> BatchLimits:
-        """What every plan has to respect, in units of the schedule's plans: samples, or with several loaders more."""
+        """The limits that every plan must respect, in the units of the plan schedule."""
         strategy, samplers = self._strategy, self._resolve()
         of_ranks = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
         if of_ranks is None:
@@ -201,7 +204,7 @@ class TrainingData:
 
     @property
     def counts_samples(self) -> bool:
-        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        """Whether a plan's numbers are samples of one loader, not fractions of several loaders."""
         return len(self._resolve()) == 1
 
     @property
@@ -210,19 +213,19 @@ class TrainingData:
         return max((sampler.fetched_through for sampler in self._resolve()), default=-1)
 
     def plan_in_proportion(self, shares: Sequence[float]) -> BatchPlan:
-        """Return the plan that divides the present global batch in proportion to ``shares``."""
+        """Return the plan that divides the current global batch in proportion to ``shares``."""
         return self._plan(shares, self._units(self._resolve()))
 
     def plan_at_next_step(self) -> BatchPlan | None:
-        """Return the plan that holds now, if there is any."""
+        """Return the plan of the next training step; None if there is none."""
         return None if self._schedule is None else self._schedule.at(self._progress.step + 1)
 
     def _units(self, samplers: Sequence[ShareBatchSampler]) -> int:
-        """Return the global batch size of the schedule's plans."""
+        """Return the global batch size of the plans, in their units."""
         return common_unit([sampler.batches.size for sampler in samplers])
 
     def _resolve(self) -> tuple[ShareBatchSampler, ...]:
-        """Return the samplers of the divided loaders; make or adapt the schedule where they are new."""
+        """Return the samplers of the divided loaders; make or adapt the plan schedule if they are new."""
         if self._samplers is not None:
             return self._samplers
         present, self._mode = training_loaders(self._strategy.trainer)
@@ -231,21 +234,21 @@ class TrainingData:
         if divided and joined:
             raise UnsupportedFeatureError(
                 f"`hetero_ddp` divides either all training loaders or none, got {len(divided)} that it can divide and"
-                f" {len(joined)} that it cannot (streams, `batch_size=None`, or samplers of your own with"
+                f" {len(joined)} that it cannot (streams, `batch_size=None`, or your own samplers with"
                 f' `use_distributed_sampler=False`): one weight for the loss would not be exact. Use strategy="ddp".'
             )
         if len(joined) > 1 and not all(loader.has_length for loader in joined):
             raise UnsupportedFeatureError(
-                f"`hetero_ddp` needs to know the length of each of several training loaders that it cannot divide, got"
-                f" {[loader.has_length for loader in joined]}. Give their datasets a `__len__`, or combine them into"
-                f" one."
+                f"`hetero_ddp` needs the length of every training loader if there are several that it cannot divide,"
+                f" got {sum(not loader.has_length for loader in joined)} of {len(joined)} without a length. Give their"
+                f" datasets a `__len__`, or combine them into one."
             )
         if len(divided) > 1 and self._strategy.global_batch_size is not None:
             raise ConfigurationError(
                 f"`global_batch_size` must be None with several training loaders, got"
                 f" {self._strategy.global_batch_size} with {len(divided)}. Set the `batch_size` of each loader."
             )
-        if not present:  # not all are processed yet
+        if not present:  # not all loaders are processed yet
             return ()
         self._samplers = tuple(divided)
         self._resumed.check(self._samplers, self._progress.resumed_position)
@@ -256,7 +259,7 @@ class TrainingData:
         return self._samplers
 
     def _prepare_schedule(self, global_batch_size: int) -> None:
-        """Begin a schedule, or adapt the one there is to loaders of another batch size."""
+        """Begin a plan schedule, or adapt the existing one to other batch sizes or limits."""
         schedule, step = self._schedule, self._progress.step + 1
         if schedule is None or schedule.at(step).world_size != self._strategy.world_size:
             shares = arguments.shares_of_ranks(self._strategy.shares, self._strategy.profiles)
@@ -304,7 +307,7 @@ class TrainingData:
         return {s: s.batches.size_at(block) for s, block in blocks.items() if block is not None}
 
     def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
-        """Look at the steps in which a loader's last batch is not full: few samples are divided coarsely."""
+        """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
         assert self._schedule is not None
         strategy, plan = self._strategy, self._schedule.at(self._progress.step + 1)
         whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers])
@@ -313,13 +316,13 @@ class TrainingData:
             caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
             rank = max(range(len(samples)), key=lambda r: samples[r])
             situation = (
-                f"in steps whose batches have {list(sizes)} samples rank {rank} gets {samples[rank]} of them, because"
+                f"in steps whose batches have {list(sizes)} samples, rank {rank} gets {samples[rank]} of them, because"
                 f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
             )
             if caps is not None and any(n > cap for n, cap in zip(samples, caps, strict=True)):
                 raise InfeasiblePlanError(
                     f"`max_batch_size` must allow for the last batches of several loaders, got"
-                    f" {strategy.max_batch_size}; but {situation}. Use `drop_last=True`."
+                    f" {strategy.max_batch_size}, but {situation}. Use `drop_last=True`."
                 )
             if samples[rank] > max(whole):
                 rank_zero_warn(f"`hetero_ddp`: {situation}. `drop_last=True` avoids that.")
@@ -327,13 +330,13 @@ class TrainingData:
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Find out which part of its global batch the step at hand has."""
+        """Find the part of the global batch that belongs to the current step."""
         step = self._progress.step
         parts = self._slices.of(step)
         if not parts and self._strategy.world_size > 1:
             raise UnsupportedFeatureError(
                 f"`hetero_ddp` needs the batch of training step {step} from the training loader, got one from"
-                f" elsewhere: how many samples the other ranks have is unknown."
+                f" elsewhere: the numbers of samples on the other ranks are unknown."
                 f' Use strategy="ddp" to fetch batches yourself.'
             )
         self.part = merge_slices(parts) if parts else None
@@ -344,5 +347,5 @@ def _is_divided(loader: Any) -> bool:
 
 
 def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int]) -> list[int]:
-    """Return how many samples of all loaders together each rank has, shape ``(world_size,)``."""
+    """Return each rank's number of samples, over all loaders, shape ``(world_size,)``."""
     return [sum(parts) for parts in zip(*(part.samples for part in divide_together(plan, sizes)), strict=True)]

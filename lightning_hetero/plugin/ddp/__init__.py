@@ -1,1 +1,1 @@
-"""`hetero_ddp`."""
+"""The strategy `hetero_ddp`."""

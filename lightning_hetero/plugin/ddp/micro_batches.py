@@ -1,9 +1,9 @@
-"""Run a rank's part of a step in several micro-batches, and in smaller ones where its memory runs out.
+"""Run a rank's mini-batch in several micro-batches, and in smaller ones if its memory runs out.
 
-Gradients of all micro-batches but the last are accumulated here, without communication. The last one's backward pass
-combines them with those of the other ranks, so peers notice nothing but the time. Lightning runs ``training_step``,
-sets gradients to zero and calls ``backward``. So the early micro-batches run whole inside ``training_step``; their
-gradients are laid aside and put back when ``backward`` begins.
+The gradients of all micro-batches but the last are accumulated locally, without communication. The backward pass of the
+last one combines them with those of the other ranks, so the peers notice nothing but the time. Lightning runs
+``training_step``, sets the gradients to zero and calls ``backward``. The early micro-batches therefore run completely
+inside ``training_step``; their gradients are set aside and put back when ``backward`` begins.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Backward = Callable[..., Tensor]
 
 @dataclass
 class _Progress:
-    """How far the current step is, over all its attempts.
+    """How far the current step has come, over all its attempts.
 
     Attributes:
-        finished_samples: Number of samples in micro-batches that have run whole.
+        finished_samples: Number of samples in micro-batches that have finished.
         communicated: Whether the ranks have communicated, so that one of them cannot repeat the step.
         buffers_are_broadcast: Whether DDP has broadcast the module's buffers, which it does once per step.
     """
@@ -57,7 +57,7 @@ class MicroBatches:
 
     Args:
         strategy: The strategy whose steps are run.
-        limits: How large micro-batches may be; lowered where memory runs out.
+        limits: How large micro-batches may be; lowered if memory runs out.
     """
 
     def __init__(self, strategy: StepOwner, limits: MicroBatchLimits) -> None:
@@ -69,17 +69,17 @@ class MicroBatches:
         self._runner: StepRunner | None = None
 
     def begin(self) -> None:
-        """Look at what is trained; called when a training begins.
+        """Check whether steps can run in several micro-batches; called when a training begins.
 
         Raises:
-            UnsupportedFeatureError: The user asks for several micro-batches, and steps cannot be run in several.
+            UnsupportedFeatureError: The user asks for several micro-batches, but steps cannot run in several.
         """
         self._runner = StepRunner(self._strategy)
         why_one = self._limits.why_one = self._runner.why_one()
         if self._strategy.micro_batch_size is not None and why_one is not None:
             raise UnsupportedFeatureError(
                 f"`micro_batch_size` must be None here, because {why_one}; got {self._strategy.micro_batch_size}."
-                f" Use `max_batch_size`, which limits the share itself."
+                f" Use `max_batch_size`, which limits the mini-batch itself."
             )
 
     def note_communication(self) -> None:
@@ -87,14 +87,17 @@ class MicroBatches:
         self._progress.communicated = True
 
     def refuse_to_communicate(self, what: str) -> None:
-        """Raise where the ranks may have different numbers of micro-batches.
+        """Raise if the ranks may have different numbers of micro-batches.
+
+        Args:
+            what: Name of the method that would communicate.
 
         Raises:
-            UnsupportedFeatureError: The current step runs in several.
+            UnsupportedFeatureError: The current step runs in several micro-batches.
         """
         if self._is_alone:
             message = (
-                f"`{what}` cannot be called in a step that runs in several micro-batches, since the ranks have"
+                f"`{what}` cannot be called in a step that runs in several micro-batches, because the ranks have"
                 f" different numbers of them. Leave `micro_batch_size` out, or lower the batch size if memory ran out."
             )
             announce(f"rank {self._strategy.global_rank}: {message}")
@@ -102,7 +105,7 @@ class MicroBatches:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Run what is in this context on this rank alone: what communicates is refused."""
+        """Run the code in this context on this rank alone, and refuse calls that communicate."""
         self._is_alone = True
         try:
             yield
@@ -124,22 +127,22 @@ class MicroBatches:
     def training_step(
         self, forward: Forward, backward: Backward, args: tuple[Any, ...], part: BatchSlice | None
     ) -> Any:
-        """Run the user's step on ``args``, in as many micro-batches as it takes.
+        """Run the user's step on ``args``, in as many micro-batches as needed.
 
         Args:
-            forward: Runs the user's step.
-            backward: Computes the gradients of a loss.
-            args: What the step is given; the batch first.
-            part: The rank's part of the step; None where the loader says nothing about it.
+            forward: Function that runs the user's step.
+            backward: Function that computes the gradients of a loss.
+            args: Arguments of the step, the batch first.
+            part: The rank's part of the global batch; None if its loader does not tell.
 
         Returns:
-            What the step would return for the whole mini-batch.
+            The output that the step would return for the whole mini-batch.
 
         Raises:
-            RankOutOfMemoryError: Memory ran out, and smaller micro-batches are of no help.
+            RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         self._progress, self._attempt = _Progress(), None
-        # counted only where it matters: a stand-in has one sample
+        # count samples only if the number matters; a stand-in has one sample
         most = self._limits.most
         samples = part.samples or 1 if part is not None else (samples_in(args[0]) if most is not None else 0)
         sizes = micro_batch_sizes(samples, most)
@@ -157,7 +160,7 @@ class MicroBatches:
                     raise self._recovery.cannot_repeat("the forward pass", error, reason) from error
                 reason = str(error)
             if self._progress.communicated:
-                why = "the step had communicated before, as logging does"
+                why = "the step had already communicated, for example to log"
                 raise self._recovery.failure("the forward pass", why, reason)
             samples = samples or samples_in(args[0])
             finished = self._progress.finished_samples
@@ -188,12 +191,12 @@ class MicroBatches:
         return combined_output(outputs, sizes, weights)
 
     def _forward(self, forward: Forward, *args: Any) -> Any:
-        self._progress.buffers_are_broadcast = True  # what DDP does first
+        self._progress.buffers_are_broadcast = True  # DDP does this first
         return forward(*args)
 
     def _early_forward(self, forward: Forward, *args: Any) -> Any:
         if self._steps.is_static:
-            return self._steps.forward_beside_ddp(*args)
+            return self._steps.forward_without_ddp(*args)
         with self._steps.no_sync():
             return self._forward(forward, *args)
 
@@ -209,23 +212,23 @@ class MicroBatches:
             parameter.grad = added(parameter.grad, gradient)
 
     def _counted_once(self, end: int) -> AbstractContextManager[None]:
-        """Discard what a repeated micro-batch adds to metrics, if its samples were counted before."""
+        """Discard what a repeated micro-batch adds to metrics if its samples were already counted."""
         repeated = end <= self._progress.finished_samples
         return discarded_metrics(self._steps.module) if repeated else nullcontext()
 
     # ---- backward --------------------------------------------------------------------------------------------------
 
     def backward(self, backward: Backward, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the gradients of the last micro-batch, and combine all with those of the other ranks.
+        """Compute the gradients of the last micro-batch, and combine all gradients with those of the other ranks.
 
         Args:
-            backward: Computes the gradients of a loss.
-            loss: The loss of the rank.
+            backward: Function that computes the gradients of a loss.
+            loss: The rank's loss.
             *args: Further positional arguments of ``backward``.
             **kwargs: Further keyword arguments of ``backward``.
 
         Raises:
-            RankOutOfMemoryError: Memory ran out, and smaller micro-batches are of no help.
+            RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         attempt, self._attempt = self._attempt, None
         put_back([] if attempt is None else attempt.early_gradients)

@@ -1,9 +1,10 @@
-"""Go on after a rank has run out of memory: smaller micro-batches, and no step is lost.
+"""Continue after a rank has run out of memory, with smaller micro-batches and without losing a step.
 
-Where memory runs out in a forward pass, or in the backward pass of an early micro-batch, nothing was communicated: the
-step is run again in smaller micro-batches. Where it runs out in the last backward pass, the gradients that were already
-computed may be on their way to the peers. They are right and stay. Only those of the remaining parameters are computed
-again, in smaller micro-batches and beside DDP, and then given to autograd as if the interrupted pass had found them.
+If memory runs out in a forward pass, or in the backward pass of an early micro-batch, no gradient has been communicated
+yet, and the step runs again in smaller micro-batches. If it runs out in the last backward pass, the gradients computed
+so far may be on their way to the peers. They are correct and stay. Only the gradients of the remaining parameters are
+computed again, in smaller micro-batches and without DDP, and then given to autograd as if the interrupted pass had
+computed them.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class StepAttempt:
     """A step between its forward pass and the backward pass of its last micro-batch.
 
     Attributes:
-        args: What the user's step was given for the last micro-batch; the batch first.
-        samples: Number of samples of the last micro-batch; 0 where they were not counted.
-        weight: What the loss of the last micro-batch counts in that of the rank, in one optimiser step.
-        early_gradients: The gradients of the micro-batches before it.
+        args: Arguments of the user's step for the last micro-batch, the batch first.
+        samples: Number of samples in the last micro-batch; 0 if they were not counted.
+        weight: Weight of the last micro-batch's loss in the rank's loss, over one optimiser step.
+        early_gradients: Gradients of the micro-batches before it.
     """
 
     args: tuple[Any, ...]
@@ -56,12 +57,12 @@ class StepAttempt:
 
 @dataclass(frozen=True)
 class BeforeBackward:
-    """What tells afterwards how far an interrupted backward pass has come.
+    """State before a backward pass, which shows afterwards how far an interrupted pass has come.
 
     Attributes:
-        parameters: The parameters that are trained.
-        marks: Changes for each parameter as soon as its gradient is accumulated.
-        reduces_after: Whether DDP combines gradients after the pass, not while it goes on.
+        parameters: Parameters that are trained.
+        marks: One mark per parameter, which changes as soon as the parameter's gradient is accumulated.
+        reduces_after: Whether DDP combines gradients after the pass rather than during it.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -70,22 +71,22 @@ class BeforeBackward:
 
     @classmethod
     def of(cls, parameters: Sequence[nn.Parameter], model: nn.Module | None) -> BeforeBackward:
-        """Take note of where the gradients of ``parameters`` stand."""
+        """Note the state of the gradients of ``parameters``."""
         return cls(parameters, [mark(parameter) for parameter in parameters], reduces_after_backward(model))
 
     @property
     def untouched(self) -> list[nn.Parameter]:
-        """The parameters whose gradients were not computed since."""
+        """The parameters whose gradients have not been computed since."""
         return [p for p, before in zip(self.parameters, self.marks, strict=True) if mark(p) == before]
 
 
 class OutOfMemoryRecovery:
-    """Repeats what did not fit, on one rank.
+    """Repeats work that did not fit into memory, on one rank.
 
     Args:
         strategy: The strategy whose steps are run.
-        runner: Runs them.
-        limits: Lowered where memory runs out.
+        runner: The runner of these steps.
+        limits: How large micro-batches may be; lowered if memory runs out.
     """
 
     def __init__(self, strategy: StepOwner, runner: StepRunner, limits: MicroBatchLimits) -> None:
@@ -99,12 +100,12 @@ class OutOfMemoryRecovery:
         Args:
             sizes: Sizes of the micro-batches, in samples.
             where: The part of the step in which memory ran out.
-            reason: What torch said.
-            finished: Number of samples in the micro-batches that did fit. No new micro-batch has some of these samples
-                and some others.
+            reason: Torch's error message.
+            finished: Number of samples in the micro-batches that did fit. No new micro-batch mixes these samples with
+                others.
 
         Raises:
-            RankOutOfMemoryError: Smaller micro-batches are of no help.
+            RankOutOfMemoryError: Smaller micro-batches do not help.
         """
         self._limits.times_out_of_memory += 1
         largest = max(sizes)
@@ -114,7 +115,7 @@ class OutOfMemoryRecovery:
             raise self.failure(where, "a single sample does not fit", reason)
         self._limits.limit = halved(largest)
         warnings.warn(
-            f"`hetero_ddp`: rank {self._strategy.global_rank} ran out of memory in {where} with {largest} samples; the"
+            f"`hetero_ddp`: rank {self._strategy.global_rank} ran out of memory in {where} with {largest} samples. The"
             f" step is repeated, and from now on a micro-batch has at most {self._limits.limit}. ({reason})",
             stacklevel=2,
         )
@@ -125,21 +126,21 @@ class OutOfMemoryRecovery:
     # ---- an interrupted backward pass --------------------------------------------------------------------------------
 
     def finish_backward(self, attempt: StepAttempt | None, before: BeforeBackward, loss: Tensor, reason: str) -> Tensor:
-        """Compute the gradients that an interrupted backward pass has not, and combine them with those of other ranks.
+        """Compute the gradients missing after an interrupted backward pass, and combine them with those of other ranks.
 
         Args:
-            attempt: The step; None where it is not known.
-            before: How the gradients stood before the pass.
-            loss: What the pass began with.
-            reason: What torch said.
+            attempt: The interrupted step; None if it is unknown.
+            before: State of the gradients before the pass.
+            loss: The loss with which the pass began.
+            reason: Torch's error message.
 
         Raises:
-            RankOutOfMemoryError: Memory ran out, and smaller micro-batches are of no help.
+            RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         module, strategy = self._runner.module, self._strategy
         if attempt is None or not module.automatic_optimization:
             raise self.failure("a backward pass", "only automatic optimisation can be repeated", reason)
-        # the rest of the interrupted graph holds memory, and Lightning holds the loss
+        # the interrupted graph still holds memory, and Lightning holds the loss
         loss = loss.detach_()
         if not before.untouched:
             raise self.failure("the all-reduce", "what was communicated cannot be repeated", reason)
@@ -151,7 +152,7 @@ class OutOfMemoryRecovery:
         return loss
 
     def _repeated(self, attempt: StepAttempt, parameters: Sequence[nn.Parameter], reason: str) -> Gradients:
-        """Return the gradients of the last micro-batch, computed in smaller ones that fit."""
+        """Return the gradients of the last micro-batch, computed in smaller micro-batches that fit."""
         sizes: Sequence[int] = (attempt.samples or samples_in(attempt.args[0]),)
         while True:
             sizes = self.smaller(sizes, "the backward pass", reason)
@@ -175,7 +176,7 @@ class OutOfMemoryRecovery:
             for context in (discarded_metrics(module), silent_log(module), kept_buffers(module)):
                 stack.enter_context(context)
             for part, weight in zip(parts, runner.weights(parts, sizes), strict=True):
-                output = runner.forward_beside_ddp(part, *rest)
+                output = runner.forward_without_ddp(part, *rest)
                 gradients = runner.gradients_of(output, weight * attempt.weight, parameters)
                 del output
                 found = [added(old, new) for old, new in zip(found, gradients, strict=True)]
@@ -184,19 +185,20 @@ class OutOfMemoryRecovery:
     # ---- giving up ---------------------------------------------------------------------------------------------------
 
     def cannot_repeat(self, where: str, error: Exception, reason: str) -> Exception:
-        """Return what to raise where a step that ran out of memory fails in another way when it is repeated."""
+        """Return the error to raise if the repetition of a step fails for another reason than memory."""
         if isinstance(error, HeteroError) and not isinstance(error, UnsupportedFeatureError):
-            return error  # says what happened: this rank gave up, or a peer did
+            return error  # it already says what happened: this rank gave up, or a peer did
         return self.failure(where, f"its repetition in smaller micro-batches failed: {error}", reason)
 
     def failure(self, where: str, why: str, reason: str) -> RankOutOfMemoryError:
         """Return the error of a rank that gives up, and announce it to the peers."""
         strategy = self._strategy
         part = strategy.training_slice
+        step, samples = (part.step, part.samples) if part else ("?", "?")
         message = (
             f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
-            f" {part.step if part else '?'} with {part.samples if part else '?'} samples, and {why}. Lower the batch"
-            f" size or set `max_batch_size` or `micro_batch_size`. ({reason})"
+            f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size or set"
+            f" `max_batch_size` or `micro_batch_size`. ({reason})"
         )
         announce(message)
         return RankOutOfMemoryError(message)

@@ -1,7 +1,7 @@
-"""Run a step on a stand-in batch such that nothing of it remains.
+"""Run a step on a stand-in and undo its effects.
 
-Where a short last batch has no sample for a rank, the rank runs the step all the same, because its peers communicate in
-it: in the backward pass, in synchronised batch normalisation, in logging. What it contributes is taken back.
+If a ragged batch has no sample for a rank, the rank runs the step all the same, because its peers communicate in it: in
+the backward pass, in synchronised batch normalisation, in logging. Its contribution is undone.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["stand_in"]
 
 @contextmanager
 def stand_in(module: LightningModule) -> Iterator[None]:
-    """Run a step on a stand-in: nothing that it adds to metrics, logs or synchronised statistics remains."""
+    """Run a step on a stand-in, and undo what it adds to metrics, logs and synchronised statistics."""
     with discarded_metrics(module), _left_out_of_statistics(module):
         yield
 
 
 @contextmanager
 def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
-    """Have synchronised batch normalisation count none of the samples in this context.
+    """Exclude the samples in this context from the statistics of synchronised batch normalisation.
 
-    The rank takes part in its communication with an empty batch, which torch provides for, and its own samples, whose
-    results nobody sees, pass unchanged.
+    The rank takes part in the communication with an empty batch, which torch supports. Its own samples pass through
+    unchanged; nobody uses the results.
     """
     handles: list[RemovableHandle] = []
     passing: dict[nn.Module, torch.Tensor] = {}
@@ -42,7 +42,7 @@ def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
         return (inputs[0][:0],)
 
     def input_as_output(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        # the sum of nothing keeps the communication of the backward pass in the graph
+        # adding the empty sum keeps the communication of the backward pass in the graph
         return passing.pop(layer) + output.sum()
 
     for layer in module.modules():

@@ -1,4 +1,4 @@
-"""Run the user's step on parts of a rank's mini-batch, through DDP or beside it."""
+"""Run the user's step on parts of a rank's mini-batch, with or without DDP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["StepRunner"]
 
 
 class StepRunner:
-    """What a step of one training needs, whatever its micro-batches.
+    """Operations of a training step that do not depend on how it is divided into micro-batches.
 
     Args:
         strategy: The strategy whose steps are run.
@@ -35,7 +35,7 @@ class StepRunner:
 
     @property
     def module(self) -> LightningModule:
-        """The user's module."""
+        """The user's LightningModule."""
         assert self._strategy.lightning_module is not None
         return self._strategy.lightning_module
 
@@ -48,7 +48,7 @@ class StepRunner:
     def is_static(self) -> bool:
         """Whether DDP was told that the graph is static.
 
-        It then counts every backward pass of the first step and expects as many in each step from then on, so early
+        DDP then counts the backward passes of the first step and expects as many in each later step, so the early
         micro-batches are hidden from it.
         """
         return getattr(self._strategy.model, "static_graph", False)
@@ -59,7 +59,7 @@ class StepRunner:
         return self._strategy.trainer.accumulate_grad_batches if self.module.automatic_optimization else 1
 
     def why_one(self) -> str | None:
-        """Return why a step cannot be run in several micro-batches; None where it can."""
+        """Return why a step cannot run in several micro-batches; None if it can."""
         module = self.module
         if not module.automatic_optimization:
             return "only automatic optimisation can be repeated in smaller micro-batches"
@@ -70,12 +70,12 @@ class StepRunner:
         return None
 
     def split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
-        """Return the micro-batches of these sizes."""
+        """Return ``batch`` divided into micro-batches of these sizes."""
         loader = self._strategy.trainer.train_dataloader
         return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
 
     def weights(self, parts: Sequence[Any], sizes: Sequence[int]) -> list[float]:
-        """Return what the loss of each micro-batch counts in that of all of them."""
+        """Return the weight of each micro-batch's loss in the loss of all of them."""
         return loss_weights(parts, sizes, self._strategy.loss_reduction, self._strategy.num_loss_terms)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -83,13 +83,13 @@ class StepRunner:
         model = self._strategy.model
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    def forward_beside_ddp(self, *args: Any) -> Any:
-        """Run the user's step without DDP noticing."""
+    def forward_without_ddp(self, *args: Any) -> Any:
+        """Run the user's step without DDP."""
         with self._strategy.precision_plugin.train_step_context():
             return self.module.training_step(*args)
 
     def gradients_of(self, output: Any, weight: float, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-        """Return the gradients of what a step returned, times ``weight``, without any of DDP's hooks."""
+        """Return the gradients of a step's loss, times ``weight``, without running DDP's hooks."""
         strategy = self._strategy
         loss = loss_of(output) * (weight * strategy.loss_weight)
         loss = strategy.precision_plugin.pre_backward(loss, self.module)

@@ -44,37 +44,42 @@ __all__ = ["HeteroDDPStrategy"]
 
 
 class HeteroDDPStrategy(BaseStrategy):
-    """DDP for devices of unequal speed: the same training as ``ddp``, in which faster ranks get more samples.
+    """DDP for devices of unequal speed: the same training as ``ddp``, but faster ranks get more samples.
 
-    Every step trains on the global batch that plain DDP would train on, divided unequally; each rank's loss is
-    weighted by its number of samples, so the combined gradient is that of the mean over the global batch.
+    Every step trains on the global batch that plain DDP would train on, divided unequally. Each rank's loss is weighted
+    by its number of samples, so the combined gradient is that of the mean over the global batch.
 
     Args:
-        shares: How the samples are divided. "auto" measures the ranks and finds the division by itself; a list has
-            one positive number a rank, so that [1, 2] gives rank 1 twice the samples of rank 0; a mapping gives a
-            number to each device name, for example {"Tesla K80": 1, "Tesla V100-SXM2-16GB": 2}. Given numbers are
-            fixed, or, with a LoadBalancer among the callbacks, where its tuning starts.
-        global_batch_size: Samples of all ranks in one training step. By default the training loader's batch size
-            times the number of ranks, as under DDP. With a batch sampler of your own: the size of its batches, which
-            are then taken as global batches.
-        max_batch_size: Most training samples a rank gets in one step: one number for all ranks, one a rank, or one for
-            each device name.
-        batch_multiple: Every rank's number of samples is a multiple of this, but for one rank that takes what is
-            left over.
-        loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum. A sum is left
-            unweighted: like plain DDP, the gradient is that of the sum over the global batch divided by the number
-            of ranks.
-        num_loss_terms: Counts the terms that the training loss averages over, given the batch, where that is not
-            the number of samples: tokens that are not padding, boxes. Costs one small all-reduce a step. In YAML it is
-            an import path, for example my_package.count_tokens.
-        micro_batch_size: Most samples that a rank processes in one pass, a number for all ranks, one a rank, or one for
-            each device name. A larger part of a step is processed in several passes whose gradients are added up on the
-            rank, so a fast device with little memory still gets the share that its speed deserves.
-        **ddp_kwargs: Arguments of Lightning's DDPStrategy and of torch's DistributedDataParallel.
+        shares: How the global batch is divided among the ranks. "auto" measures the ranks and finds the shares. A list
+            gives one positive number per rank: [1, 2] gives rank 1 twice the samples of rank 0. A mapping gives one
+            number per device name, for example {"Tesla K80": 1, "Tesla V100-SXM2-16GB": 2}. Given shares stay fixed
+            unless a LoadBalancer is among the callbacks; then its tuning starts from them.
+        global_batch_size: Number of samples of all ranks in one training step. By default it is the training loader's
+            batch size times the number of ranks, as with DDP. With your own batch sampler, give the size of its
+            batches; each of them is taken as a global batch.
+        max_batch_size: Maximum number of training samples that a rank gets in one step. Give one number for all ranks,
+            one per rank, or one per device name.
+        batch_multiple: Every rank's number of samples is a multiple of this, for example of 8 for tensor cores. One
+            rank may deviate, because it also takes the remainder.
+        loss_reduction: How the training loss is reduced over a batch, "mean" or "sum". A sum is not weighted: as with
+            plain DDP, the gradient is that of the sum over the global batch divided by the number of ranks.
+        num_loss_terms: Function that takes a batch and returns the number of terms over which the training loss is
+            averaged. Give it if these terms are not the samples but, for example, tokens without padding, or boxes. It
+            costs one small all-reduce per step. In YAML it is an import path, for example my_package.count_tokens.
+        micro_batch_size: Maximum number of samples that a rank processes at once. Give one number for all ranks, one
+            per rank, or one per device name. A larger mini-batch takes several micro-batches, whose gradients are added
+            up on the rank, so a fast device with little memory still gets the share that its speed deserves.
+        **ddp_kwargs: Further arguments of Lightning's DDPStrategy and of torch's DistributedDataParallel.
 
     Raises:
-        ConfigurationError: an argument breaks its rule; what depends on the number of ranks is checked when the
+        ConfigurationError: An argument breaks its rule. Rules that depend on the number of ranks are checked when the
             Trainer is constructed.
+
+    Example:
+        Give rank 1 twice the samples of rank 0, and process at most 16 samples at once::
+
+            strategy = HeteroDDPStrategy(shares=[1, 2], micro_batch_size=16)
+            trainer = Trainer(strategy=strategy, devices=2)
     """
 
     strategy_name = "hetero_ddp"
@@ -117,21 +122,21 @@ class HeteroDDPStrategy(BaseStrategy):
         self._part_of_step: BatchSlice | None = None
         self._weight_in_step = 1.0
 
-    # ---- what a balancer needs -------------------------------------------------------------------------------------
+    # ---- for the balancer ------------------------------------------------------------------------------------------
 
     @property
     def plan_schedule(self) -> PlanSchedule | None:
-        """Which plan holds at which training step; None where the training loaders are not divided."""
+        """The plan schedule of the training; None if the training loaders are not divided."""
         return self.train_data.plan_schedule
 
     @property
     def limits(self) -> BatchLimits:
-        """What every plan has to respect."""
+        """The limits that every plan must respect."""
         return self.train_data.limits
 
     @property
     def counts_samples(self) -> bool:
-        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        """Whether a plan's numbers are samples of one loader, not fractions of several loaders."""
         return self.train_data.counts_samples
 
     @property
@@ -145,7 +150,7 @@ class HeteroDDPStrategy(BaseStrategy):
         return self.train_data.part
 
     def nominal_plan(self) -> BatchPlan | None:
-        """Return the plan that the devices' data suggest before anything is measured; None where they suggest none."""
+        """Return the plan that the devices' nominal speeds suggest before measuring; None if they suggest none."""
         shares = nominal_shares(self.profiles) if self.shares == "auto" and self.plan_schedule is not None else None
         return None if shares is None else self.train_data.plan_in_proportion(shares)
 
@@ -153,12 +158,12 @@ class HeteroDDPStrategy(BaseStrategy):
         """Follow ``plan`` from training step ``first_step`` on.
 
         Args:
-            first_step: a step that no rank has fetched yet, the same on all ranks.
-            plan: a plan of the present global batch.
+            first_step: First step of the plan, the same on all ranks. No rank has fetched it yet.
+            plan: New plan of the current global batch.
 
         Raises:
-            ConfigurationError: this rank has already drawn samples of that step under another plan, the plan is of
-                another number of ranks or samples, or there is no training to change it in.
+            ConfigurationError: This rank has already drawn samples of that step under another plan, or the plan has
+                another number of ranks or samples, or no training with divided loaders is running.
         """
         arguments.check_at_least("first_step", first_step, 0)
         if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
@@ -179,7 +184,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.train_data.plan_schedule = schedule.with_change(first_step, plan)
 
     def restore_schedule(self, schedule: PlanSchedule) -> None:
-        """Continue with the schedule of an earlier run, before any training batch is drawn."""
+        """Continue with the plan schedule of an earlier run; called before any training batch is drawn."""
         self.train_data.plan_schedule = schedule
 
     @override
@@ -220,7 +225,7 @@ class HeteroDDPStrategy(BaseStrategy):
             self.timer = StepTimer(CudaClock())
         self.memory = meter_of(self.root_device)
         self.profiles = tuple(all_gather(TorchDeviceProbe().profile(self.root_device)))
-        # raises where a mapping does not know a device; every rank sees all devices, so all raise
+        # raises if a mapping lacks a device; every rank sees all devices, so all of them raise
         arguments.shares_of_ranks(self.shares, self.profiles)
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
@@ -264,7 +269,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        # DDP broadcasts buffers before the forward pass, and counting terms communicates too: the rank may wait
+        # the rank may wait: DDP broadcasts buffers before the forward pass, and counting terms communicates too
         self.timer.pause()
         self.train_data.begin_step()
         self.loss_weight = self._weight_of_loss(args[0] if args else None)
@@ -297,7 +302,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @contextmanager
     def _as_part(self, part: BatchSlice | None, weight: float) -> Iterator[None]:
-        """Run a step on this rank's part of a global batch: what it logs counts accordingly."""
+        """Run a step on this rank's part of a global batch, and weight what it logs accordingly."""
         assert self.lightning_module is not None
         self._part_of_step, self._weight_in_step = part, weight
         try:
@@ -318,7 +323,7 @@ class HeteroDDPStrategy(BaseStrategy):
     ) -> Tensor:
         weight = self.loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
-        # to the precision of the loss it would cost nine digits.
+        # to the precision of the loss, it would lose nine digits.
         loss = loss if weight == 1.0 else loss * weight
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
@@ -339,13 +344,13 @@ class HeteroDDPStrategy(BaseStrategy):
             return super().all_gather(tensor, group, sync_grads)
 
     def _check_gathered(self, tensor: Tensor) -> None:
-        # torch needs equal shapes and does not check them: gloo ends the process, NCCL leaves it undefined
+        # torch needs equal shapes but does not check them: gloo ends the process, with NCCL the result is undefined
         if self._shapes_may_differ:
             shapes = all_gather(tuple(tensor.shape))
             if len(set(shapes)) > 1:
                 raise UnsupportedFeatureError(
                     f"`all_gather` needs tensors of one shape, got {shapes} on the ranks: their mini-batches differ in"
-                    f" size. Pad them to one size before, use `drop_last=True` if this is an epoch's last batch, or use"
+                    f" size. Pad them to one size first, use `drop_last=True` if this is an epoch's last batch, or use"
                     f' strategy="ddp".'
                 )
         elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
@@ -378,5 +383,5 @@ class HeteroDDPStrategy(BaseStrategy):
 
 
 def _stands_in(part: BatchSlice | None) -> bool:
-    """Whether the rank has no sample of its own in the step."""
+    """Return whether the rank has no sample of its own in the step."""
     return part is not None and part.samples == 0

@@ -1,4 +1,4 @@
-"""The judgement in closed loop, on simulated ranks: what it finds, how soon, what it notices, when it keeps still."""
+"""The rebalancer in a closed loop with simulated ranks: what it finds, how soon, and when it changes nothing."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ def test_steady_devices_are_balanced_within_twenty_steps(truth: list[StepTime], 
     assert run.decisions[-1].tuned
     optimum = solve_batch(truth, batch, min_samples=1)
     assert max(abs(a - b) for a, b in zip(run.changes[-1][1].samples, optimum.samples, strict=True)) <= 2
-    # the tuning included, a hundred steps last hardly longer than a hundred of the best division
+    # with the tuning, a hundred steps take hardly longer than a hundred steps of the best plan
     assert 100 / sum(1 / efficiency for efficiency in run.efficiency) >= 0.90
-    # and what the model expects is what a step takes
+    # and the model predicts the time of a step
     assert predicted_step_s(run.decisions[-1].step_times, run.changes[-1][1]) == pytest.approx(
         predicted_step_s(truth, run.changes[-1][1]), rel=0.02
     )
 
 
-def test_the_tuning_ends_when_measuring_on_would_change_nothing() -> None:
+def test_the_tuning_ends_when_more_measuring_would_change_nothing() -> None:
     ends = [next(i for i, v in enumerate(simulate(t, b, 60).decisions) if v.tuned) for t, b in CASES]
     assert max(ends) <= 4
     assert simulate(ranks((0, 0.001), (0, 0.001)), 64, 60).changes == ()
 
 
 @pytest.mark.parametrize(("truth", "batch"), CASES)
-def test_ten_per_cent_jitter_is_refined_away_while_training_goes_on(truth: list[StepTime], batch: int) -> None:
+def test_ten_per_cent_jitter_averages_out_during_training(truth: list[StepTime], batch: int) -> None:
     runs = [simulate(truth, batch, 150, jitter=Jitter(0.1), seed=seed) for seed in range(10)]
     after_20 = sorted(run.efficiency[20] for run in runs)
     after_100 = sorted(run.efficiency[100] for run in runs)
@@ -63,7 +63,7 @@ def test_ten_per_cent_jitter_is_refined_away_while_training_goes_on(truth: list[
     assert after_100[5] >= 0.97
 
 
-def test_a_right_guess_leaves_nothing_to_search_for_and_a_wrong_one_is_mended() -> None:
+def test_a_right_guess_leaves_nothing_to_find_and_a_wrong_one_is_corrected() -> None:
     truth = ranks((0.005, 0.001), (0.010, 0.002), (0.010, 0.002))
     right = simulate(truth, 128, 60, first_guess=[2, 1, 1])
     assert min(right.efficiency[1:]) >= 0.97
@@ -74,7 +74,7 @@ def test_a_right_guess_leaves_nothing_to_search_for_and_a_wrong_one_is_mended() 
 
 
 def test_pure_noise_changes_nothing() -> None:
-    """A thousand steps of equal devices with 10 % jitter."""
+    """Equal devices: a thousand steps with 10 % jitter, and five hundred with 3 %."""
     changes = [
         len(simulate(ranks(*[(0.01, 0.001)] * 2), 128, 1000, jitter=Jitter(0.1), seed=s).changes) for s in range(8)
     ]
@@ -114,7 +114,7 @@ def test_is_never_slower_than_equal_shares_and_near_the_optimum(truth: list[Step
 
 @pytest.mark.parametrize("jitter", [0.03, 0.1])
 def test_hundreds_of_ranks_of_two_kinds_with_a_straggler(jitter: float) -> None:
-    """The one that seems slowest of many hardly is; a plan that believed it would be slower than equal shares."""
+    """The rank that seems slowest of many hardly is; a plan that trusted it would be slower than equal shares."""
     truth = [StepTime(0.010 * k, 0.001 * k) for k in (1, 2) for _ in range(128)]
     truth[5] = StepTime(0.030, 0.003)
     run = simulate(truth, 64 * len(truth), 60, jitter=Jitter(jitter), seed=1)
@@ -137,7 +137,7 @@ def test_without_a_measurement_of_every_rank_nothing_changes() -> None:
 
 
 def test_time_spent_communicating_counts_against_the_gain() -> None:
-    """Own times of 1:2 promise 1.5x, but where the all-reduce takes most of the step little is left of it."""
+    """Own times of 1:2 promise a speed-up of 1.5, but little of it is left if the all-reduce dominates the step."""
     plan = BatchPlan((30, 30))
     for communication_s, changes in ((0.0, True), (2.0, False)):
         rebalancer = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
@@ -146,7 +146,7 @@ def test_time_spent_communicating_counts_against_the_gain() -> None:
         assert (rebalancer.update(windows).plan != plan) == changes
 
 
-def test_short_steps_and_many_ranks_are_looked_at_less_often() -> None:
+def test_short_steps_and_many_ranks_are_checked_less_often() -> None:
     def apart(seconds_per_sample: float, world_size: int = 2) -> int:
         truth = ranks((0, seconds_per_sample)) * world_size
         window = simulate(truth, 10 * world_size, 60).decisions[-1].window
@@ -156,7 +156,7 @@ def test_short_steps_and_many_ranks_are_looked_at_less_often() -> None:
     assert apart(0.001, 1000) == pytest.approx(0.5 / 0.010, abs=1)
 
 
-def test_a_run_that_was_tuned_before_begins_where_that_one_ended() -> None:
+def test_a_tuned_run_continues_where_it_ended() -> None:
     plan, tuned = BatchPlan((48, 48)), BatchPlan((64, 32))
     first = Rebalancer(plan, plan, NO_LIMITS, 0.05, 20)
     first.update([WindowTiming(48, 5, 0.048), WindowTiming(48, 5, 0.096)])

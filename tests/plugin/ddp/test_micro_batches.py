@@ -341,7 +341,7 @@ def train_alone(kind: type[Scarce], phase: str, fits: int) -> None:
         (Scarce, "backward", 0, "in the backward pass .* with 5 samples, and a single sample does not fit"),
         (Manual, "forward", 3, "in the forward pass .* only automatic optimisation can be repeated"),
         (Manual, "backward", 3, "in a backward pass .* only automatic optimisation can be repeated"),
-        (Gathers, "forward", 3, "in the forward pass .* the step had communicated before"),
+        (Gathers, "forward", 3, "in the forward pass .* the step had already communicated"),
         (Unsplittable, "forward", 3, "its repetition in smaller micro-batches failed: .* an object of type 'object'"),
         (Unsplittable, "backward", 3, "its repetition in smaller micro-batches failed: .* an object of type 'object'"),
     ],

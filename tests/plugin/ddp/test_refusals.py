@@ -85,7 +85,7 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
         (
             "batch_sampler",
             {},
-            "`global_batch_size` must be given with a batch sampler of your own, got None with 'Odd'",
+            "`global_batch_size` must be given with your own batch sampler, got None with 'Odd'",
         ),
         ("no_batching", {"shares": [1, 3]}, "its dataset makes the batches (`batch_size=None`). Give each rank"),
         ("two", {"global_batch_size": 9}, "`global_batch_size` must be None with several training loaders, got 9"),
@@ -95,7 +95,7 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
             "`max_batch_size` must allow for the last batches of",
         ),
         ("mixed", {}, "divides either all training loaders or none, got 1 that it can divide and 1 that it cannot"),
-        ("streams", {}, "needs to know the length of each of several training loaders"),
+        ("streams", {}, "several that it cannot divide, got 2 of 2 without a length"),
         ("dataloader_iter", {}, "got a `training_step` that takes `dataloader_iter`"),
         (
             "all_gather",
