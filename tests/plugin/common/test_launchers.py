@@ -235,13 +235,13 @@ SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2{})"
         (', start_method="spawn"', ("layer", "2"), "KeyError: 'of a layer'"),
         ("", ("loss",), "KeyError: 'of a loss'"),
         ("", ("data",), "KeyError: 'of a sample'"),
-        ("", ("data", "saves"), "RankFailedError: `hetero_pipeline` cannot save once a run has failed"),
-        ("", ("data", "callback saves"), "`hetero_pipeline` cannot save once a run has failed"),
-        ("", ("layer", "0", "callback saves"), "`hetero_pipeline` cannot save once a run has failed"),
+        ("", ("data", "saves"), "RankFailedError: `hetero_pipeline` cannot save after a run has failed"),
+        ("", ("data", "callback saves"), "`hetero_pipeline` cannot save after a run has failed"),
+        ("", ("layer", "0", "callback saves"), "`hetero_pipeline` cannot save after a run has failed"),
         ("", ("twice",), "to call the model exactly once, got a second call"),
         ("", ("never",), "to call the model exactly once, got no call"),
         ("", ("keywords",), "positional arguments, got ['input']"),
-        ("", ("trained before",), "that are used before the model's call to be in its layers"),
+        ("", ("trained before",), "that are used before the model is called to be in its layers"),
     ],
 )
 def test_an_error_on_any_stage_ends_all_and_is_told(

@@ -171,7 +171,5 @@ def test_it_says_so_where_the_order_is_not_known(ranks: RankPools, tmp_path: Pat
     assert len(first.ledger) == STEPS - SAVED
     assert first.ledger == second.ledger
     (warning,) = first.warned
-    assert (
-        "does not tell in which order its samples came: the remaining batches may repeat some of the first" in warning
-    )
+    assert "does not hold the order of the epoch's samples: the remaining batches may repeat samples of" in warning
     assert second.warned == []

@@ -192,22 +192,22 @@ class NoLayers(Collecting):
 
 # refused by all ranks alike; what one rank finds out in a step ends the others too, see test_launchers.py
 REFUSED: list[tuple[type[Collecting], dict[str, Any], dict[str, Any], str]] = [
-    (Manual, {}, {}, "manual optimisation runs backward passes of its own"),
+    (Manual, {}, {}, "manual optimisation runs its own backward passes"),
     (Newton, {}, {}, "cannot train with LBFGS"),
     (NoLayers, {}, {}, "`self.model` must be an nn.Sequential, or the module must define `pipeline_layers"),
-    (Collecting, {"splits": [5]}, {}, "`splits` must be layers of the model, of which there are 5, got"),
+    (Collecting, {"splits": [5]}, {}, "`splits` must be below the number of the model's layers, 5, got"),
     (Collecting, {}, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging copies the whole"),
     (
         Collecting,
         {},
         {"callbacks": [OnExceptionCheckpoint(".")], "enable_checkpointing": True},
-        "OnExceptionCheckpoint saves where a rank has failed",
+        "OnExceptionCheckpoint saves after a rank has failed",
     ),
     (
         Collecting,
         {},
         {"callbacks": [ModelCheckpoint(".", save_on_exception=True)], "enable_checkpointing": True},
-        "ModelCheckpoint saves where a rank has failed",
+        "ModelCheckpoint saves after a rank has failed",
     ),
 ]
 
@@ -244,7 +244,7 @@ def test_a_scaled_loss_is_refused() -> None:
     [
         ({"splits": [4, 2]}, r"`splits` must be positive and strictly increasing, got \[4, 2\]"),
         ({"splits": "even"}, "`splits` must be \"auto\", or a list with the first layer of every stage but the first"),
-        ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None where `splits` says"),
+        ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None if `splits` says"),
         ({"speeds": [1, 0]}, r"`speeds\[1\]` must be"),
         ({"num_microbatches": 0}, "`num_microbatches` must be"),
         ({"schedule": "zb"}, "`schedule` must be one of"),
