@@ -126,7 +126,7 @@ class BalancedStrategy(_OnRank, Protocol):
         """This rank's part of the current global batch; None before the first."""
 
     def nominal_plan(self) -> BatchPlan | None:
-        """Return the plan that the devices' data sheets suggest; None if they suggest none."""
+        """Return the plan that the devices' nominal speeds suggest before measuring; None if they suggest none."""
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
         """Follow ``plan`` from ``first_step`` on, which no rank has fetched yet."""
