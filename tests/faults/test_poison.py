@@ -135,7 +135,7 @@ def test_a_rank_that_cannot_be_timed_keeps_its_share_and_is_named(ranks: RankPoo
     runs = ranks.run(2, train_with_clock, bad, Measuring(value), 30)
     assert [(samples, finished) for samples, _, _, finished in runs] == [((12, 12), True)] * 2
     assert runs[0][1] == [
-        f"hetero_ddp: the shares stay [12, 12]; no step of rank {bad} could be timed, so nothing is known of others"
+        f"hetero_ddp: the shares stay [12, 12]; no step of rank {bad} could be timed, so other shares cannot be judged"
     ]
     assert max(abs(a - b) for a, b in zip(runs[0][2], reference_parameters(SIZE, BATCH, 30), strict=True)) < 1e-10
 
