@@ -1,4 +1,4 @@
-"""Advice agrees with a trial of every alternative."""
+"""The advice agrees with a trial of every alternative."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_rank_that_the_caps_of_the_others_need_is_kept() -> None:
     assert advise(times, solve_batch(times, 60, limits, min_samples=1), limits).ranks_to_drop == ()
 
 
-def test_a_global_batch_that_is_too_small_for_the_ratio() -> None:
+def test_a_global_batch_that_is_too_small_for_the_ratio_is_reported() -> None:
     times = [StepTime(0, 0.010), StepTime(0, 0.015)]
     advice = advise(times, BatchPlan((2, 2)), NO_LIMITS)
     assert advice.rounding == pytest.approx(1 - 0.024 / 0.030, abs=1e-3)

@@ -21,7 +21,8 @@ from lightning_hetero.exceptions import ConfigurationError
 COSTS = (0.001, 0.003, 0.002)
 
 
-def judge(rebalancer: Rebalancer, windows: int) -> None:
+def run_windows(rebalancer: Rebalancer, windows: int) -> None:
+    """Let the rebalancer decide after some windows, and check that its plans divide the global batch."""
     for _ in range(windows):
         plan = rebalancer.current
         measured = [WindowTiming(n, 4, 0.01 + c * n, 0.0003) for n, c in zip(plan.samples, COSTS, strict=True)]
@@ -33,7 +34,7 @@ def judge(rebalancer: Rebalancer, windows: int) -> None:
 def saved_state() -> dict[str, Any]:
     plan = BatchPlan((32, 32, 32))
     rebalancer = Rebalancer(plan, plan, BatchLimits(), 0.05, 20)
-    judge(rebalancer, 8)
+    run_windows(rebalancer, 8)
     schedule = PlanSchedule.constant(plan).with_change(7, rebalancer.current)
     return {
         "devices": ["K80", "V100", "V100"],
@@ -57,7 +58,7 @@ def resume(saved: SavedBalance) -> None:
         return
     model = Rebalancer.model_of(saved.balance)
     rebalancer = Rebalancer(initial, current, BatchLimits(), 0.05, 20, model=model)
-    judge(rebalancer, 4)
+    run_windows(rebalancer, 4)
     json.dumps(rebalancer.to_dict(), allow_nan=False)
 
 
@@ -201,7 +202,7 @@ def test_a_damaged_state_is_refused_or_harmless(state: Any) -> None:
 
 @settings(max_examples=300)
 @given(JSON)
-def test_anything_else_is_refused(value: Any) -> None:
+def test_any_other_value_is_refused(value: Any) -> None:
     for read in (StepTime.from_dict, PlanSchedule.from_dict, StepTimeModel.from_dict, StagePlan.from_dict):
         with pytest.raises(ConfigurationError):
             read(value)
