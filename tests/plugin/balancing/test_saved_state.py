@@ -1,4 +1,4 @@
-"""What real checkpoints hold is plain, loads without running code, and does no harm where it is damaged."""
+"""Real checkpoints hold plain values, load without running code, and do no harm if they are damaged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Watched(LoadBalancer):
 
 
 class SaveAtEnd(Callback):
-    """Saves behind the last step, within it, since Lightning counts an epoch as done when ``fit`` returns."""
+    """Saves at the end of the last step, because Lightning counts the epoch as done when ``fit`` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,8 +48,8 @@ class SaveAtEnd(Callback):
 
 
 def train(steps: int, path: Path, resume: Path | None = None) -> tuple[list[list[int]], bool, list[str]]:
-    """Return the samples of each step, whether the tuning was over at its beginning, and what was warned of."""
-    # a gain that no measurement promises: a change by chance would prolong the tuning beyond the steps of this test
+    """Return the samples of each step, whether the tuning was over at the beginning, and the warnings."""
+    # with a gain that is never predicted, no change by chance prolongs the tuning beyond the steps of this test
     balancer = Watched(warmup_steps=0, tune_steps=2, min_gain=1e6, verbose=False, record=False)
     model = SmallModule()
     trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer, *_saving(path, resume)], max_steps=steps)
@@ -136,7 +136,7 @@ def test_a_pipelines_checkpoint_is_loaded_without_running_code(ranks: RankPools,
         ({"devices": None}, "`devices` must be a list"),
     ],
 )
-def test_a_damaged_state_costs_a_line_and_the_tuning(
+def test_a_damaged_state_causes_one_warning_and_a_new_tuning(
     ranks: RankPools, checkpoint: Path, tmp_path: Path, damage: dict[str, Any], message: str
 ) -> None:
     state = torch.load(checkpoint, weights_only=True)
