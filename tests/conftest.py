@@ -32,9 +32,9 @@ TIMED = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of a file that uses ranks on one worker, for its pools and for what its tests compare with."""
-    for item in items:
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
