@@ -1,4 +1,4 @@
-"""A thousand schedules of faults on simulated ranks: no plan breaks a rule, no sample is lost, the balance is found."""
+"""Drawn faults on simulated ranks: no plan breaks a rule, no sample is lost, the balance is found."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice, pairwise
 
+import profiles
 import pytest
 from simulation.fault_schedule import Fault, FaultSchedule, draw_faults
 from simulation.fault_simulation import DrawnStep, FaultRun, simulate_faults
@@ -17,7 +18,7 @@ from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.distributed.data.global_batches import CutBatches
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 
-SCHEDULES, CHUNK = 1000, 100
+SCHEDULES, CHUNK = profiles.drawn(200, 2_000), 50
 # Number of steps after the last fault until the plan is within 5 % of the best one and a multiple of samples.
 STEPS_TO_BALANCE = 60
 # The same by seed: here jitter of 3 % on twelve ranks hides that one of them takes 8 % longer than it should.

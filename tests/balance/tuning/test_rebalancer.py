@@ -8,6 +8,7 @@ import pytest
 from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 from simulation.simulate import Jitter, simulate
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
@@ -100,7 +101,7 @@ def test_periodic_work_of_one_rank_is_no_reason_to_change() -> None:
         assert simulate(truth, 128, 400, jitter=Jitter(0.02, rank_zero_every=every)).changes == ()
 
 
-@settings(max_examples=40)
+@settings(max_examples=drawn(20, 80))
 @given(st.lists(step_times, min_size=2, max_size=6))
 def test_the_result_is_never_slower_than_equal_shares_and_near_the_optimum(truth: list[StepTime]) -> None:
     batch = 32 * len(truth)

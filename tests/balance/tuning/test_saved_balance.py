@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.tuning.rebalancer import Rebalancer
@@ -187,7 +188,7 @@ def damaged(draw: st.DrawFn) -> Any:
     return state
 
 
-@settings(max_examples=2_000)
+@settings(max_examples=drawn(500, 4_000))
 @given(damaged())
 def test_a_damaged_state_is_refused_or_harmless(state: Any) -> None:
     with warnings.catch_warnings():
@@ -200,7 +201,7 @@ def test_a_damaged_state_is_refused_or_harmless(state: Any) -> None:
             resume(saved)
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(JSON)
 def test_any_other_value_is_refused(value: Any) -> None:
     for read in (StepTime.from_dict, PlanSchedule.from_dict, StepTimeModel.from_dict, StagePlan.from_dict):

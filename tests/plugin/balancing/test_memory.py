@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from torch.utils.data import DataLoader
-from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
+from training import Numbered, SmallModule, assert_close, flat, make_trainer, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LargestBatchFinder, LoadBalancer
 from lightning_hetero.balance.batch.batch_solver import solve_batch
@@ -78,9 +78,8 @@ def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list
     return plans, strategy.memory.highest, strategy.micro_batch_limits.times_out_of_memory, flat(model.network)
 
 
-def exact(parameters: list[float]) -> bool:
-    expected = reference_parameters(2 * BATCH_SIZE * (STEPS + 1), 2 * BATCH_SIZE, STEPS)
-    return max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+def assert_exact(parameters: list[float]) -> None:
+    assert_close(parameters, reference_parameters(2 * BATCH_SIZE * (STEPS + 1), 2 * BATCH_SIZE, STEPS))
 
 
 def test_no_plan_is_proposed_that_would_not_fit(ranks: RankPools) -> None:
@@ -93,7 +92,7 @@ def test_no_plan_is_proposed_that_would_not_fit(ranks: RankPools) -> None:
         assert plans[-1] == best
         assert all(RESIDENT + BYTES_PER_SAMPLE * plan.samples[1] <= budget for plan in plans)
         assert (highest <= 0.92 * 24 * GB, times_out_of_memory) == (True, 0)
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
 def test_a_share_that_did_not_fit_is_lowered(ranks: RankPools) -> None:
@@ -102,7 +101,7 @@ def test_a_share_that_did_not_fit_is_lowered(ranks: RankPools) -> None:
     assert [outcome[2] for outcome in outcomes] == [0, 1]
     for plans, _, _, parameters in outcomes:
         assert plans[0] == plans[-1] == BatchPlan((48, 16))
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
 def test_micro_batches_let_a_device_with_little_memory_keep_the_share_of_its_speed(ranks: RankPools) -> None:
@@ -111,12 +110,12 @@ def test_micro_batches_let_a_device_with_little_memory_keep_the_share_of_its_spe
     ):
         assert abs(plans[-1].samples[1] - 43) <= 2
         assert (highest <= 6 * GB, times_out_of_memory) == (True, 0)
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
 def test_a_global_batch_larger_than_all_memories_trains(ranks: RankPools) -> None:
     for plans, _, _, parameters in ranks.run(2, train, [5 * GB, 6 * GB], True, {}):
-        assert exact(parameters)
+        assert_exact(parameters)
         assert sum(plans[-1].samples) == 64
 
 
@@ -131,7 +130,7 @@ def test_the_largest_batch_of_each_rank_is_found_and_respected(ranks: RankPools)
     """12 GB hold 40 samples, and 24 GB hold the whole global batch; the search leaves no trace in the training."""
     for found, parameters, times_out_of_memory, plan in ranks.run(2, search, [24 * GB, 12 * GB]):
         assert (found, times_out_of_memory) == ((64, 40), 0)
-        assert exact(parameters)
+        assert_exact(parameters)
         assert plan.samples == (24, 40), "the fast rank would get 43"
 
 

@@ -44,7 +44,7 @@ def _nothing_is_launched() -> Iterator[None]:
 
 
 def refused(make: Callable[[], Any], message: str) -> None:
-    """Check that the error says ``message``, in which ... stands for anything, and no other error is behind it."""
+    """Check that the error says ``message``, in which ... stands for anything, and that it is the only error."""
     with pytest.raises(ConfigurationError) as caught:
         make()
     assert re.search(".*".join(map(re.escape, message.split("..."))), str(caught.value)), str(caught.value)

@@ -155,7 +155,7 @@ def test_it_goes_on_with_the_samples_of_an_undisturbed_run(ranks: RankPools, tmp
         assert found.ledger == undisturbed.ledger[SAVED:]
         assert torch.allclose(found.parameters, undisturbed.parameters, rtol=0, atol=1e-12)
         assert found.warned == []
-    if kind == "shuffled":  # and nothing was loaded in vain
+    if kind == "shuffled":  # and nothing was loaded only to be discarded
         assert resumed[0].loaded == [index for step in undisturbed.ledger[SAVED:] for index in step]
 
 

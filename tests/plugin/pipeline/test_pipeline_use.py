@@ -121,7 +121,7 @@ def test_metrics_collected_outputs_and_callbacks(ranks: RankPools) -> None:
 
 
 class Drawing(LightningModule):
-    """Draws random numbers before and behind the call of the model, and when a batch has arrived."""
+    """Draws random numbers before and after the call of the model, and when a batch has arrived."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def draw() -> tuple[list[list[float]], list[float], float]:
 
 
 def test_random_numbers_of_a_step_are_the_same_on_both_its_ranks(ranks: RankPools) -> None:
-    """A step that mixes samples before the model and labels behind it would be silently wrong otherwise."""
+    """A step that mixes samples before the model and labels after it would be silently wrong otherwise."""
     last, first = ranks.run(2, draw)
     assert last[0] == [] or len(last[0]) == 8
     assert len(last[1]) == 40
