@@ -112,6 +112,9 @@ class WindowResult:
     predicted_micro_batches: tuple[int | None, ...]
 
 
+_DEFAULTS = TuningSettings()
+
+
 class TuningSession:
     """The tuning of one training, which may consist of several fits.
 
@@ -129,8 +132,8 @@ class TuningSession:
             :meth:`begin`.
     """
 
-    def __init__(self, settings: TuningSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: TuningSettings = _DEFAULTS) -> None:
+        self.settings = settings
         self.phase = Phase.NEW
         self.step_times: tuple[StepTime, ...] = ()
         self.communication_s = 0.0
@@ -161,7 +164,7 @@ class TuningSession:
     @property
     def has_nothing_to_do(self) -> bool:
         """Whether a training need not begin the session: the shares are found, and drift is not watched."""
-        return self.is_tuned and not self._settings.watch_steps
+        return self.is_tuned and not self.settings.watch_steps
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
 
@@ -187,14 +190,14 @@ class TuningSession:
             initial=current if saved is None else BatchPlan(tuple(saved["initial"])),
             current=current,
             limits=limits,
-            min_gain=self._settings.min_gain,
-            tune_steps=self._settings.tune_steps,
-            watch_steps=self._settings.watch_steps or _REPORT_STEPS,
+            min_gain=self.settings.min_gain,
+            tune_steps=self.settings.tune_steps,
+            watch_steps=self.settings.watch_steps or _REPORT_STEPS,
             model=None if saved is None else Rebalancer.model_of(saved),
         )
         self._memory_model = MemoryModel(current.world_size)
         self._suggestion = None if self.is_tuned or suggestion == current else suggestion
-        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
         self._timing = True
         return (StartTimer(),)
 
@@ -261,9 +264,9 @@ class TuningSession:
         assert self._rebalancer is not None
         self._rebalancer.current = self.plan = plan
         self.changes.append((first_step, plan))
-        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
         reason = "a first guess, from the devices' cores and clocks"
-        return (ChangePlan(first_step, plan, reason, self._settings.tune_steps),)
+        return (ChangePlan(first_step, plan, reason, self.settings.tune_steps),)
 
     # ---- a window --------------------------------------------------------------------------------------------------
 
@@ -339,7 +342,7 @@ class TuningSession:
 
     def _why_kept(self, decision: Decision) -> str:
         if decision.step_times:
-            return f"no other shares are predicted to be more than {self._settings.min_gain:.0%} faster"
+            return f"no other shares are predicted to be more than {self.settings.min_gain:.0%} faster"
         ranks = ", ".join(map(str, decision.unmeasured_ranks))
         return f"no step of rank {ranks} could be timed, so other shares cannot be judged"
 

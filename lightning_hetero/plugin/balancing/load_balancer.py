@@ -105,12 +105,15 @@ class LoadBalancer(Callback):
         arguments.check_bool("verbose", verbose)
         arguments.check_bool("progress_bar", progress_bar)
         super().__init__()
-        self.settings = TuningSettings(warmup_steps, tune_steps, min_gain, watch_steps)
+        self.warmup_steps = warmup_steps
+        self.tune_steps = tune_steps
+        self.min_gain = min_gain
+        self.watch_steps = watch_steps
         self.verbose = verbose
         self.memory_fraction = memory_fraction
         self.record = record
         self.progress_bar = progress_bar
-        self.session = TuningSession(self.settings)
+        self.session = TuningSession()
         self.reporter: RunReporter | None = None
         self._strategy: BalancedStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
@@ -162,7 +165,7 @@ class LoadBalancer(Callback):
         if strategy is None or strategy.plan_schedule is None or not self.step_times:
             return None
         plan = strategy.plan_schedule.plans[-1]
-        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.settings.min_gain)
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class LoadBalancer(Callback):
                 f' {type(trainer.strategy).__name__}. Use Trainer(strategy="hetero_ddp") or remove the callback.'
             )
         self._strategy = trainer.strategy
+        self.session.settings = TuningSettings(self.warmup_steps, self.tune_steps, self.min_gain, self.watch_steps)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,7 +262,7 @@ class LoadBalancer(Callback):
         assert strategy.plan_schedule is not None
         actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion)
         if not self.finished:
-            self._reporter.tuning(self.settings, strategy.plan_schedule.at(first_step))
+            self._reporter.tuning(self.session.settings, strategy.plan_schedule.at(first_step))
         self._perform(actions)
 
     def _perform(self, actions: tuple[Action, ...]) -> None:
@@ -336,16 +340,9 @@ class LoadBalancer(Callback):
         if self.progress_bar and self.step_times:
             self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
         if reports:  # on rank zero
+            step, time_s, times = progress.step, self._reporter.time_s, self.step_times
             self._reporter.window(
-                run_window(
-                    reports,
-                    plan,
-                    self.step_times,
-                    self.communication_s,
-                    step=progress.step,
-                    time_s=self._reporter.time_s,
-                    tuning=tuning,
-                )
+                run_window(reports, plan, times, self.communication_s, step=step, time_s=time_s, tuning=tuning)
             )
         self._perform(actions)
 

@@ -136,10 +136,18 @@ class Runtime:
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Restore the user's objects; the placement stays."""
-        self._overrides.close()
-        self.pipeline.close()
+    def close(self, *, complete: bool) -> None:
+        """Restore the user's objects; the placement stays, since a checkpoint may be saved after the run.
+
+        Args:
+            complete: Whether every rank gets the whole model back; every rank must then call this at the same point.
+        """
+        try:
+            if complete:
+                self.placement.complete()
+        finally:
+            self._overrides.close()
+            self.pipeline.close()
 
 
 @contextmanager

@@ -376,9 +376,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         module, runtime = self.lightning_module, self._runtime
         stays = module is not None and self._failed
         if runtime is not None:
-            if not stays:
-                runtime.placement.complete()
-            runtime.close()  # the placement stays: a checkpoint may be saved after the run
+            runtime.close(complete=not stays)
         if stays:
             self._runtime = None
         with not_moved_to_cpu(self._module) if stays else nullcontext():
