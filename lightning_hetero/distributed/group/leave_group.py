@@ -8,8 +8,10 @@ process.  A training run that has finished would look like one that has failed, 
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
+from functools import cache
 
 import torch.distributed as dist
 
@@ -22,7 +24,8 @@ _PATIENCE_S = 5.0
 def leave_group_at_exit() -> None:
     """Close gloo's group when this process exits, since its training has succeeded; may be called more than once."""
     atexit.unregister(_leave)
-    atexit.register(_leave)
+    # early releases of Python 3.12 start no thread at exit, so it is started now
+    atexit.register(_leave, *_waiting_thread(os.getpid()))
 
 
 def stay_in_group() -> None:
@@ -33,9 +36,22 @@ def stay_in_group() -> None:
     atexit.unregister(_leave)
 
 
-def _leave() -> None:
+@cache
+def _waiting_thread(pid: int) -> tuple[threading.Thread, threading.Event]:
+    """Return the thread that closes the group, and the event it waits for; a forked process needs its own."""
+    exiting = threading.Event()
+
+    def leave() -> None:
+        exiting.wait()
+        dist.destroy_process_group()
+
+    thread = threading.Thread(target=leave, name=f"leave group of process {pid}", daemon=True)
+    thread.start()
+    return thread, exiting
+
+
+def _leave(thread: threading.Thread, exiting: threading.Event) -> None:
     failed = hasattr(sys, "last_type")
     if dist.is_initialized() and dist.get_backend() == "gloo" and not failed:
-        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        leaving.start()
-        leaving.join(_PATIENCE_S)
+        exiting.set()
+        thread.join(_PATIENCE_S)

@@ -30,6 +30,9 @@ __all__ = ["Pipeline"]
 
 _KINDS_KEPT = 8
 
+# Before, stages could not exchange integers in training, and there had to be as many micro-batches as stages.
+_TORCH_NEEDED = "2.13"
+
 LossOf = Callable[[int, Any], Tensor]
 
 
@@ -48,6 +51,11 @@ class Pipeline:
     def __init__(
         self, layers: Sequence[nn.Module], plan: StagePlan, schedule: Schedule, rank: int, device: torch.device
     ) -> None:
+        if torch.__version__ < _TORCH_NEEDED:
+            raise UnsupportedFeatureError(
+                f"A pipeline needs PyTorch {_TORCH_NEEDED} or later, got {torch.__version__}. Update it on every node,"
+                f" or train with `hetero_ddp`."
+            )
         self._layers = list(layers)
         self._plan = plan
         self._schedule = schedule
