@@ -1,7 +1,8 @@
 """Run a function on real gloo ranks and return what each rank returned.
 
-Starting ranks costs seconds, so a pool of them is kept for the whole session and shared by all tests.  A call that
-fails or runs out of time takes its pool down, for its ranks may wait for each other; the next call starts another.
+Ranks are forked from a server that has imported torch and Lightning, which takes seconds, and nothing else: it has one
+thread and no process group.  Pools of ranks are kept for the whole session and shared by all tests.  A call that fails
+or runs out of time ends its pool, because its ranks may wait for each other; the next call starts another.
 """
 
 from __future__ import annotations
@@ -14,10 +15,27 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
+# what nearly every test imports, some of it at a training's first step
+PRELOADED = ["torch", "torch._dynamo", "torchmetrics", "lightning.pytorch", "lightning_hetero", "hypothesis", "pytest"]
 _PR_SET_PDEATHSIG = 1  # source: Linux, include/uapi/linux/prctl.h
+
+
+def fork_context() -> Any:
+    """Return the context whose processes are forked from the server; ``start`` them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start(process: Any) -> None:
+    """Start a process of ``fork_context``, and the server where it does not run yet."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # a server with threads must not fork
+        process.start()
 
 
 class RankError(AssertionError):
@@ -29,7 +47,7 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        context = mp.get_context("spawn")
+        context = fork_context()
         port = free_port()
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
@@ -37,7 +55,7 @@ class RankPool:
             ours, theirs = context.Pipe()
             # not daemons, which may not have the workers of a DataLoader
             process = context.Process(target=_serve, args=(theirs, rank, world_size, port))
-            process.start()
+            start(process)
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
@@ -74,9 +92,13 @@ class RankPool:
         except EOFError:
             return False, f"the process ended with exit code {self._processes[rank].exitcode}"
 
-    def close(self) -> None:
-        """End all processes."""
+    def close(self, patience_s: float = 5.0) -> None:
+        """End all processes; those that still run something after ``patience_s`` are killed."""
+        for connection in self._connections:
+            connection.close()
+        deadline = time.monotonic() + patience_s
         for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0))
             process.kill()
             process.join()
 
@@ -93,7 +115,7 @@ class RankPools:
         try:
             results = pool.run(function, *args, timeout_s=timeout_s)
         except BaseException:
-            pool.close()
+            pool.close(patience_s=2.0)
             raise
         self._pools[world_size] = pool
         return results
@@ -113,8 +135,10 @@ def free_port() -> int:
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
-    # no orphans: a rank that waits for a dead peer ends with the tests all the same
+    # no orphans: a rank that waits for a dead peer is killed when the server ends, which ends with the tests
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the workers of loaders are forked, as in a user's script, and not asked for from a server
+    mp.set_start_method("fork", force=True)
     # what Lightning's own launcher sets, so that a Trainer takes these processes for its ranks
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -134,7 +158,8 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
             function, args = connection.recv()
         except EOFError:
             return
-        try:
-            connection.send((True, function(*args)))
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
+        with suppress(BrokenPipeError):  # nobody waits for the answer any more
+            try:
+                connection.send((True, function(*args)))
+            except BaseException:
+                connection.send((False, traceback.format_exc()))

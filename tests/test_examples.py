@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from profiles import thorough
+from scripts import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_example(*arguments: str, name: str = "digits", timeout_s: float = 150.0, status: int = 0) -> str:
-    """Run an example and return what it printed; the environment is that of a shell."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        check=False,
-    )
+def run_example(*arguments: str, name: str = "digits", status: int = 0) -> str:
+    """Run an example and return what it printed."""
+    done = run_script(EXAMPLES / f"{name}.py", *arguments, COLUMNS="120")
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 
@@ -48,11 +40,13 @@ CONFIG = ["--config", str(EXAMPLES / "digits.yaml")]
         ["fit", "--trainer.max_epochs=1", "--trainer.strategy=hetero_ddp", "--trainer.callbacks=null",
          "--trainer.callbacks+=LoadBalancer", "--trainer.callbacks.tune_steps=5",
          "--trainer.callbacks+=LargestBatchFinder", "--trainer.callbacks.verbose=false"],
-        ["validate"],
+        ["validate", "--trainer.strategy=hetero_ddp_fork"],
         ["test", "--trainer.strategy=hetero_ddp_spawn"],
-        ["predict"],
+        ["predict", "--trainer.strategy=hetero_ddp_fork"],
+        pytest.param(["validate"], marks=thorough),
+        pytest.param(["predict"], marks=thorough),
     ],
-    ids=["flags", "names", "validate", "test", "predict"],
+    ids=["flags", "names", "validate", "test", "predict", "validate as configured", "predict as configured"],
 )  # fmt: skip
 def test_the_digits_run_as_a_lightning_cli(arguments: list[str]) -> None:
     subcommand, *rest = arguments
@@ -87,8 +81,9 @@ def test_equal_stages_and_those_found_train_alike() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [["fit", "--trainer.max_steps=2"], ["fit", "--trainer.max_steps=2", "--trainer.strategy=hetero_pipeline"],
-     ["validate"], ["test"], ["predict"]],
-    ids=["fit", "name", "validate", "test", "predict"],
+     *(pytest.param([command], marks=thorough) for command in ("validate", "test", "predict")),
+     *([command, "--trainer.strategy.start_method=fork"] for command in ("validate", "test", "predict"))],
+    ids=["fit", "name", "validate", "test", "predict", "forked validate", "forked test", "forked predict"],
 )  # fmt: skip
 def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
     subcommand, *rest = arguments

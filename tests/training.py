@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from differences import measured
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 SEED = 7
 FEATURES = 5
+TOLERANCE = 1e-10  # of parameters in float64; only the order of sums differs
 
 
 class Numbered(Dataset[tuple[int, Tensor, Tensor]]):
@@ -75,9 +78,37 @@ class SmallModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+class SaveAt(Callback):
+    """Saves a checkpoint after a step, counted from 0 over all epochs."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def flat(module: nn.Module) -> list[float]:
     """Return all parameters as one list."""
     return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()
+
+
+def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the largest difference of two lists, NaN where one of them holds NaN and the other does not."""
+    return float((torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).abs().max())
+
+
+def assert_close(
+    found: Sequence[float], expected: Sequence[float], tolerance: float = TOLERANCE, *, comparison: str = ""
+) -> None:
+    """Fail where a number differs by ``tolerance`` or is NaN; keep the largest difference of a named comparison."""
+    assert len(found) == len(expected)
+    difference = largest_difference(found, expected)
+    if comparison:
+        measured(comparison, difference)
+    assert difference < tolerance, f"the largest difference is {difference}"
 
 
 def reference_parameters(size: int, global_batch: int, steps: int, *, drop_last: bool = False) -> list[float]:

@@ -202,7 +202,7 @@ class BatchLimits:
     """The limits that every plan must respect.
 
     Attributes:
-        max_samples: Most samples that each rank can hold, shape ``(world_size,)``; None for no limit.
+        max_samples: Maximum mini-batch size of each rank, shape ``(world_size,)``; None for no limit.
         batch_multiple: Number that every mini-batch size is a multiple of, except on one rank, which takes the
             remainder.
     """

@@ -1,6 +1,6 @@
-"""Everything of torch that is used here and is not public, each with the reason why.
+"""All private names of torch that this package uses, each with the reason why.
 
-tests/distributed/test_torch_private.py fails where torch changes one of them.
+tests/distributed/test_torch_private.py fails if torch changes one of them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ LOADER_ITERATOR = "_iterator"
 def queue_after_backward(callback: Callable[[], None]) -> None:
     """Have autograd call ``callback`` once the current backward pass has computed all gradients.
 
-    Callbacks run in the order in which they were queued. DDP waits for its peers in such a callback, which it queues in
-    the middle of the pass, so one that is queued at the start comes before. Nothing public marks this moment: hooks on
-    parameters cost Python for each of them.
+    Callbacks run in the order in which they were queued. DDP waits for its peers in such a callback, which it queues
+    during the pass, so a callback that is queued at the start runs before it. No public hook marks this moment: hooks
+    on parameters would run Python code for each parameter.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def current_backward_pass() -> int:
-    """Return the number of the backward pass that runs in this thread; -1 outside of one.
+    """Return the number of the backward pass that this thread is running; -1 outside of a backward pass.
 
-    Nested passes, as reentrant checkpointing has them, have numbers of their own. torch's own hooks for multiple
-    gradients (``torch.autograd.graph``) tell passes apart by it.
+    Nested passes, for example of reentrant checkpointing, have numbers of their own. torch's own hooks for multiple
+    gradients (``torch.autograd.graph``) use the number to tell passes apart.
     """
     return int(torch._C._current_graph_task_id())
 
@@ -58,7 +58,7 @@ def version_of(tensor: Tensor) -> int:
 
 @contextmanager
 def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Take the user's hooks off ``tensors`` in this context; a public hook can be removed only by its owner."""
+    """Remove the user's hooks from ``tensors`` in this context; publicly, only the owner of a hook can remove it."""
     hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
     for tensor, _ in hooked:
         tensor._backward_hooks = None
@@ -70,18 +70,18 @@ def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def reduces_after_backward(model: Any) -> bool:
-    """Return whether DDP combines gradients only after its next backward pass, the first of a static graph."""
+    """Return whether DDP combines gradients only after its next backward pass, as in the first of a static graph."""
     return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
 
 
 def queue_after_all_reduce(ddp: Any) -> None:
-    """Have DDP combine gradients once the current backward pass is over, as it does in the first of a static graph."""
+    """Have DDP combine gradients after the current backward pass, as in the first of a static graph."""
     queue_after_backward(ddp.reducer._delay_all_reduce)
 
 
 def default_store() -> Any:
     """Return the store through which the ranks found each other; None without a process group.
 
-    A collective cannot be used where a rank is gone.
+    Collectives cannot be used when a rank is gone.
     """
     return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None

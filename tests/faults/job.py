@@ -38,11 +38,11 @@ class Fault:
     """What happens to one rank, once.
 
     Attributes:
-        rank: whom it happens to.
+        rank: Rank to which it happens.
         what: "kill", "stop" or "raise"; "none" for nothing.
-        when: "step", "replan", "checkpoint", "validation", or "sample": inside the data set.
-        step: it happens at this training step, or at the first such moment from it on.
-        seconds: how long a rank is stopped; 0 for ever.
+        when: "step", "replan", "checkpoint", "validation", or "sample" for inside the dataset.
+        step: Earliest training step at which it happens.
+        seconds: Duration of a stop; 0 for ever.
     """
 
     rank: int
@@ -54,23 +54,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class Job:
-    """What the command line says.
+    """Settings of a job, as its command line gives them.
 
     Attributes:
-        folder: where everything is written.
-        devices: ranks of this node.
-        nodes: how many nodes there are.
-        batch: the global batch.
-        size: samples of an epoch.
-        epochs: how often they are seen.
-        factors: how slow each rank is.
-        timeout_s: of the process group.
-        workers: of each loader.
-        faults: one an attempt, in this order.
-        seconds_per_sample: of a device of factor 1.
-        weather: seed of slow-downs and recoveries that are drawn; negative for none.
-        pipeline: whether the ranks divide the layers, not the batch.
-        save_on_exception: whether a rank that fails saves what it has.
+        folder: Directory in which everything is written.
+        devices: Number of ranks on this node.
+        nodes: Number of nodes.
+        batch: Global batch size.
+        size: Samples per epoch.
+        epochs: Number of epochs.
+        factors: Slow-down of each rank.
+        timeout_s: Time-out of the process group.
+        workers: Workers per loader.
+        faults: Faults in order, one per attempt.
+        seconds_per_sample: Cost per sample of a device of factor 1.
+        weather: Seed of drawn slow-downs and recoveries; negative for none.
+        pipeline: Whether the ranks divide the layers instead of the batch.
+        save_on_exception: Whether a rank that fails saves a checkpoint.
     """
 
     folder: str
@@ -100,7 +100,7 @@ class Job:
 
 
 def happen(job: Job, fault: Fault) -> None:
-    """Let it happen to this process."""
+    """Make the fault happen to this process."""
     next(mark for n in range(len(job.faults)) if not (mark := job.mark_of(n)).exists()).touch()
     sys.stderr.write(f"rank {fault.rank}: {fault.what} in {fault.when} {fault.step}\n")
     if fault.what == "kill":
@@ -110,11 +110,11 @@ def happen(job: Job, fault: Fault) -> None:
             subprocess.Popen(["sh", "-c", f"sleep {fault.seconds}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault.what == "raise":
-        raise OSError("as a test wants it")
+        raise OSError("raised by a test")
 
 
 class Happening(Callback):
-    """Lets the next fault happen at its moment."""
+    """Makes the next fault happen when it is due."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -138,7 +138,7 @@ class Happening(Callback):
             torch.save = self.half_of(torch.save, trainer)
 
     def half_of(self, save: Callable[..., None], trainer: Trainer) -> Callable[..., None]:
-        """Return what writes half of a checkpoint before the fault happens."""
+        """Return a function that writes half of a checkpoint before the fault happens."""
 
         def half(what: Any, file: Any, **options: Any) -> None:
             save(what, file, **options)
@@ -208,7 +208,7 @@ class FaultyData(Numbered):
 
 
 class Ledger(SmallModule):
-    """Writes down each training step before it is taken."""
+    """Records each training step before it is taken."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -272,10 +272,10 @@ class LedgerWriter:
             file.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
-    """Train, from the last checkpoint on where there is one."""
+def train(argument: str) -> None:
+    """Train, from the last checkpoint if there is one."""
     warnings.filterwarnings("ignore")
-    job = Job(**json.loads(sys.argv[1]))
+    job = Job(**json.loads(argument))
     folder = Path(job.folder)
     seed_everything(SEED, verbose=False)
     torch.set_num_threads(1)
@@ -308,8 +308,8 @@ def main() -> None:
     model = StagedLedger(folder) if job.pipeline else Ledger(folder)
     size = job.batch if job.pipeline else job.batch // trainer.world_size
     workers = {"num_workers": job.workers, "persistent_workers": bool(job.workers)}
-    train = DataLoader(FaultyData(job), batch_size=size, shuffle=True, **workers)  # type: ignore[arg-type]
-    trainer.fit(model, train, DataLoader(Numbered(40), batch_size=4), ckpt_path="last")
+    training = DataLoader(FaultyData(job), batch_size=size, shuffle=True, **workers)  # type: ignore[arg-type]
+    trainer.fit(model, training, DataLoader(Numbered(40), batch_size=4), ckpt_path="last")
     found = {
         "parameters": flat(model.network),
         "steps": trainer.global_step,
@@ -322,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1])

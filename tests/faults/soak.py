@@ -21,12 +21,12 @@ from pathlib import Path
 
 from faults.job import Fault
 from faults.launch import attempts, found, job, ledger, one_node, run
-from training import reference_batches, reference_parameters
+from training import largest_difference, reference_batches, reference_parameters
 
 BATCH, SIZE = 24, 250
 STEPS_AN_EPOCH = -(-SIZE // BATCH)
 WITHOUT_KILLS = 1 / 3
-# of the memory that a rank has behind its first epochs; torch's allocator and Python's heap keep what they once had
+# of the memory that a rank has after its first epochs; torch's allocator and Python's heap keep what they once had
 MOST_GROWTH = 0.05
 
 
@@ -125,11 +125,8 @@ def main() -> None:
         while time.monotonic() - started < 60 * options.minutes - 30:
             one_job(folder, rng, rng.choice([1, 2, 2, 3, 4]), rng.randint(10, 40), done, kills=True)
         expected = reference_parameters(SIZE, BATCH, done.epochs * STEPS_AN_EPOCH)
-        difference = max(
-            abs(a - b)
-            for result in found(folder, done.world_sizes[-1])
-            for a, b in zip(result["parameters"], expected, strict=True)
-        )
+        results = found(folder, done.world_sizes[-1])
+        difference = max(largest_difference(result["parameters"], expected) for result in results)
         restarts = len(attempts(folder)) - done.jobs
     print(
         f"{(time.monotonic() - started) / 60:.1f} minutes, {done.jobs} jobs on {sorted(set(done.world_sizes))} ranks,"

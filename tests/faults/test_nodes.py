@@ -11,11 +11,12 @@ import pytest
 from faults.job import Fault
 from faults.launch import JOB, assert_whole, attempts, found, job, run, torchrun
 from harness import free_port
+from profiles import THOROUGH
 
 LINK = Path(__file__).parents[2] / "benchmarks" / "link.py"
 
 
-def node(number: int, ranks: int, argument: str, address: str, port: int, restarts: int = 0) -> list[str]:
+def node(number: int, ranks: int, argument: str, address: str, port: int, restarts: int = 0, **how: bool) -> list[str]:
     """Return the command of one of two nodes; the first keeps the rendezvous."""
     return torchrun(
         argument,
@@ -27,6 +28,7 @@ def node(number: int, ranks: int, argument: str, address: str, port: int, restar
         "--rdzv-id=faults",
         f"--rdzv-conf=is_host={'true' if number == 0 else 'false'},join_timeout=120,last_call_timeout=1",
         f"--local-addr={address if number == 0 else '127.0.0.1'}",
+        **how,
     )
 
 
@@ -50,7 +52,8 @@ def test_two_nodes_train_as_one(tmp_path: Path, here: int, there: int) -> None:
     port, ranks = free_port(), here + there
     settings: dict[str, Any] = {"nodes": 2, "factors": [1, 3, 1, 2][:ranks]}
     arguments = [job(tmp_path, devices, **settings) for devices in (here, there)]
-    commands = [node(n, (here, there)[n], arguments[n], "127.0.0.1", port) for n in range(2)]
+    as_users = THOROUGH or ranks == 2
+    commands = [node(n, (here, there)[n], arguments[n], "127.0.0.1", port, script=as_users) for n in range(2)]
     for ended in run(tmp_path, commands):
         assert ended.status == 0, ended.text
     assert_whole(tmp_path, ranks)

@@ -1,4 +1,4 @@
-"""A rank that stops answering, for a while or for ever."""
+"""A rank that stops answering, for some seconds or for ever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from faults.launch import assert_whole, found, job, one_node, run
 
 
 @pytest.mark.timeout(300)
-def test_a_stall_shorter_than_the_time_out_is_ridden_out(tmp_path: Path) -> None:
+def test_a_training_survives_a_stall_shorter_than_the_time_out(tmp_path: Path) -> None:
     """One rank is stopped during the tuning, the other while it is watched; the shares end where the speeds are."""
     faults = [Fault(1, "stop", "step", 5, seconds=2), Fault(0, "stop", "step", 30, seconds=2)]
     argument = job(tmp_path, 2, *faults, factors=[1, 1], epochs=7)

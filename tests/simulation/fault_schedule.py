@@ -1,4 +1,4 @@
-"""What goes wrong in a simulated training: a schedule of faults, drawn from a seed."""
+"""Draw the schedule of faults of a simulated training from a seed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ _KINDS: tuple[FaultKind, ...] = (
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong.
+    """One fault.
 
     Attributes:
-        tick: when, in steps since the run was first started, those that are repeated behind a kill counted too.
-        kind: "speed" multiplies the rank's step time by ``value``; "stall" does for one step; a rank that is "silent"
-            measures nothing for some steps, or "zero", "negative" or "nan" seconds; "clock_jump" adds ``value`` seconds
-            to one measurement; "memory" lets a pass of the rank hold ``value`` samples at most; "batch" changes the
-            global batch to ``value`` samples at the next epoch; "killed" goes on from the state last saved on ``value``
-            ranks; "replaced" does on as many, and the rank's time is multiplied by ``value``.
-        rank: whose.
-        value: see ``kind``.
+        tick: Time of the fault, in steps since the run was first started; steps that are repeated after a kill count
+            again.
+        kind: Kind of the fault. "speed" multiplies the rank's step time by ``value``, and "stall" does so for one step.
+            "silent" makes the rank measure nothing for some steps; "zero", "negative" and "nan" make it measure such
+            seconds. "clock_jump" adds ``value`` seconds to one measurement. "memory" limits the rank's micro-batches to
+            ``value`` samples. "batch" changes the global batch to ``value`` samples at the next epoch. "killed"
+            continues from the latest saved state on ``value`` ranks; "replaced" continues on the same number of ranks,
+            and multiplies the rank's step time by ``value``.
+        rank: Rank that the fault happens to.
+        value: Number that ``kind`` explains.
     """
 
     tick: int
@@ -44,20 +46,20 @@ class Fault:
 
 @dataclass(frozen=True)
 class FaultSchedule:
-    """A run and what goes wrong in it.
+    """A run and its faults.
 
     Attributes:
-        seed: of the jitter.
-        truth: the step time of each rank at first, shape ``(world_size,)``.
-        spares: step times of ranks that join later.
-        global_batch_size: samples that are divided at first.
-        batch_multiple: every size is a multiple of it, but for one.
-        samples: of an epoch.
-        read_ahead: how many steps each rank reads ahead, shape ``(world_size + spares,)``.
-        save_every: a state is saved behind so many steps.
-        jitter: what makes a rank's steps differ.
-        faults: in the order of ticks.
-        ticks: steps to run.
+        seed: Seed of the jitter.
+        truth: Step time of each rank at first, shape ``(world_size,)``.
+        spares: Step times of ranks that join later.
+        global_batch_size: Global batch size at first.
+        batch_multiple: Number that every mini-batch size is a multiple of, except on one rank.
+        samples: Number of samples per epoch.
+        read_ahead: Number of steps that each rank reads ahead, shape ``(world_size + spares,)``.
+        save_every: Number of steps after which a state is saved.
+        jitter: Variation of a rank's steps.
+        faults: Faults in the order of their ticks.
+        ticks: Number of steps to run.
     """
 
     seed: int
@@ -77,11 +79,11 @@ def draw_faults(seed: int, world_size: int, faults: int = 6, apart: int = 40, qu
     """Draw a schedule.
 
     Args:
-        seed: equal seeds give equal schedules.
-        world_size: number of ranks at first.
-        faults: how many things go wrong.
-        apart: most ticks between two of them.
-        quiet: ticks behind the last one.
+        seed: Seed; equal seeds give equal schedules.
+        world_size: Number of ranks at first.
+        faults: Number of faults.
+        apart: Maximum number of ticks between two faults.
+        quiet: Number of ticks after the last fault.
     """
     rng = random.Random(f"{seed} {world_size}")
     multiple = rng.choice((1, 1, 1, 2, 4))
@@ -109,7 +111,7 @@ def draw_faults(seed: int, world_size: int, faults: int = 6, apart: int = 40, qu
 
 
 def _draw_step_time(rng: random.Random, samples: float) -> StepTime:
-    """Draw a rank that takes some 0.1 to 0.6 s for an equal share, of which up to a third is overhead."""
+    """Draw the step time of a rank: some 0.1 to 0.6 s for an equal share, of which up to a third is overhead."""
     seconds, overhead = rng.choice((0.1, 0.1, 0.2, 0.3)) * rng.uniform(1, 2), rng.choice((0.0, 0.1, 0.3))
     return StepTime(seconds * overhead, seconds * (1 - overhead) / samples)
 

@@ -1,8 +1,8 @@
-"""A training on simulated ranks with faults: what the tuning and the division of samples make of them.
+"""Simulate a training with faults, to check how the tuning and the division of samples react to them.
 
-Speeds, timings, memory and the process itself fail as a schedule says, which is drawn from a seed. Everything that
-follows from the faults is the code that trainings run: the ranks drive a real tuning session, plans take effect after
-what ranks have read ahead, and a run that is killed goes on from a state that has been JSON in between.
+Speeds, timings, memory and the process itself fail according to a schedule that is drawn from a seed. The reaction to
+the faults is computed by the code of real trainings: the ranks drive a real tuning session, plans take effect after the
+batches that ranks have read ahead, and a killed run continues from a state that has been converted to JSON.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from lightning_hetero.balance.types import BatchLimits, BatchPlan, DeviceProfile
 
 __all__ = ["DrawnStep", "FaultRun", "Judged", "simulate_faults"]
 
-# Faults of a clock last so many steps.
+# Number of steps that a fault of a clock lasts.
 _CLOCK_STEPS = 12
 _WRONG_TIMES = {"zero": 0.0, "negative": -1.0, "nan": math.nan}
 
 
 @dataclass(frozen=True)
 class DrawnStep:
-    """What the ranks drew for a step that was not lost by a kill.
+    """The samples that the ranks drew for a step that was not lost by a kill.
 
     Attributes:
-        step: counted from 0 over all epochs.
-        epoch: which one.
-        block: which global batch of the epoch.
-        global_batch_size: samples of a whole global batch.
-        plans: which plan each rank followed when it drew its samples, shape ``(world_size,)``.
+        step: Number of the step, counted from 0 over all epochs.
+        epoch: Number of the epoch.
+        block: Number of the global batch in the epoch.
+        global_batch_size: Number of samples in a full global batch.
+        plans: Plan that each rank followed when it drew its samples, shape ``(world_size,)``.
     """
 
     step: int
@@ -52,13 +52,13 @@ class DrawnStep:
 
 @dataclass(frozen=True)
 class Judged:
-    """A decision of the session, and what its plan had to respect.
+    """A decision of the session, and the rules that its plan had to keep.
 
     Attributes:
-        tick: When it was taken.
+        tick: Time of the decision.
         decision: The decision.
-        limits: The limits of its plan.
-        global_batch_size: The samples that its plan had to divide.
+        limits: Limits that its plan had to respect.
+        global_batch_size: Number of samples that its plan had to divide.
     """
 
     tick: int
@@ -69,15 +69,15 @@ class Judged:
 
 @dataclass(frozen=True)
 class FaultRun:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        excess_s: of each tick, how much longer a step under the plan at hand takes than under the best one, both
-            without jitter, as a part of the latter.
-        grain: how much longer a step may take under a plan that is one multiple of samples off, likewise.
-        drawn: the steps whose samples were trained on, in order.
+        excess_s: Relative excess of each tick: how much longer a step takes under the current plan than under the best
+            one, both without jitter, over the time under the best one.
+        grain: Relative excess that a plan may have which is one multiple of samples off, for each tick.
+        drawn: Steps whose samples were trained on, in order.
         judged: All decisions.
-        resumes: how often the run was started again.
+        resumes: Number of times that the run was started again.
     """
 
     excess_s: tuple[float, ...]
@@ -87,7 +87,7 @@ class FaultRun:
     resumes: int
 
     def ticks_until(self, excess: float, first_tick: int) -> int | None:
-        """Return after how many ticks the plan stays within ``excess`` and a multiple of samples; None if never."""
+        """Return how many ticks later the plan stays within ``excess`` and a multiple of samples; None if never."""
         late = [t for t in range(first_tick, len(self.excess_s)) if self.excess_s[t] > excess + self.grain[t]]
         if not late:
             return 0
@@ -95,12 +95,12 @@ class FaultRun:
 
 
 def simulate_faults(schedule: FaultSchedule) -> FaultRun:
-    """Run a training in which all that happens which ``schedule`` says."""
+    """Run a training with the faults of ``schedule``."""
     return _Training(schedule).run()
 
 
 class _Training:
-    """The state of a run: its ranks, its position in the data, and what is wrong at present."""
+    """The state of a run: its ranks, its position in the data, and its current faults."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self._faults = schedule
@@ -134,7 +134,7 @@ class _Training:
             self._tick(tick)
         return FaultRun(tuple(self._excess), tuple(self._grain), tuple(self._drawn), tuple(self._judged), self._resumes)
 
-    # ---- what goes wrong -------------------------------------------------------------------------------------------
+    # ---- faults ----------------------------------------------------------------------------------------------------
 
     def _happen(self, fault: Fault) -> None:
         rank = fault.rank % len(self._truth)
@@ -196,7 +196,7 @@ class _Training:
             self._saved = self._state()
 
     def _fetch(self) -> tuple[BatchPlan, ...]:
-        """Let each rank read ahead; return the plan that each followed when it drew this step's samples."""
+        """Let each rank read ahead; return the plan that each rank followed when it drew this step's samples."""
         last = self._step + len(self._blocks) - 1 - self._block  # readers begin again with each epoch
         for rank, ahead in zip(range(len(self._truth)), self._faults.read_ahead, strict=False):
             while self._fetched_through[rank] < min(self._step + ahead, last):
@@ -214,7 +214,7 @@ class _Training:
         self._judged_results = len(self._ranks.results)
 
     def _timings_of(self, plan: BatchPlan) -> list[StepTiming | None]:
-        """Return what each rank measures of this step."""
+        """Return each rank's measurement of this step."""
         own_s = [
             time.seconds(n) * self._faults.jitter.factor(self._rng, rank, self._step) * self._stalled.get(rank, 1.0)
             for rank, (time, n) in enumerate(zip(self._truth, plan.samples, strict=True))
@@ -243,13 +243,13 @@ class _Training:
         self._ranks.micro_batch_limits = self._largest_micro_batches[: len(self._truth)]
 
     def _change_batch(self) -> None:
-        """Begin an epoch, maybe with loaders of another batch size."""
+        """Change to loaders of another batch size if one is due at this epoch."""
         if self._next_batch != self._batch:
             self._batch, schedule = self._next_batch, self._ranks.schedule
             self._ranks.schedule = schedule.with_change(self._step, self._plan(schedule.at(self._step).samples))
 
     def _start_ranks(self, saved: SavedBalance | None) -> None:
-        """Start processes; from a saved state where it is of these devices."""
+        """Start the ranks, from ``saved`` if it is not None."""
         schedule = PlanSchedule.constant(self._plan([1.0] * len(self._truth))) if saved is None else saved.schedule
         self._ranks = SimulatedRanks(schedule, self._hard_limits)
         self._tell_memory()
@@ -267,7 +267,7 @@ class _Training:
         return [DeviceProfile("host", f"cuda:{rank}", "one model") for rank in range(len(self._truth))]
 
     def _state(self) -> str:
-        """Return what is in a checkpoint."""
+        """Return the content of a checkpoint."""
         balance = {
             "devices": [profile.name for profile in self._profiles],
             "schedule": self._ranks.schedule.to_dict(),
@@ -276,7 +276,7 @@ class _Training:
         return json.dumps({"position": [self._step, self._epoch, self._block, self._batch], "balance": balance})
 
     def _resume(self, world_size: int) -> None:
-        """Start again from the state saved last, whose later steps are lost, on ``world_size`` ranks."""
+        """Start again from the latest saved state on ``world_size`` ranks; later steps are lost."""
         state = json.loads(self._saved)
         self._step, self._epoch, self._block, self._batch = state["position"]
         self._next_batch = self._batch

@@ -1,6 +1,6 @@
-"""Simulated ranks that own a tuning session: they do with its actions what the callback does on real ranks.
+"""Simulated ranks that own a tuning session, and perform its actions like the callback on real ranks.
 
-What counts as measured, when windows end and when plans change is decided by the session alone.
+The session alone decides which steps count as measured, when windows end and when plans change.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class SimulatedRanks:
     """The ranks of one process group, from its start to its end.
 
     Args:
-        schedule: The plans to begin with.
-        limits: What every plan has to respect.
-        settings: What a user can set.
+        schedule: Plan schedule to begin with.
+        limits: The limits that every plan must respect.
+        settings: The user's settings.
 
     Attributes:
         session: The session, which is the same on all ranks.
-        schedule: The plans that the ranks follow.
-        micro_batch_limits: The largest micro-batch of each rank; None for no limit.
-        results: What rank zero has decided, window after window.
+        schedule: Plan schedule that the ranks follow.
+        micro_batch_limits: Maximum micro-batch size of each rank in samples; None for no limit.
+        results: Rank zero's result of each window.
     """
 
     def __init__(self, schedule: PlanSchedule, limits: BatchLimits, settings: TuningSettings = _SETTINGS) -> None:
@@ -65,9 +65,9 @@ class SimulatedRanks:
         """Finish a training step.
 
         Args:
-            facts: The step.
-            timings: What each rank has measured; None where a rank could not.
-            fetched_through: The latest step for which each rank has drawn its samples; by default this one.
+            facts: Facts about the step.
+            timings: Measurement of each rank; None for a rank that measured nothing.
+            fetched_through: Latest step for which each rank has drawn its samples; by default this one.
         """
         self._step_timings = timings
         self._fetched_through = [facts.step] * len(timings) if fetched_through is None else fetched_through
@@ -92,7 +92,7 @@ class SimulatedRanks:
                     self.schedule = self.schedule.with_change(first_step, plan)
 
     def _close_step(self, keep: bool) -> None:
-        # as with a real timer, the step in which it was started is not whole
+        # as with a real timer, the step in which it starts is not measured whole
         if keep and self._step_is_whole:
             for timings, timing in zip(self._timings, self._step_timings, strict=True):
                 if timing is not None:

@@ -1,7 +1,7 @@
-"""A training on simulated ranks, in closed loop with the session that real ranks follow.
+"""Simulate a training whose ranks drive the same tuning session as real ranks, in a closed loop.
 
-What the balancer reaches on a thousand ranks cannot be measured on two cores; what it decides there can. Step times are
-drawn; everything that follows from them is the code that trainings run.
+The throughput of a thousand ranks cannot be measured on two cores, but the decisions for them can be checked. Step
+times are drawn; everything that follows from them is computed by the code of real trainings.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ _LEAST_FACTOR = 0.2
 
 @dataclass(frozen=True)
 class Jitter:
-    """What makes a rank's steps differ.
+    """The variation of a rank's steps.
 
     Attributes:
-        deviation: standard deviation of a step's time, as a part of it.
-        spike_rate: probability that a step takes ``spike`` times as long.
-        spike: how many times as long such a step takes.
-        rank_zero_every: every so many steps rank zero takes ``spike`` times as long, as if it logged; 0 for never.
+        deviation: Standard deviation of a step's time, relative to that time.
+        spike_rate: Probability that a step takes ``spike`` times as long.
+        spike: Factor by which the time of such a step is multiplied.
+        rank_zero_every: Number of steps after which rank zero takes ``spike`` times as long, as if it logged; 0 for
+            never.
     """
 
     deviation: float = 0.0
@@ -41,7 +42,7 @@ class Jitter:
     rank_zero_every: int = 0
 
     def factor(self, rng: random.Random, rank: int, step: int) -> float:
-        """Draw how many times as long as expected a rank takes for a step."""
+        """Draw the factor between a rank's actual and expected time for a step."""
         factor = max(_LEAST_FACTOR, rng.gauss(1, self.deviation))
         periodic = rank == 0 and self.rank_zero_every and step % self.rank_zero_every == 0
         spiked = periodic or (self.spike_rate and rng.random() < self.spike_rate)
@@ -53,13 +54,13 @@ _STEADY = Jitter()
 
 @dataclass(frozen=True)
 class Run:
-    """What happened in a simulated training.
+    """The outcome of a simulated training.
 
     Attributes:
-        efficiency: Of each step, how long the best plan would take over how long the current plan takes, both without
-            jitter.
-        changes: The changes of plan, as pairs of the first step and the plan.
-        decisions: Every decision.
+        efficiency: Efficiency of each step: the time under the best plan over the time under the current plan, both
+            without jitter.
+        changes: Changes of plan, as pairs of the first step and the plan.
+        decisions: All decisions.
     """
 
     efficiency: tuple[float, ...]
@@ -67,10 +68,14 @@ class Run:
     decisions: tuple[Decision, ...]
 
     def steps_until(self, efficiency: float, first_step: int = 0) -> int:
-        """Return the number of steps from ``first_step`` after which it stays above ``efficiency`` for twenty steps.
+        """Return the number of steps after which the efficiency stays at least at ``efficiency`` for twenty steps.
+
+        Args:
+            efficiency: Efficiency to reach.
+            first_step: Step from which the steps are counted.
 
         Raises:
-            StopIteration: it never does.
+            StopIteration: It never does.
         """
         later = self.efficiency[first_step:]
         return next(i for i in range(len(later)) if min(later[i : i + 20]) >= efficiency)
@@ -90,17 +95,17 @@ def simulate(
     """Train on ranks of known speed.
 
     Args:
-        truth: the step time of each rank, shape ``(world_size,)``.
-        global_batch_size: samples that are divided.
-        steps: training steps.
-        jitter: what makes a rank's steps differ.
-        seed: of what is drawn.
-        limits: what every plan has to respect.
-        first_guess: Shares that the devices' data promise, one number per rank; adopted after the first step.
-        factors: at which step which rank's time is multiplied by what, from there on.
+        truth: Step time of each rank, shape ``(world_size,)``.
+        global_batch_size: Number of samples that are divided.
+        steps: Number of training steps.
+        jitter: Variation of a rank's steps.
+        seed: Seed of the variation.
+        limits: The limits that every plan must respect.
+        first_guess: Shares that the nominal speeds suggest, one number per rank; adopted after the first step.
+        factors: Changes of speed, by step: the rank, and the factor by which its time is multiplied from then on.
 
     Returns:
-        What happened.
+        The outcome.
     """
     rng, truth = random.Random(seed), list(truth)
     equal = proportional_plan([1.0] * len(truth), global_batch_size, limits, min_samples=1)

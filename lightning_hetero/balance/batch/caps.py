@@ -18,7 +18,7 @@ class MicroBatchLimits:
         limit: The largest micro-batch allowed by the user, or since memory ran out.
         predicted: The largest micro-batch that is expected to fit.
         times_out_of_memory: How often memory ran out.
-        why_one: Why a step of this training must be one micro-batch; None where it may be several.
+        why_one: Reason why a step of this training must be one micro-batch; None if it may be several.
     """
 
     limit: int | None = None
@@ -41,7 +41,7 @@ def limits_of_micro_batches(
 
     Args:
         limits: Limits that every plan must respect in any case.
-        micro_batches: Most samples in a micro-batch of each rank, shape ``(world_size,)``; None for no limit.
+        micro_batches: Maximum micro-batch size of each rank in samples, shape ``(world_size,)``; None for no limit.
         global_batch_size: Number of samples to divide.
 
     Returns:
@@ -73,7 +73,7 @@ def micro_batch_sizes(samples: int, most: int | None) -> tuple[int, ...]:
 
     Args:
         samples: Number of samples to divide.
-        most: Most samples in a micro-batch, at least 1; None for no limit.
+        most: Maximum number of samples in a micro-batch, at least 1; None for no limit.
 
     Returns:
         The size of each micro-batch.

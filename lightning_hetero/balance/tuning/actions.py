@@ -1,4 +1,4 @@
-"""What a tuning session asks its owner to do."""
+"""The actions that a tuning session asks its owner to perform."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StartTimer:
-    """Time the steps after this one; what was timed before and not read is forgotten."""
+    """Start to time steps with the next one, and discard timings that were not read."""
 
 
 @dataclass(frozen=True)
 class StopTimer:
-    """Time nothing."""
+    """Stop timing steps."""
 
 
 @dataclass(frozen=True)
 class CloseStep:
-    """Close the account of the step.
+    """End the measurement of the current step.
 
     Attributes:
         keep: Whether the step counts as measured.
-        window_begins: Whether the next step is the first of a window, so that the peak of memory counts from here on.
+        window_begins: Whether the next step is the first of a window, so that the peak of memory counts from now on.
     """
 
     keep: bool
@@ -45,10 +45,10 @@ class CloseStep:
 
 @dataclass(frozen=True)
 class BeginAgain:
-    """Begin the session again, for another global batch.
+    """Begin the session again, for another global batch size.
 
     Attributes:
-        first_step: The step that is trained next.
+        first_step: Step that is trained next.
     """
 
     first_step: int
@@ -56,7 +56,7 @@ class BeginAgain:
 
 @dataclass(frozen=True)
 class AdoptSuggestion:
-    """Find the first step that no rank has fetched, and hand it to :meth:`TuningSession.adopt_suggestion`."""
+    """Find the first step that no rank has fetched, and pass it to :meth:`TuningSession.adopt_suggestion`."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class ChangePlan:
     """Follow another plan.
 
     Attributes:
-        first_step: The first step that no rank has fetched: the plan holds from there on.
-        plan: The plan.
-        reason: Why, for people.
-        tune_steps_left: Most steps that the tuning may still take; 0 where it is over.
+        first_step: First step that no rank has fetched, from which the plan holds.
+        plan: The new plan.
+        reason: Reason for the change, to be shown to the user.
+        tune_steps_left: Maximum number of steps that the tuning may still take; 0 if it is over.
     """
 
     first_step: int
@@ -83,11 +83,11 @@ class ChangePlan:
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """Say that the tuning is over and has changed nothing.
+    """Report that the tuning is over and has kept the plan.
 
     Attributes:
         plan: The plan that stays.
-        reason: Why, for people.
+        reason: Reason to keep it, to be shown to the user.
     """
 
     plan: BatchPlan
@@ -96,11 +96,11 @@ class KeepPlan:
 
 @dataclass(frozen=True)
 class ShowSpeedUp:
-    """Show what the tuning brought.
+    """Show the speed-up of the tuning.
 
     Attributes:
         before: One window per rank under the plan that was measured first.
-        after: The same under the plan that was found.
+        after: One window per rank under the plan that was found.
     """
 
     before: tuple[WindowTiming, ...]

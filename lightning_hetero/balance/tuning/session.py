@@ -1,8 +1,8 @@
-"""Tune the shares of one training: the phases, what counts as measured, when ranks exchange, what they do then.
+"""Tune the shares of one training: its phases, which steps count, when the ranks exchange reports, what follows.
 
 Every rank holds a :class:`TuningSession` and tells it of each training step. The session answers with actions: measure,
-exchange reports, change the plan. When it asks for what follows from the steps alone, so all ranks ask for the same at
-the same step. Rank zero decides (:meth:`TuningSession.decide`), and every rank follows the decision
+exchange reports, change the plan. The timing of these actions depends on the steps alone, so all ranks get the same
+actions at the same step. Rank zero decides (:meth:`TuningSession.decide`), and every rank follows the decision
 (:meth:`TuningSession.follow`).
 
 A session has no clock, sends nothing and prints nothing, so a simulation drives the same object as a training.
@@ -37,19 +37,19 @@ from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule,
 
 __all__ = ["Phase", "StepFacts", "TuningSession", "TuningSettings", "WindowResult"]
 
-# Windows of this length measure what the tuning brought where nothing is watched afterwards.
+# Number of steps in the window that measures the effect of the tuning if nothing is watched afterwards.
 _REPORT_STEPS = 10
-# A timer that is on costs a little in every step, so it is off in longer pauses.
+# A running timer costs a little in every step, so it is stopped in pauses of more steps.
 _SHORT_PAUSE_STEPS = 2
-# An epoch of fewer steps has hardly any but its first.
+# An epoch of fewer steps consists mostly of its first one.
 _SHORT_EPOCH_STEPS = 3
 
 
 class Phase(Enum):
-    """How far a session is.
+    """How far a session has come.
 
-    NEW: nothing is measured, and the shares are not found. TUNING: the shares are searched for. WATCHING: they are
-    found, and steps are measured to notice drift. TUNED: they are found, and nothing is measured.
+    NEW: the shares are not found, and nothing is measured. TUNING: the shares are searched for. WATCHING: the shares
+    are found, and steps are measured to notice drift. TUNED: the shares are found, and nothing is measured.
     """
 
     NEW = "new"
@@ -60,13 +60,13 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """What the user can set; see ``LoadBalancer``.
+    """The user's settings; see ``LoadBalancer``.
 
     Attributes:
-        warmup_steps: Training steps that are not measured at first.
-        tune_steps: Most training steps in which the shares are searched for.
-        min_gain: Least predicted gain that justifies other shares than the initial ones.
-        watch_steps: Training steps of each look for drift; 0 for none.
+        warmup_steps: Number of training steps before the first measured one.
+        tune_steps: Maximum number of training steps in which the shares are searched for.
+        min_gain: Minimum predicted gain that justifies other shares than the initial ones.
+        watch_steps: Number of training steps per window while watching for drift; 0 to watch nothing.
     """
 
     warmup_steps: int = 3
@@ -77,14 +77,14 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """A training step that has just ended; the same on all ranks.
+    """The facts about a training step that has just ended; the same on all ranks.
 
     Attributes:
         step: Number of the step, counted from 0 over all epochs.
-        schedule: The plans; None where the training loader is not divided.
-        global_samples: Samples of all ranks in the step.
+        schedule: Plan schedule of the training; None if the training loader is not divided.
+        global_samples: Number of samples of all ranks in the step.
         step_in_epoch: Number of the step, counted from 0 in its epoch.
-        steps_in_epoch: Number of steps of an epoch; infinite where it is not known.
+        steps_in_epoch: Number of steps per epoch; infinite if it is not known.
     """
 
     step: int
@@ -96,14 +96,14 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What rank zero makes of a window.
+    """The conclusions that rank zero draws from a window.
 
     Attributes:
-        decision: What the step times suggest.
-        first_step: The first step that no rank has fetched: a new plan holds from there on.
-        windows: One window per rank where people are shown it; else empty.
-        predicted_micro_batches: The largest micro-batch that is expected to fit on each rank, in samples; None where
-            nothing is known. Shape ``(world_size,)``.
+        decision: Decision of the rebalancer.
+        first_step: First step that no rank has fetched, from which a new plan holds.
+        windows: One window per rank if they are shown to the user; otherwise empty.
+        predicted_micro_batches: Largest micro-batch that is expected to fit on each rank, in samples, shape
+            ``(world_size,)``; None for a rank of which nothing is known.
     """
 
     decision: Decision
@@ -112,25 +112,28 @@ class WindowResult:
     predicted_micro_batches: tuple[int | None, ...]
 
 
+_DEFAULTS = TuningSettings()
+
+
 class TuningSession:
-    """The tuning of one training, over several fits where there are several.
+    """The tuning of one training, which may consist of several fits.
 
     Args:
-        settings: What the user can set.
+        settings: The user's settings.
 
     Attributes:
-        phase: How far it is.
-        step_times: The expected step time of each rank; empty before every rank was measured.
-        communication_s: What a step takes besides the slowest rank's own time.
+        phase: How far the session has come.
+        step_times: Expected step time of each rank; empty before every rank was measured.
+        communication_s: Seconds of a step besides the slowest rank's own time.
         windows_before: One window per rank under the plan that was measured first.
-        windows_after: The same under the plan that was found.
-        changes: The changes of plan: the first step of each, and the plan.
-        plan: The plan that holds, or will hold as soon as every rank has used what it has fetched; None before
+        windows_after: One window per rank under the plan that was found.
+        changes: Changes of plan, as pairs of the first training step and the plan.
+        plan: Latest plan, which holds as soon as every rank has used the batches that it has fetched; None before
             :meth:`begin`.
     """
 
-    def __init__(self, settings: TuningSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: TuningSettings = _DEFAULTS) -> None:
+        self.settings = settings
         self.phase = Phase.NEW
         self.step_times: tuple[StepTime, ...] = ()
         self.communication_s = 0.0
@@ -160,22 +163,22 @@ class TuningSession:
 
     @property
     def has_nothing_to_do(self) -> bool:
-        """Whether a training need not begin a session: the shares are found, and drift is not watched for."""
-        return self.is_tuned and not self._settings.watch_steps
+        """Whether a training need not begin the session: the shares are found, and drift is not watched."""
+        return self.is_tuned and not self.settings.watch_steps
 
     # ---- beginning and end -----------------------------------------------------------------------------------------
 
     def begin(
         self, first_step: int, schedule: PlanSchedule, limits: BatchLimits, suggestion: BatchPlan | None = None
     ) -> tuple[Action, ...]:
-        """Begin to tune; or to watch, where an earlier fit or run has tuned the same global batch.
+        """Begin to tune, or to watch if an earlier fit or run has tuned the same global batch size.
 
         Args:
             first_step: The step that is trained next.
-            schedule: The plans.
-            limits: What every plan has to respect.
-            suggestion: The plan that the devices' data promise, if they promise any. It is adopted after the first
-                step, which may show that the shares have to stay equal.
+            schedule: Plan schedule of the training.
+            limits: The limits that every plan must respect.
+            suggestion: The plan that the devices' nominal speeds suggest, or None. It is adopted after the first step,
+                because that step may show that the shares must stay equal.
         """
         current = schedule.at(first_step)
         saved = self._saved_balance
@@ -187,19 +190,19 @@ class TuningSession:
             initial=current if saved is None else BatchPlan(tuple(saved["initial"])),
             current=current,
             limits=limits,
-            min_gain=self._settings.min_gain,
-            tune_steps=self._settings.tune_steps,
-            watch_steps=self._settings.watch_steps or _REPORT_STEPS,
+            min_gain=self.settings.min_gain,
+            tune_steps=self.settings.tune_steps,
+            watch_steps=self.settings.watch_steps or _REPORT_STEPS,
             model=None if saved is None else Rebalancer.model_of(saved),
         )
         self._memory_model = MemoryModel(current.world_size)
         self._suggestion = None if self.is_tuned or suggestion == current else suggestion
-        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
         self._timing = True
         return (StartTimer(),)
 
     def stop(self) -> None:
-        """Measure nothing any more; what was learned is where the next fit goes on."""
+        """Stop measuring; the next fit continues from what was learned."""
         if self._rebalancer is not None and self.is_tuned:
             self._saved_balance = self._rebalancer.to_dict()
         self.phase = Phase.TUNED if self.is_tuned else Phase.NEW
@@ -209,7 +212,7 @@ class TuningSession:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def on_step(self, facts: StepFacts) -> tuple[Action, ...]:
-        """Take a training step, and return what to do now, in this order."""
+        """Note a training step that has ended, and return what to do now, in order."""
         if not self.is_running:
             return ()
         assert self.plan is not None
@@ -217,12 +220,12 @@ class TuningSession:
             self.stop()
             return (StopTimer(),)
         if facts.schedule.at(facts.step).global_batch_size != self.plan.global_batch_size:
-            self._saved_balance = None  # what was measured is of another global batch
+            self._saved_balance = None  # it was measured with another global batch size
             return (BeginAgain(facts.step + 1),)
         if self._suggestion is not None:
             return (AdoptSuggestion(), CloseStep(keep=False))
         if not self._timing:
-            if facts.step + 2 < self._measure_from:  # the step in which a timer is started is not whole
+            if facts.step + 2 < self._measure_from:  # the step in which a timer starts is not measured whole
                 return ()
             self._timing = True
             return (StartTimer(),)
@@ -236,10 +239,10 @@ class TuningSession:
         return (close,)
 
     def _counts(self, facts: StepFacts) -> bool:
-        """Return whether a step is one that the plan is for.
+        """Return whether a step counts as measured.
 
-        A ragged batch is not. An epoch's first batch may have waited for workers to start; it counts only where there
-        is hardly another.
+        A ragged batch does not count, because the plan is not made for it. The first step of an epoch may have waited
+        for workers to start; it counts only in very short epochs.
         """
         assert self.plan is not None
         whole = facts.global_samples == self.plan.global_batch_size
@@ -251,19 +254,19 @@ class TuningSession:
         self._elapsed_steps = self._kept_steps = 0
 
     def adopt_suggestion(self, first_step: int) -> tuple[Action, ...]:
-        """Follow the plan that the devices' data promise; the tuning goes on from there.
+        """Follow the plan that the devices' nominal speeds suggest, and continue the tuning from there.
 
         Args:
-            first_step: The first step that no rank has fetched.
+            first_step: First step that no rank has fetched.
         """
         plan, self._suggestion = self._suggestion, None
         assert plan is not None
         assert self._rebalancer is not None
         self._rebalancer.current = self.plan = plan
         self.changes.append((first_step, plan))
-        self._start_window(first_step + self._settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
         reason = "a first guess, from the devices' cores and clocks"
-        return (ChangePlan(first_step, plan, reason, self._settings.tune_steps),)
+        return (ChangePlan(first_step, plan, reason, self.settings.tune_steps),)
 
     # ---- a window --------------------------------------------------------------------------------------------------
 
@@ -273,12 +276,13 @@ class TuningSession:
         """Decide on rank zero what follows from a window.
 
         Args:
-            reports: What each rank reports, shape ``(world_size,)``.
-            limits: What every plan has to respect.
-            memory_limits_shares: Whether shares are to fit into memory; False where the user has chosen micro-batches.
+            reports: Report of each rank, shape ``(world_size,)``.
+            limits: The limits that every plan must respect.
+            memory_limits_shares: Whether each mini-batch must fit into memory as a whole; False if the user has set a
+                micro-batch size.
 
         Raises:
-            DivergedRanksError: Some ranks follow other plans than the rest.
+            DivergedRanksError: Some ranks follow other plans, or are at other steps, than the rest.
         """
         check_agreement(reports)
         assert self._rebalancer is not None
@@ -297,7 +301,7 @@ class TuningSession:
         return WindowResult(decision, first_step_after(reports), tuple(windows) if shown else (), predicted)
 
     def follow(self, result: WindowResult) -> tuple[Action, ...]:
-        """Take what rank zero has decided, and return what to do now, in this order."""
+        """Follow the decision of rank zero, and return what to do now, in order."""
         decision, left = result.decision, self.plan
         assert self._rebalancer is not None
         assert left is not None
@@ -312,7 +316,7 @@ class TuningSession:
         if decision.plan != left:
             actions.append(self._change(result, left))
         if decision.tuned and not self._times_at_last_change:
-            # what is learned while tuning corrects a guess; only from then on a difference is a change of speed
+            # while tuning, new estimates correct a guess; only afterwards does a difference mean a change of speed
             self._times_at_last_change = decision.step_times
         if decision.tuned and not self.is_tuned:
             self.phase = Phase.WATCHING
@@ -338,19 +342,19 @@ class TuningSession:
 
     def _why_kept(self, decision: Decision) -> str:
         if decision.step_times:
-            return f"no others are predicted to be more than {self._settings.min_gain:.0%} faster"
+            return f"no other shares are predicted to be more than {self.settings.min_gain:.0%} faster"
         ranks = ", ".join(map(str, decision.unmeasured_ranks))
-        return f"no step of rank {ranks} could be timed, so nothing is known of others"
+        return f"no step of rank {ranks} could be timed, so other shares cannot be judged"
 
     @property
     def _owes_speed_up(self) -> bool:
-        """Whether people are still to be shown what the tuning brought."""
+        """Whether the speed-up of the tuning is still to be shown to the user."""
         return bool(self._has_changed and self.windows_before and not self.windows_after)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in plain values."""
+        """Return the state that a resumed run needs, in plain values."""
         return {
             "finished": self.is_tuned,
             "step_times": [time.to_dict() for time in self.step_times],
@@ -358,7 +362,7 @@ class TuningSession:
         }
 
     def restore(self, saved: SavedBalance) -> None:
-        """Go on where an earlier run on the same devices has ended."""
+        """Continue where an earlier run on the same devices has ended."""
         self.step_times = saved.step_times
         self._saved_balance = None if saved.balance is None else dict(saved.balance)
         self.phase = Phase.TUNED

@@ -210,7 +210,7 @@ class StepTimeModel:
 
     @property
     def freedom(self) -> float:
-        """The number of steps behind the noise estimate (the degrees of freedom of its variance)."""
+        """The number of steps that the noise estimate is based on (the degrees of freedom of its variance)."""
         return _NOISE_GUESS_STEPS + float(self._freedom.sum())
 
     def _level(self) -> _Floats:

@@ -40,7 +40,7 @@ class DeviceKind:
         name: Name to show.
         count: Number of devices, at least 1.
         step_time: Step time of each device.
-        max_batch_size: Most samples of each device; None for no limit.
+        max_batch_size: Maximum mini-batch size of each device; None for no limit.
         memory_bytes: Memory of each device; None if unknown.
         price_per_hour: Price of each device, in any currency; None if unknown.
     """

@@ -1,4 +1,4 @@
-"""Change how a loader is iterated, and leave everything else of it as it is."""
+"""Change how a loader iterates, and leave everything else about it as it is."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["changed_loader"]
 
 
 def changed_loader(loader: DataLoader[Any], mixin: type | None, **attributes: Any) -> DataLoader[Any]:
-    """Return a copy of ``loader`` whose class inherits from ``mixin`` and then from the class of the loader.
+    """Return a copy of ``loader`` whose class inherits from ``mixin`` first and then from the loader's class.
 
-    A user's subclass keeps its methods. Dataset, workers, collate function, generator and all other settings are those
-    of the original, which does not change. Constructing a second loader instead would need arguments that a subclass
-    may not keep.
+    A user's subclass keeps its methods. The dataset, workers, collate function, generator and all other settings are
+    those of the original, which does not change. A newly constructed loader would need the original's arguments, which
+    a subclass may not keep.
 
     Args:
         loader: Any DataLoader.
-        mixin: A class that derives from DataLoader and overrides methods of it; None for none.
-        **attributes: Attributes of the copy, also those that DataLoader refuses to set; it reads them again at each
-            ``iter()``.
+        mixin: A subclass of DataLoader that overrides some of its methods; None to keep the loader's class.
+        **attributes: Attributes of the copy, including those that a DataLoader refuses to change; it reads them again
+            at each ``iter()``.
     """
     cls = type(loader)
     changed_class = cls

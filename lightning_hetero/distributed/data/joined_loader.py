@@ -1,9 +1,9 @@
-"""Keep loaders in step that every rank fills by itself: all ranks stop together, and know each other's batch sizes.
+"""Keep loaders that every rank fills by itself in step: all ranks stop together and know each other's batch sizes.
 
-Such loaders yield what their rank's dataset or sampler gives them: batches of different sizes, and of one rank fewer
-than of another.  Under plain DDP a rank that has no more batches leaves the others waiting for ever.  Here the ranks
-exchange the sizes of the batches that they are about to hand out, in one small all-reduce a step.  A rank that has run
-out hands out a copy of another rank's batch with 0 samples, a stand-in, until no rank has any more.
+Such loaders yield what their rank's dataset or sampler gives them. Batch sizes differ, and one rank may have fewer
+batches than another. Under plain DDP, a rank that has run out of batches leaves the others waiting for ever. Here the
+ranks exchange the sizes of their next batches, in one small all-reduce per step. A rank that has run out yields a
+stand-in, a copy of another rank's batch that counts 0 samples, until every rank has run out.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ _FAILED = -2
 
 
 class Joint(NamedTuple):
-    """How a loader is kept in step with those of other ranks.
+    """How a loader is kept in step with the loaders of other ranks.
 
     Attributes:
-        device: where the process group communicates from.
-        samples_in: counts the samples of a batch; asked where the loader does not make its batches from samples.
-        begin: where to begin; ``block`` batches are skipped. Asked when the first batch is asked for.
-        after_fetch: called with its slice before a batch is handed out.
-        called_by_loop: Tells the ``__iter__`` that asks whether a training or evaluation loop has called it. Any other
-            reader, such as a callback that looks at a batch, may be alone on its rank: its iteration is the loader's
-            own, without the other ranks.
+        device: Device from which the process group communicates.
+        samples_in: Function that counts the samples of a batch; called if the loader does not make its batches from
+            samples.
+        begin: Function that returns where to begin; ``block`` batches are skipped. It is called when the first batch is
+            requested.
+        after_fetch: Function that is called before each batch is yielded, with the batch's slice.
+        called_by_loop: Function that tells the calling ``__iter__`` whether a training or evaluation loop has called
+            it. Any other reader, such as a callback that looks at a batch, may run on one rank only: it iterates over
+            the rank's own loader, without the other ranks.
     """
 
     device: torch.device
@@ -51,26 +53,26 @@ class Joint(NamedTuple):
 
 
 def join_loader(loader: Any, joint: Joint) -> Any:
-    """Return a loader of the same batches that is kept in step with those of the other ranks.
+    """Return a loader of the same batches that is kept in step with the loaders of the other ranks.
 
-    Every rank has to call this at the same point.
+    Every rank must call this at the same point.
 
     Args:
-        loader: a DataLoader, or anything else that can be iterated.
-        joint: how.
+        loader: A DataLoader or any other iterable.
+        joint: How the loaders are kept in step.
 
     Returns:
-        A copy of a DataLoader, or something that has the attributes of ``loader``; also a :class:`JoinedLoader`. Its
-        length is the greatest of all ranks, if all of them have one.
+        A :class:`JoinedLoader`: a copy if ``loader`` is a DataLoader, otherwise a wrapper with the attributes of
+        ``loader``. Its length is that of the longest loader of all ranks if every rank's loader has a length.
     """
-    if isinstance(loader, _JoinedIterable):  # of an earlier fit
+    if isinstance(loader, _JoinedIterable):  # from an earlier fit
         loader = loader._loader
     lengths = all_gather(length_of(loader))
     longest = None if any(length is None for length in lengths) else max(length or 0 for length in lengths)
     own: dict[str, Any] = {"_joint": joint, "_longest": longest}
     if not isinstance(loader, DataLoader):
         return _JoinedIterable(loader, own)
-    # DataLoader makes batches from samples where it has a batch sampler or a batch size
+    # a DataLoader makes batches from samples if it has a batch sampler or a batch size
     if loader.batch_sampler is not None or loader.batch_size is not None:
         own["collate_fn"] = _CountingCollate.of(loader.collate_fn)
     if not is_stateful(loader) and can_skip(loader):
@@ -79,7 +81,7 @@ def join_loader(loader: Any, joint: Joint) -> Any:
 
 
 class JoinedLoader:
-    """What all joined loaders have in common."""
+    """Base class of all joined loaders."""
 
     _joint: Joint
     _longest: int | None
@@ -90,7 +92,11 @@ class JoinedLoader:
         return self._longest is not None
 
     def __len__(self) -> int:
-        """Return the number of batches of the rank that has the most; a TypeError where a rank does not know."""
+        """Return the number of batches of the rank that has the most.
+
+        Raises:
+            TypeError: A rank's loader has no length.
+        """
         if self._longest is None:
             raise TypeError("a rank's loader has no length")
         return self._longest
@@ -99,11 +105,11 @@ class JoinedLoader:
         return _JoinedIterator(start, self._joint, self) if joined else (_batch_of(item) for item in start())
 
     def _skip(self, batches: int) -> int:
-        """Have the next iteration begin that many batches later; return how many are left to read and discard."""
+        """Begin the next iteration ``batches`` later; return how many batches are still to be read and discarded."""
         return batches
 
     def _before_read(self) -> None:
-        """A batch is about to be read for the joined iteration."""
+        """Prepare for the joined iteration to read a batch."""
 
 
 class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
@@ -120,10 +126,10 @@ class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
 
 
 class _StatefulJoinedDataLoader(_JoinedDataLoader):
-    """Of a loader that can save its position, as torchdata's ``StatefulDataLoader``: it resumes by itself.
+    """A joined loader that saves its position and resumes by itself, like torchdata's ``StatefulDataLoader``.
 
-    A training loop reads a batch ahead where it does not know the number of batches. The position to save is that
-    before such a batch.
+    A training loop that does not know the number of batches reads one batch ahead. The position to save is the one
+    before that batch.
     """
 
     _before_last: dict[str, Any] | None = None
@@ -141,7 +147,7 @@ class _StatefulJoinedDataLoader(_JoinedDataLoader):
 
 
 class _JoinedIterable(JoinedLoader):
-    """Of a loader that is no DataLoader."""
+    """A joined loader around an iterable that is no DataLoader."""
 
     def __init__(self, loader: Iterable[Any], own: dict[str, Any]) -> None:
         self._loader = loader
@@ -154,13 +160,13 @@ class _JoinedIterable(JoinedLoader):
         return 0 if is_stateful(self._loader) else batches  # it resumes by itself
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_loader":  # asked for while this is being copied
+        if name.startswith("__") or name == "_loader":  # looked up while this is being copied
             raise AttributeError(name)
         return getattr(self._loader, name)
 
 
 class _JoinedIterator:
-    """One pass over a joined loader; reads when the first batch is asked for."""
+    """One iteration over a joined loader; it starts to read when the first batch is requested."""
 
     def __init__(self, start: Callable[[], Iterator[Any]], joint: Joint, loader: JoinedLoader) -> None:
         self._start = start
@@ -187,8 +193,8 @@ class _JoinedIterator:
             raise error
         if _FAILED in counts:
             raise RankFailedError(
-                f"The loader of rank {counts.index(_FAILED)} raised an error, which that rank reports; the others"
-                f" cannot go on without its batches."
+                f"The loader of rank {counts.index(_FAILED)} raised an error, which that rank reports. The others"
+                f" cannot continue without its batches."
             )
         if all(count == _EXHAUSTED for count in counts):
             raise StopIteration
@@ -209,7 +215,7 @@ class _JoinedIterator:
         return self._joint.samples_in(item), item
 
     def _supplied(self, batch: Any, counts: list[int]) -> Any:
-        """Return the batch, or a stand-in where this rank has run out."""
+        """Return the batch, or a stand-in if this rank has run out."""
         exhausted = {rank for rank, count in enumerate(counts) if count == _EXHAUSTED}
         if exhausted - self._exhausted:
             lender = next(rank for rank, count in enumerate(counts) if count != _EXHAUSTED)
@@ -222,21 +228,21 @@ class _JoinedIterator:
 
 
 class _Counted(NamedTuple):
-    """A batch and the number of samples that it was made from; a tuple, so that its tensors can be pinned."""
+    """A batch and its number of samples; a tuple, so that its tensors can be pinned."""
 
     samples: int
     batch: Any
 
 
 class _CountingCollate:
-    """Collates as the user does and counts; pickled where workers are spawned."""
+    """Collates like the user's function and counts the samples; pickled if workers are spawned."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate
 
     @classmethod
     def of(cls, collate: Any) -> _CountingCollate:
-        """Return ``collate`` itself where it counts already."""
+        """Return a counting ``collate``; ``collate`` itself if it already counts."""
         return collate if isinstance(collate, cls) else cls(collate)
 
     def __call__(self, samples: Any) -> _Counted:
@@ -245,7 +251,7 @@ class _CountingCollate:
 
 def _division(counts: list[int]) -> BatchPlan:
     samples = tuple(max(count, 0) for count in counts)
-    # batches of no samples at all, which a loader may yield on purpose, count alike
+    # a loader may yield batches without samples on purpose; if all are empty, every batch counts the same
     return BatchPlan(samples if any(samples) else tuple(int(count >= 0) for count in counts))
 
 

@@ -1,4 +1,4 @@
-"""Give a DataLoader another batch sampler, and know which batch it has just handed out."""
+"""Give a DataLoader another batch sampler, and track which batch it has just yielded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def share_loader(
     """Return a copy of ``loader`` that draws its batches from ``shares``; see :func:`changed_loader`.
 
     Args:
-        loader: a loader with automatic batching.
-        shares: what decides which samples make a batch.
-        before_fetch: called when a batch is asked for.
-        after_fetch: called with its slice before a batch is handed out.
-        batch_sampler: what the loader shall iterate instead of ``shares``; a wrapper around it.
+        loader: A DataLoader with automatic batching.
+        shares: The sampler that decides which samples make a batch.
+        before_fetch: Function that is called when a batch is requested.
+        after_fetch: Function that is called before each batch is yielded, with the batch's slice.
+        batch_sampler: A wrapper around ``shares`` over which the loader iterates instead; None for ``shares`` itself.
 
     Returns:
         The copy.
@@ -56,20 +56,20 @@ class _ShareLoader(DataLoader[Any]):
 
 
 class _StatefulShareLoader(_ShareLoader):
-    """Of a loader that can save its position: ``shares`` knows the position, and knows it for any number of ranks."""
+    """A loader that can save its position, but leaves that to ``shares``, which knows it for any number of ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin where ``shares`` does."""
+        """Ignore the state: the loader begins where ``shares`` begins."""
 
 
 class _ObservedIterator:
-    """Pairs each batch with its slice; loaders hand out batches in the order in which the sampler drew them.
+    """Pairs each batch with its slice; loaders yield batches in the order in which the sampler drew them.
 
-    The loader begins to read when the first batch is asked for. A training loop may call ``iter()`` long before, when
-    neither the epoch nor the step at which a resumed run goes on is known.
+    The loader begins to read when the first batch is requested. A training loop may call ``iter()`` long before that,
+    when neither the epoch is known nor the step at which a resumed run continues.
     """
 
     def __init__(

@@ -186,7 +186,7 @@ class Pipeline:
             tensors, structure, requires_grad = received[0]
             moved = [t.to(self._device).requires_grad_(needs) for t, needs in zip(tensors, requires_grad, strict=True)]
             example = unflatten(moved, structure)
-        # Ordinary tensors with a graph, even in inference mode: it has to be known which of them carry gradients.
+        # Ordinary tensors with a graph, even in inference mode: the pipeline must know which of them carry gradients.
         with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._layers), torch.random.fork_rng():
             output = run_layers(self._layers, _as_ordinary(example), first=self.is_first)
         tensors, structure = flatten(output)

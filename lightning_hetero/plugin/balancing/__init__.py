@@ -1,1 +1,1 @@
-"""The callbacks that find the shares, and how they report."""
+"""The callbacks that find the shares and the largest micro-batches, and their reports."""

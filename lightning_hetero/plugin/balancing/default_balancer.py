@@ -1,4 +1,4 @@
-"""The balancer of a user who has asked for none."""
+"""Add a default LoadBalancer for a user who has not added one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_default_balancer"]
 
 
 def add_default_balancer(trainer: Trainer) -> None:
-    """Add a balancer with default settings to the callbacks of ``trainer`` unless there is one."""
+    """Add a LoadBalancer with default settings to the callbacks of ``trainer`` unless they already have one."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
     if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
         # Lightning keeps checkpoint callbacks last

@@ -41,8 +41,8 @@ class LargestBatchFinder(Callback):
         verbose: Whether to print the sizes that were found.
 
     Raises:
-        ConfigurationError: If an argument is invalid.
-        UnsupportedFeatureError: If the strategy is not ``hetero_ddp``, or the training data are not a DataLoader of
+        ConfigurationError: An argument breaks its rule.
+        UnsupportedFeatureError: The strategy is not ``hetero_ddp``, or the training data are not a DataLoader of
             samples.
 
     Attributes:
@@ -92,7 +92,7 @@ class LargestBatchFinder(Callback):
                 f"`LargestBatchFinder` needs a DataLoader over a dataset with a length, from which it can draw batches"
                 f" of any size, got {type(loader).__name__}. Set `max_batch_size` instead."
             )
-        # Start with the size that the step before has run: its micro-batches are smaller if memory ran out.
+        # Start with the size that the latest step has run; its micro-batches are smaller if memory ran out.
         start = max(micro_batch_sizes(part.samples, strategy.micro_batch_limits.most), default=1)
         search = Search(start, most=part.global_samples)
         while (size := search.next_size()) is not None:

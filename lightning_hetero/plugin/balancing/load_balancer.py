@@ -1,4 +1,4 @@
-"""The callback that times the first steps, finds the shares and has all ranks change to them at the same step."""
+"""A callback that times training steps, finds the shares and makes all ranks change to them at the same step."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 
 
 class LoadBalancer(Callback):
-    """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and keeps them right.
+    """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and adapts them to drift.
 
     It measures each rank's own time for a step (data, transfer, forward, backward, optimiser, and the callbacks before
-    this one; no waiting for other ranks), learns the overhead and the cost per sample, and changes to the plan whose
-    slowest rank finishes earliest. Then it goes on looking for devices that became slower or faster. The training
-    itself is the same before, during and after; only its speed changes. With strategy="hetero_ddp" a balancer with
-    these defaults is added where there is none.
+    this one, without waiting for other ranks), learns the overhead and the cost per sample, and changes to the plan
+    whose slowest rank finishes earliest. Then it watches for devices that become slower or faster. A change of shares
+    changes the speed of the training, not its result. With strategy="hetero_ddp", a LoadBalancer with these defaults is
+    added if there is none.
 
     Args:
-        warmup_steps: Training steps that are not measured: memory is allocated and kernels are chosen in them.
-        tune_steps: Most training steps in which the shares are searched for. The search ends earlier where more
-            measuring would not change them.
-        min_gain: Least predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
-        verbose: Whether to print one line per change and a table of what it brought; with a progress bar, also the
-            progress of the tuning.
-        watch_steps: Training steps of each look for drift after the tuning. The ranks exchange a few numbers at the end
-            of each look, at most about four times per second. 0 keeps the shares that the tuning found.
-        memory_fraction: The fraction of a device's memory that a plan may count on. That memory is what this process
-            has allocated plus what is free. Peaks are predicted from the steps that run anyway; on processors nothing
-            is predicted.
-        record: Whether to keep the record that `lightning-hetero report` turns into a page. True keeps a small file
-            hetero_run.jsonl in the logger's directory, and none where there is no logger; a text names a directory.
+        warmup_steps: Number of training steps before the first measured one, in which memory is allocated and kernels
+            are chosen.
+        tune_steps: Maximum number of training steps in which the shares are searched for. The search ends earlier if
+            more measurements would not change them.
+        min_gain: Minimum predicted gain that justifies other shares than the initial ones; 0.05 is 5 % more samples/s.
+        verbose: Whether to print one line per change and a table of its effect; with a progress bar, also the progress
+            of the tuning.
+        watch_steps: Number of training steps per window while watching for drift after the tuning. The ranks exchange
+            a few numbers after each window, at most about four times per second. 0 keeps the shares of the tuning.
+        memory_fraction: Fraction of a device's memory that a plan may use. That memory is what this process has
+            allocated plus what is free. Peaks are predicted from the training steps; on processors none is predicted.
+        record: Whether to write the record that `lightning-hetero report` turns into a page. True writes a small file
+            hetero_run.jsonl to the logger's directory, or nothing if there is no logger; a string names a directory.
         progress_bar: Whether the progress bar shows the efficiency: samples per second over what the ranks would
             process if none ever waited.
 
@@ -75,8 +75,8 @@ class LoadBalancer(Callback):
         ConfigurationError: An argument breaks its rule.
 
     Attributes:
-        session: How far the tuning is, and what it has found.
-        reporter: What reports the run; None before it begins.
+        session: State of the tuning, and what it has found.
+        reporter: Reporter of the run; None before the run begins.
 
     Example:
         Tune for at most 10 steps, and keep the shares found::
@@ -105,12 +105,15 @@ class LoadBalancer(Callback):
         arguments.check_bool("verbose", verbose)
         arguments.check_bool("progress_bar", progress_bar)
         super().__init__()
-        self.settings = TuningSettings(warmup_steps, tune_steps, min_gain, watch_steps)
+        self.warmup_steps = warmup_steps
+        self.tune_steps = tune_steps
+        self.min_gain = min_gain
+        self.watch_steps = watch_steps
         self.verbose = verbose
         self.memory_fraction = memory_fraction
         self.record = record
         self.progress_bar = progress_bar
-        self.session = TuningSession(self.settings)
+        self.session = TuningSession()
         self.reporter: RunReporter | None = None
         self._strategy: BalancedStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
@@ -135,7 +138,7 @@ class LoadBalancer(Callback):
 
     @property
     def communication_s(self) -> float:
-        """What a step takes besides the slowest rank's own time, as measured."""
+        """The measured seconds of a step besides the slowest rank's own time."""
         return self.session.communication_s
 
     @property
@@ -150,19 +153,19 @@ class LoadBalancer(Callback):
 
     @property
     def measured_speed_up(self) -> float | None:
-        """How many times as many samples/s as under the plan that was measured first; None before it is known."""
+        """The samples/s under the found plan over those under the first one; None before both are measured."""
         if not (self.windows_before and self.windows_after):
             return None
         return measured_speed_up(self.windows_before, self.windows_after)
 
     @property
     def advice(self) -> Advice | None:
-        """What the current plan is worth, and what would be worth more; None before every rank was measured."""
+        """The predictions for the latest plan and for better set-ups; None before every rank was measured."""
         strategy = self._strategy
         if strategy is None or strategy.plan_schedule is None or not self.step_times:
             return None
         plan = strategy.plan_schedule.plans[-1]
-        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.settings.min_gain)
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class LoadBalancer(Callback):
                 f' {type(trainer.strategy).__name__}. Use Trainer(strategy="hetero_ddp") or remove the callback.'
             )
         self._strategy = trainer.strategy
+        self.session.settings = TuningSettings(self.warmup_steps, self.tune_steps, self.min_gain, self.watch_steps)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +188,7 @@ class LoadBalancer(Callback):
         batch = schedule.plans[-1].global_batch_size
         self.reporter = RunReporter(trainer, strategy.profiles, batch, self.record, self.verbose)
         self._begin(TrainingProgress(trainer).step + 1, strategy.nominal_plan())
-        # the forward pass proper begins after what DDP communicates before it
+        # the forward pass itself begins after DDP's communication before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
 
     @override
@@ -213,7 +217,7 @@ class LoadBalancer(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         memory = self._strategy.memory if self._strategy is not None else None
         if self.session.is_running and memory is not None:
-            memory.restart()  # a peak of validation says nothing about training steps
+            memory.restart()  # the peak of a validation tells nothing about training steps
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,7 +262,7 @@ class LoadBalancer(Callback):
         assert strategy.plan_schedule is not None
         actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion)
         if not self.finished:
-            self._reporter.tuning(self.settings, strategy.plan_schedule.at(first_step))
+            self._reporter.tuning(self.session.settings, strategy.plan_schedule.at(first_step))
         self._perform(actions)
 
     def _perform(self, actions: tuple[Action, ...]) -> None:
@@ -310,7 +314,7 @@ class LoadBalancer(Callback):
     # ---- a window --------------------------------------------------------------------------------------------------
 
     def _exchange_reports(self) -> None:
-        """Exchange what was measured; every rank comes here after the same step."""
+        """Exchange the measurements, and follow rank zero's decision; every rank does so after the same step."""
         strategy = self._balanced
         schedule, progress = strategy.plan_schedule, TrainingProgress(strategy.trainer)
         assert schedule is not None
@@ -336,16 +340,9 @@ class LoadBalancer(Callback):
         if self.progress_bar and self.step_times:
             self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
         if reports:  # on rank zero
+            step, time_s, times = progress.step, self._reporter.time_s, self.step_times
             self._reporter.window(
-                run_window(
-                    reports,
-                    plan,
-                    self.step_times,
-                    self.communication_s,
-                    step=progress.step,
-                    time_s=self._reporter.time_s,
-                    tuning=tuning,
-                )
+                run_window(reports, plan, times, self.communication_s, step=step, time_s=time_s, tuning=tuning)
             )
         self._perform(actions)
 
@@ -375,11 +372,10 @@ class LoadBalancer(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the shares of an earlier run.
+        """Continue with the shares of an earlier run.
 
-        The shares have no influence on what is learned, so a state that cannot be used costs a line and the tuning, not
-        the training: one that is damaged or of another version (a warning), or of other devices or another number of
-        ranks.
+        The shares do not influence the result of the training, so an unusable state only starts the tuning again. A
+        state that is damaged or of another version causes a warning, one of other devices or ranks a printed line.
         """
         strategy = self._strategy
         if strategy is None:
@@ -393,7 +389,7 @@ class LoadBalancer(Callback):
             return
         if not saved.is_of(strategy.profiles):
             if self.verbose:
-                say(strategy.trainer, "hetero_ddp: the checkpoint is of other devices or ranks: tuning again")
+                say(strategy.trainer, "hetero_ddp: the checkpoint is from other devices or ranks: tuning again")
             return
         strategy.restore_schedule(saved.schedule)
         self.session.restore(saved)

@@ -1,4 +1,4 @@
-"""Report what the balancer does: in the terminal, through the user's loggers and in the run's record."""
+"""Report what the LoadBalancer does: in the terminal, through the user's loggers and in the run's record."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RunReporter:
             say(self._trainer, f"hetero_ddp: {message}")
 
     def say_progress(self, message: str) -> None:
-        """Print a line that only matters to someone who watches the progress bar."""
+        """Print a line that only interests a user who watches the progress bar."""
         if has_progress_bar(self._trainer):
             self.say(message)
 
@@ -99,7 +99,7 @@ class RunReporter:
 
         Args:
             change: The change.
-            step_s: The predicted duration of a step under the new plan; 0 where it is not known.
+            step_s: The predicted duration of a step under the new plan, in seconds; 0 if it is not known.
             tuned: Whether the tuning is over.
         """
         if self._writer is not None:
@@ -115,7 +115,7 @@ class RunReporter:
             self.say_progress(message)
 
     def no_change(self, kept: KeepPlan) -> None:
-        """Report that the tuning is over and has changed nothing."""
+        """Report that the tuning is over and has kept the shares."""
         self.say(f"the shares stay {list(kept.plan.samples)}; {kept.reason}")
 
     def advice(self, advice: Advice) -> None:

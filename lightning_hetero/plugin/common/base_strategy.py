@@ -113,7 +113,7 @@ class BaseStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         environment = self.cluster_environment
         if isinstance(environment, TorchElasticEnvironment) and may_be_stale() and not dist.is_initialized():
-            # as DDPStrategy, which cannot be given a store; tests/faults/test_crash.py fails where that changes
+            # as DDPStrategy, which cannot be given a store; tests/faults/test_crash.py fails if that changes
             self.set_world_ranks()
             self._process_group_backend = self._get_process_group_backend()
             where = environment.main_address, environment.main_port

@@ -1,6 +1,6 @@
-"""Everything of Lightning that is used here and is not public, each with the reason why.
+"""All private names of Lightning that this package uses, each with the reason why.
 
-tests/plugin/common/test_lightning_private.py fails where Lightning changes one of them.
+tests/plugin/common/test_lightning_private.py fails if Lightning changes one of them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ __all__ = [
 
 
 def called_by_lightning_loop() -> bool:
-    """Whether the function that asks, an ``__iter__``, was called by one of Lightning's loops.
+    """Return whether one of Lightning's loops has called the function that calls this one, an ``__iter__``.
 
-    Loops reach their loaders through a CombinedLoader; a callback that looks at a batch does not. The module of the
-    caller's caller is all that tells them apart.
+    Loops reach their loaders through a CombinedLoader; a callback that looks at a batch does not. Only the module of
+    the caller's caller tells them apart.
     """
     return bool(sys._getframe(2).f_globals.get("__name__") == CombinedLoader.__module__)
 
@@ -47,40 +47,40 @@ def called_by_lightning_loop() -> bool:
 def combined_loaders(loop: Any) -> tuple[list[Any], str]:
     """Return the loaders of a loop, and how they are combined: the ``mode`` of ``CombinedLoader``.
 
-    A Trainer shows its loaders only as the user gave them, and no loop its mode.
+    Publicly, a Trainer shows its loaders only as the user gave them, and no loop shows its mode.
     """
     combined = loop._combined_loader
     return ([], "") if combined is None else (combined.flattened, combined._mode)
 
 
 def evaluation_loop(trainer: Trainer) -> Any:
-    """Return the loop of the evaluation that runs: there is one for each of validation, sanity check, and test."""
+    """Return the loop of the current evaluation; validation, sanity check and test have one each."""
     return trainer._evaluation_loop
 
 
 def logged_values(trainer: Trainer) -> dict[str, Any]:
-    """Return where ``self.log`` accumulates values, one metric per name; empty where nothing can be logged."""
+    """Return the dict in which ``self.log`` accumulates values, by name; empty if nothing can be logged."""
     values: dict[str, Any] | None = trainer._results
     return {} if values is None else values
 
 
 def logged_step(loop: Any) -> int:
-    """Return the step under which Lightning's loggers file what is logged now."""
+    """Return the step under which Lightning passes values that are logged now to its loggers."""
     return int(loop.epoch_loop._batches_that_stepped)
 
 
 def is_attached(module: LightningModule | None) -> bool:
-    """Whether a module belongs to a Trainer; ``module.trainer`` raises where it does not."""
+    """Return whether a module belongs to a Trainer; ``module.trainer`` raises if it does not."""
     return module is not None and module._trainer is not None
 
 
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
-    """Run the module's hook before a batch is moved to the device, as the loops do; it has no public caller."""
+    """Run the module's hook before a batch is moved to the device, as the loops do; no public method calls it."""
     return module._on_before_batch_transfer(batch, 0)
 
 
 def samplers_stay(trainer: Trainer) -> None:
-    """Have Lightning leave samplers as they are; nothing public says so for a subclass of DDPStrategy."""
+    """Make Lightning leave samplers as they are; a subclass of DDPStrategy cannot request that publicly."""
     trainer._accelerator_connector.use_distributed_sampler = False
 
 
@@ -88,17 +88,17 @@ def samplers_stay(trainer: Trainer) -> None:
 
 
 def telling_indices(batch_sampler: Any) -> Any:
-    """Wrap a batch sampler as Lightning does for predictions: it reads the indices of a batch from this class."""
+    """Wrap a batch sampler as Lightning does for predictions, so that it can read the indices of a batch."""
     return _IndexBatchSamplerWrapper(batch_sampler)
 
 
 def tells_indices(batch_sampler: Any) -> bool:
-    """Whether Lightning reads from a batch sampler which samples a prediction is for."""
+    """Return whether Lightning can read from a batch sampler which samples a prediction is for."""
     return isinstance(batch_sampler, _IndexBatchSamplerWrapper)
 
 
 def inner_batch_sampler(batch_sampler: Any) -> Any:
-    """Return a batch sampler without what :func:`telling_indices` puts around it."""
+    """Return a batch sampler without the wrapper of :func:`telling_indices`."""
     return batch_sampler._batch_sampler if isinstance(batch_sampler, _IndexBatchSamplerWrapper) else batch_sampler
 
 
@@ -106,17 +106,20 @@ def inner_batch_sampler(batch_sampler: Any) -> Any:
 
 
 def uses_post_local_sgd(strategy: DDPStrategy) -> bool:
-    """Whether parameters of ranks are averaged instead of gradients.
+    """Return whether the ranks' parameters are averaged instead of their gradients.
 
-    The class of the hook's state is compared by name: importing its module imports half of torch.
+    The class of the hook's state is compared by name, because importing its module would import half of torch.
     """
     return type(strategy._ddp_comm_state).__name__ == "PostLocalSGDState" or strategy._model_averager is not None
 
 
 def wrap_checkpoint_io(wrapper: CheckpointIO | None, inner: CheckpointIO) -> bool:
-    """Put ``inner`` into a plugin that wraps another one, such as the asynchronous one; return whether it does.
+    """Put ``inner`` into ``wrapper`` if that is a plugin that wraps others, like the asynchronous one.
 
     The wrapper keeps a plugin that the user has put into it.
+
+    Returns:
+        Whether ``wrapper`` wraps others.
     """
     if not isinstance(wrapper, _WrappingCheckpointIO):
         return False
@@ -127,7 +130,7 @@ def wrap_checkpoint_io(wrapper: CheckpointIO | None, inner: CheckpointIO) -> boo
 def connect_through(
     environment: ClusterEnvironment, backend: str, store: Any, timeout: Any, device: torch.device
 ) -> None:
-    """Start the process group as DDPStrategy does, through a store of our own, which DDPStrategy cannot be given."""
+    """Start the process group as DDPStrategy does, but through a given store, which DDPStrategy does not accept."""
     _init_dist_connection(
         environment,
         backend,

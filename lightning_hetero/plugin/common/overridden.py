@@ -1,4 +1,4 @@
-"""Replace an attribute of one object for a while; everything that this package overrides on objects of others."""
+"""Temporarily replace an attribute of one object; this package overrides other code's objects in this way only."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _MISSING = object()
 
 @contextmanager
 def overridden(obj: Any, name: str, value: Any) -> Iterator[None]:
-    """Have ``obj.name`` be ``value`` in this context, and what it was before afterwards.
+    """Set ``obj.name`` to ``value`` in this context, and restore it afterwards.
 
-    Methods are found on the instance before its class, so a function replaces a method of this one object. It goes into
-    the object's ``__dict__``, past ``__setattr__``: that of a module would register it.
+    Python finds methods on the instance before its class, so a function replaces the method of this one object. The
+    value is written to the object's ``__dict__``, because ``__setattr__`` of a module would register it.
 
     Args:
         obj: The object whose attribute is replaced.
         name: The attribute's name.
-        value: The value in its place.
+        value: Value of the attribute in this context.
     """
     before = obj.__dict__.get(name, _MISSING)
     obj.__dict__[name] = value

@@ -1,10 +1,10 @@
-"""What the parts of ``hetero_ddp`` need of the strategy that owns them.
+"""Protocols that list what the parts of ``hetero_ddp`` use of the strategy that owns them.
 
-The strategy makes its loaders, its micro-batches and a balancer, and each of these needs something of the strategy.
-They import these protocols instead of the class, so imports point one way, and what each of them uses is listed here.
+The strategy creates its loaders, its micro-batches and a balancer, and each of these uses the strategy. They import
+these protocols instead of the class, so imports point one way, and each protocol lists what one part uses.
 """
 
-# ruff: noqa: D102  # what a strategy of Lightning has is documented there
+# ruff: noqa: D102  # Lightning documents what its strategies have
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["BalancedStrategy", "LoaderOwner", "StepOwner", "is_balanced"]
 
 
 class _OnRank(Protocol):
-    """What Lightning's strategies know of the rank that they run on."""
+    """A strategy of Lightning, as far as it knows the rank that it runs on."""
 
     @property
     def root_device(self) -> torch.device: ...
@@ -36,7 +36,7 @@ class _OnRank(Protocol):
 
 
 class LoaderOwner(_OnRank, Protocol):
-    """A strategy whose loaders are divided; the arguments are those of ``HeteroDDPStrategy``."""
+    """A strategy that divides loaders; the arguments are those of ``HeteroDDPStrategy``."""
 
     shares: str | Sequence[float] | Mapping[str, float]
     global_batch_size: int | None
@@ -55,7 +55,7 @@ class StepOwner(_OnRank, Protocol):
     """A strategy whose steps may run in several micro-batches.
 
     Attributes:
-        loss_weight: What the rank's loss counts, such that the mean over ranks is the mean over the global batch.
+        loss_weight: Weight of the rank's loss with which the mean over ranks is the mean over the global batch.
     """
 
     num_loss_terms: Callable[[Any], int] | None
@@ -78,14 +78,14 @@ class StepOwner(_OnRank, Protocol):
 
 
 class Alone(Protocol):
-    """Steps that can be run on one rank alone."""
+    """Steps that can run on one rank alone."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Run what is in this context on this rank alone: what communicates is refused."""
+        """Run the code in this context on this rank alone, and refuse calls that communicate."""
 
 
 class BalancedStrategy(_OnRank, Protocol):
-    """A strategy that can divide batches unequally, and change how."""
+    """A strategy that can divide batches unequally, and change the division during training."""
 
     profiles: tuple[DeviceProfile, ...]
     timer: StepTimer
@@ -107,15 +107,15 @@ class BalancedStrategy(_OnRank, Protocol):
     def precision_plugin(self) -> Precision: ...
     @property
     def plan_schedule(self) -> PlanSchedule | None:
-        """Which plan holds at which training step; None where the training loaders are not divided."""
+        """The plan schedule of the training; None if the training loaders are not divided."""
 
     @property
     def limits(self) -> BatchLimits:
-        """What every plan has to respect."""
+        """The limits that every plan must respect."""
 
     @property
     def counts_samples(self) -> bool:
-        """Whether a plan's numbers are samples of one loader, and no fractions of several."""
+        """Whether a plan's numbers are samples of one loader, not fractions of several loaders."""
 
     @property
     def fetched_through(self) -> int:
@@ -126,10 +126,10 @@ class BalancedStrategy(_OnRank, Protocol):
         """This rank's part of the current global batch; None before the first."""
 
     def nominal_plan(self) -> BatchPlan | None:
-        """Return the plan that the devices' data promise; None where they promise none."""
+        """Return the plan that the devices' nominal speeds suggest before measuring; None if they suggest none."""
 
     def change_plan(self, first_step: int, plan: BatchPlan) -> None:
-        """Follow ``plan`` from ``first_step`` on, a step that no rank has fetched."""
+        """Follow ``plan`` from ``first_step`` on, which no rank has fetched yet."""
 
     def restore_schedule(self, schedule: PlanSchedule) -> None:
         """Continue with the plans of an earlier run, before any training batch is drawn."""
@@ -138,6 +138,6 @@ class BalancedStrategy(_OnRank, Protocol):
 
 
 def is_balanced(strategy: object) -> TypeGuard[BalancedStrategy]:
-    """Return whether a strategy can divide batches unequally, and change how."""
-    # asked of the class: a property of the strategy may not be ready yet
+    """Return whether a strategy can divide batches unequally, and change the division during training."""
+    # ask the class, because a property of the strategy may not be ready yet
     return callable(getattr(type(strategy), "change_plan", None))

@@ -64,7 +64,7 @@ class Own:
     """A loader that yields its rank's own batches.
 
     Attributes:
-        reason: Why the loader cannot be divided, as part of a sentence.
+        reason: Reason why the loader cannot be divided, as part of a sentence.
     """
 
     reason: str

@@ -1,1 +1,1 @@
-"""`hetero_pipeline`."""
+"""The strategy `hetero_pipeline`."""

@@ -1,4 +1,4 @@
-"""What a pipeline trains on: the batches of rank 0, and where in them a checkpoint was saved."""
+"""The batches that a pipeline trains on, which rank 0 loads, and the position in them at which it was saved."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["PipelineData"]
 class PipelineData:
     """The loaders of one Trainer.
 
-    Lightning saves how many batches of an epoch were trained on, not in which order they came. With one device and a
-    loader that shuffles it resumes an epoch with samples of another order, some for the second time. Here the order is
-    saved with the checkpoint, as the state of the random numbers that it was drawn from.
+    Lightning saves how many batches of an epoch were trained on, but not their order. With one device and a loader that
+    shuffles, it resumes an epoch in another order, so that some samples come a second time. Here the checkpoint also
+    holds the order, as the state of the random numbers that it was drawn from.
 
     Args:
-        trainer: the Trainer.
+        trainer: The Trainer that owns the loaders.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -31,22 +31,22 @@ class PipelineData:
         self._saved: list[Any] = []
 
     def process(self, dataloader: object) -> RankZeroBatches:
-        """Return what Lightning iterates in the place of a loader."""
+        """Return the object over which Lightning iterates instead of a loader."""
         if not self._trainer.training:
             return RankZeroBatches(dataloader)
-        resume_exactly()  # or TrainingBatches warns
+        resume_exactly()  # TrainingBatches warns if it cannot
         return TrainingBatches(dataloader, self._beginning)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what a checkpoint has to hold, one entry a training loader; rank 0 knows it."""
+        """Return what a checkpoint must hold, one entry per training loader; only rank 0 knows it."""
         return [{"pass": loader.random_state, "now": random_state(loader)} for loader in self._loaders]
 
     def load(self, state: Any) -> None:
-        """Resume from what :meth:`state` has returned, or from a checkpoint that has nothing of the kind."""
+        """Resume from the value that :meth:`state` returned, or from a checkpoint that has no such value."""
         self._saved = list(state) if isinstance(state, list | tuple) else []
 
     def go_on(self) -> None:
-        """Have random numbers go on as in the earlier run; to be called on rank 0, when the training begins."""
+        """Continue with the random numbers of the earlier run; called on rank 0 when the training begins."""
         for loader in self._loaders:
             now = self._saved_of(loader, "now")
             if now is not None:
@@ -58,7 +58,7 @@ class PipelineData:
         return blocks_before(position, length_of(loader), mode), self._saved_of(loader, "pass")
 
     def _saved_of(self, loader: TrainingBatches, name: str) -> Any:
-        """Return what was saved of a loader, or None."""
+        """Return the value that was saved under ``name`` for a loader, or None."""
         loaders = self._loaders
         saved = self._saved[loaders.index(loader)] if len(self._saved) == len(loaders) else None
         return saved.get(name) if isinstance(saved, dict) else None

@@ -1,4 +1,4 @@
-"""Gradients of a model whose parts live on several ranks: those of shared parameters, and the norm of all."""
+"""Combine the gradients of parameters that several stages share, and clip by the norm of the whole model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["clip_by_norm", "with_tied_combined"]
 
 
 def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Gradients:
-    """Return ``gradients``, with those of parameters that several stages use added up over the stages.
+    """Return ``gradients``, in which those of parameters that several stages use are added up over the stages.
 
-    Every rank has to call this at the same point.
+    Every rank must call this at the same point.
     """
     found = {id(parameter): gradient for parameter, gradient in gradients}
     combined: Gradients = []
@@ -32,13 +32,13 @@ def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Grad
 def clip_by_norm(optimizer: Optimizer, clip_val: float, placement: TensorPlacement, device: torch.device) -> None:
     """Scale the gradients of this rank such that the norm of all ranks' gradients is at most ``clip_val``.
 
-    Every rank has to call this at the same point.
+    Every rank must call this at the same point.
 
     Args:
-        optimizer: Its parameters are clipped.
-        clip_val: The largest norm.
-        placement: Which rank counts which parameter.
-        device: This rank's device.
+        optimizer: Optimiser whose parameters' gradients are clipped.
+        clip_val: Largest norm.
+        placement: Placement that says which rank counts which parameter.
+        device: Device of this rank.
     """
     own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     squares = [p.grad.square().sum() for p in own if placement.counts(p)]

@@ -13,10 +13,10 @@ __all__ = ["layers_of"]
 
 
 def layers_of(module: LightningModule) -> tuple[nn.Module, list[nn.Module]]:
-    """Return the model that steps call, and the layers that it calls one after the other.
+    """Return the model that steps call, and the layers that it calls one after another.
 
     Raises:
-        UnsupportedFeatureError: If the module does not declare its layers.
+        UnsupportedFeatureError: The module does not declare its layers.
     """
     called: Any = getattr(module, "model", module)
     for owner in (module, called):

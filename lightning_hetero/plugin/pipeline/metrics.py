@@ -1,7 +1,7 @@
 """Update metrics on the last stage only, and make their values available on all ranks.
 
-torchmetrics would add up the states of all ranks.  For that every rank has to take part and to have a state of the same
-form, but a metric that was never updated lacks, for example, its list of scores.  So the last stage computes the value
+torchmetrics would add up the states of all ranks. For that, every rank must take part and have a state of the same
+form, but a metric that was never updated lacks, for example, its list of scores. So the last stage computes the value
 and broadcasts it.
 """
 
@@ -53,7 +53,7 @@ class PipelineMetrics:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Compute metrics on this rank only in this context, which other ranks do not enter, and broadcast nothing."""
+        """Compute metrics on this rank without broadcasting them; the other ranks do not enter this context."""
         before, self.is_alone = self.is_alone, True
         try:
             yield
@@ -66,7 +66,7 @@ class PipelineMetrics:
                 return compute(*args, **kwargs)
             value = None
             if self._is_last:
-                with self.alone():  # a metric that is composed of others computes those
+                with self.alone():  # a metric that is composed of others calls their `compute`
                     value = compute(*args, **kwargs)
             received = broadcast_from(move_data_to_device(value, torch.device("cpu")), self._last_rank)
             return value if self._is_last else move_data_to_device(received, self._module.device)

@@ -1,4 +1,4 @@
-"""Gather the state of optimisers from the stages for a checkpoint, and give each stage its part of one."""
+"""Gather the state of optimisers from the stages for a checkpoint, and give each stage its part of a saved state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["gathered_state", "own_state"]
 
 
 def gathered_state(optimizer: Optimizer, placement: TensorPlacement) -> dict[str, Any]:
-    """Return the state of an optimiser with the parameters of all ranks; empty on other ranks than zero."""
+    """Return the state of an optimiser for the parameters of all ranks; empty on all ranks but zero."""
     state = optimizer.state_dict()
     parts = gather_on_rank_zero(_owned(optimizer, state, placement))
     if parts is None:
@@ -22,9 +22,10 @@ def gathered_state(optimizer: Optimizer, placement: TensorPlacement) -> dict[str
 
 
 def own_state(optimizer: Optimizer, saved: dict[str, Any], placement: TensorPlacement) -> dict[str, Any]:
-    """Return what this rank loads of a saved state.
+    """Return the part of a saved state that this rank loads.
 
-    torch puts the state of a parameter on the parameter's device, and that of a parameter elsewhere has no place.
+    torch puts the state of a parameter on the parameter's device. The state of another rank's parameter has no device
+    here.
     """
     return {**saved, "state": _owned(optimizer, saved, placement)}
 

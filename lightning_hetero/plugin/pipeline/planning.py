@@ -1,4 +1,4 @@
-"""Find the stages of a pipeline from the time that each rank takes for each layer of the model."""
+"""Find the stages of a pipeline from the time that each rank takes for each layer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def find_stages(
         state_per_parameter: Number of values that the optimisers keep for each trained value.
 
     Raises:
-        InfeasiblePlanError: If the layers do not fit into the ranks' memory; raised on every rank.
+        InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
     profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
@@ -117,18 +117,18 @@ def first_plan(
     Args:
         num_layers: Number of layers of the model.
         world_size: Number of ranks.
-        splits: The user's splits, or "auto".
-        speeds: The user's speeds of the ranks, or None.
-        found: Stages that an earlier run has found; None where there are none.
+        splits: The user's ``splits``: a list, or "auto".
+        speeds: The user's ``speeds`` of the ranks, or None.
+        found: Stages that an earlier run has found; None if there are none.
 
     Raises:
-        ConfigurationError: The splits are beyond the model's layers.
+        ConfigurationError: A split lies beyond the model's last layer.
     """
     uniform = uniform_stages(num_layers, world_size)
     if not isinstance(splits, str):
         if splits and splits[-1] >= num_layers:
             raise ConfigurationError(
-                f"`splits` must be layers of the model, of which there are {num_layers}, got {splits}."
+                f"`splits` must be below the number of the model's layers, {num_layers}, got {splits}."
             )
         return StagePlan(uniform.ranks, (*splits, num_layers))
     if speeds is not None:
@@ -138,12 +138,12 @@ def first_plan(
 
 
 def budget_bytes(given: int | Sequence[int] | None, rank: int, device: torch.device) -> float | None:
-    """Return what a rank may hold: what the user says, or most of what its device has; None where nothing is known.
+    """Return how much memory a rank may use: the user's limit, or most of what its device has; None if unknown.
 
     Args:
         given: The user's ``max_memory_bytes``.
-        rank: The rank.
-        device: Its device.
+        rank: Rank whose memory is asked for.
+        device: Device of that rank.
     """
     if given is not None:
         return float(given if isinstance(given, int) else given[rank])
@@ -153,7 +153,7 @@ def budget_bytes(given: int | Sequence[int] | None, rank: int, device: torch.dev
 
 
 def report_findings(trainer: Trainer, findings: PipelineFindings) -> None:
-    """Print the stages that were found, and what is predicted of them."""
+    """Print the stages that were found and the predictions for them."""
     plan = findings.plan
     for sentence in (
         f"{list(plan.layers_of_ranks)} layers per rank, in the order of ranks {list(plan.ranks)}",

@@ -1,4 +1,4 @@
-"""Every rank of a pipeline sees the batches that rank 0 loads."""
+"""Let every rank of a pipeline see the batches that rank 0 loads."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ _BATCH, _END, _ERROR = range(3)
 
 
 class RankZeroBatches:
-    """A loader in the place of the user's.
+    """A loader that yields rank 0's batches on every rank.
 
-    Stages need the same samples in the same order, and ranks draw random numbers of their own; only rank 0 loads.
+    All stages need the same samples in the same order, but each rank draws its own random numbers. So only rank 0 loads
+    batches and broadcasts them.
 
     Args:
-        loader: the user's.
+        loader: The user's loader. After an earlier fit, the user's ``CombinedLoader`` may still hold one of these; its
+            original is used then.
 
     Attributes:
-        original: the user's; of an earlier fit, it may come back in the user's ``CombinedLoader``.
+        original: The user's loader.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -50,7 +52,7 @@ class RankZeroBatches:
             return self._receive()
         in_loop = called_by_lightning_loop()
         try:
-            # at once, as on one device: of several loaders each draws its seed before the first is read
+            # at once, as on one device: each of several loaders draws its seed before the first one is read
             return self._send(self._begin(in_loop=in_loop))
         except Exception as error:
             return self._send(_raise(error))
@@ -81,7 +83,7 @@ class RankZeroBatches:
 
 
 def _tell(kind: int, value: Any) -> None:
-    if dist.get_world_size() > 1:  # batches are not pickled for nobody
+    if dist.get_world_size() > 1:  # with one rank, pickling the batches would be wasted
         dist.broadcast_object_list([(kind, value)], src=0)
 
 
@@ -91,19 +93,19 @@ def _raise(error: Exception) -> Iterator[Any]:
 
 
 class TrainingBatches(RankZeroBatches):
-    """A loader that a resumed run goes on with where the earlier run ended: the same order, behind what it has read.
+    """A training loader that continues an interrupted epoch in the same order, after the batches that were trained on.
 
-    The order is drawn anew from the random numbers of then. A loader with a position of its own, as torchdata's
-    ``StatefulDataLoader``, is left to it.
+    The order is drawn again from the random state of the earlier run. A loader that saves its own position, like
+    torchdata's ``StatefulDataLoader``, resumes by itself.
 
     Args:
-        loader: the user's.
-        beginning: returns how many batches an earlier run has trained on in the pass that begins, and the state that
-            the random numbers had when that run drew its order, None where that is not known.
+        loader: The user's loader.
+        beginning: Function that returns how many batches of the epoch an earlier run has trained on, and the random
+            state from which that run drew its order; None if that state is not known.
 
     Attributes:
-        random_state: of the order of the present pass, see :func:`random_state`; None before the first. Only rank 0
-            knows it.
+        random_state: The random state from which the order of the current epoch is drawn, see :func:`random_state`;
+            None before the first epoch. Only rank 0 knows it.
     """
 
     def __init__(self, loader: Any, beginning: Callable[[TrainingBatches], tuple[int, Any]]) -> None:
@@ -117,7 +119,7 @@ class TrainingBatches(RankZeroBatches):
             self._loader = changed_loader(self.original, None, batch_sampler=order)
 
     def _begin(self, *, in_loop: bool) -> Iterator[Any]:
-        self._in_loop = in_loop  # for _order_of_indices, which `iter` comes to
+        self._in_loop = in_loop  # for _order_of_indices, which `iter` may call
         if self._by_indices or is_stateful(self._loader) or not in_loop:
             return iter(self._loader)
         return self._drawn(lambda: iter(self._loader), *self._beginning(self))
@@ -125,7 +127,7 @@ class TrainingBatches(RankZeroBatches):
     def _order_of_indices(self, draw: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         if not self._in_loop:
             return draw()
-        beginning = self._beginning(self)  # where the loop stands now, not where it stands at the first batch
+        beginning = self._beginning(self)  # the loop's position now, not its position at the first batch
 
         def order() -> Iterator[Any]:
             yield from self._drawn(draw, *beginning)
@@ -133,7 +135,7 @@ class TrainingBatches(RankZeroBatches):
         return order()
 
     def _drawn(self, draw: Callable[[], Iterator[Any]], skip: int, then: Any) -> Iterator[Any]:
-        """Begin what is drawn from random numbers: the batches of indices, or where there are none the batches."""
+        """Begin to draw what the random numbers decide: batches of indices, or whole batches if there are none."""
         now = random_state(self._loader)
         known = bool(skip) and then is not None and restore_random_state(self._loader, then)
         self.random_state = then if known else now
@@ -144,15 +146,15 @@ class TrainingBatches(RankZeroBatches):
             return chain(first, drawn)
         if skip and not _has_fixed_order(self._loader):
             rank_zero_warn(
-                "`hetero_pipeline` resumes within an epoch, and the checkpoint does not tell in which order its samples"
-                f" came: the remaining batches may repeat some of the first {skip} and leave out others. Resume from"
-                " the end of an epoch, or use a sampler that draws its order from the epoch."
+                "`hetero_pipeline` resumes within an epoch, but the checkpoint does not hold the order of the epoch's"
+                f" samples: the remaining batches may repeat samples of the first {skip} and leave out others. Resume"
+                " from the end of an epoch, or use a sampler that draws its order from the epoch."
             )
         return drawn
 
 
 class _Order:
-    """A batch sampler whose passes :class:`TrainingBatches` begins."""
+    """A batch sampler whose iterations :class:`TrainingBatches` begins."""
 
     def __init__(self, batches: Any, begin: Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]) -> None:
         self._batches = batches
@@ -171,5 +173,5 @@ class _Order:
 
 
 def _has_fixed_order(loader: Any) -> bool:
-    """Return whether the order of an epoch depends on nothing but the epoch."""
+    """Return whether the order of an epoch depends on the epoch alone."""
     return isinstance(getattr(loader, "sampler", None), SequentialSampler | DistributedSampler)

@@ -34,7 +34,7 @@ class PipelineRecorder(Callback):
             another directory.
 
     Raises:
-        ConfigurationError: If an argument is invalid.
+        ConfigurationError: An argument breaks its rule.
 
     Attributes:
         timeline: The recorded passes, on every rank, in seconds from the start of the step; None before the step.
@@ -130,7 +130,7 @@ class PipelineRecorder(Callback):
 
 
 def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
-    """Return the stages as the record holds them; fields that were not measured are empty or 0."""
+    """Return the stages in the form of the record; fields that were not measured are empty or 0."""
     plan, found = strategy.plan, strategy.findings
     assert plan is not None
     times = None if found is None else found.costs.of_stages(plan)

@@ -1,4 +1,4 @@
-"""What a pipeline cannot train, told before a process is started."""
+"""Refuse what a pipeline cannot train or save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 def refuse_training(
     module: LightningModule, callbacks: Iterable[Callback], precision: str | int, world_size: int
 ) -> None:
-    """Refuse a training that cannot be split into stages.
+    """Refuse a training that cannot be split into stages, before any process is started.
 
     Args:
         module: The user's LightningModule.
@@ -29,11 +29,12 @@ def refuse_training(
         world_size: Number of ranks.
 
     Raises:
-        UnsupportedFeatureError: It cannot; the message says why, and what to do instead where there is something.
+        UnsupportedFeatureError: The training cannot be split; the message says why, and names a way out if there is
+            one.
     """
     reason = None
     if not module.automatic_optimization:
-        reason = "manual optimisation runs backward passes of its own"
+        reason = "manual optimisation runs its own backward passes"
     elif precision == "16-mixed":
         reason = 'precision "16-mixed" scales the loss, and stages would have to agree when to skip; use "bf16-mixed"'
     for callback in callbacks:
@@ -48,11 +49,11 @@ def _why_not(callback: Callback, world_size: int) -> str | None:
         isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
     ):
         return (
-            f"{name} saves where a rank has failed, and the layers of other ranks may be gone then; save while"
-            f" training, with ModelCheckpoint(every_n_train_steps=...)"
+            f"{name} saves after a rank has failed, when the layers of other ranks may be gone; save during training"
+            f" instead, with ModelCheckpoint(every_n_train_steps=...)"
         )
     if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-        return f"{name} copies the whole model, of which a rank has a part"
+        return f"{name} copies the whole model, of which each rank has only a part"
     return None
 
 
@@ -60,7 +61,7 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimisers that need the whole model on one rank.
 
     Raises:
-        UnsupportedFeatureError: One of them does.
+        UnsupportedFeatureError: One of them needs it.
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise UnsupportedFeatureError(
@@ -73,17 +74,17 @@ def refuse_saving(failure: BaseException | None, on_exception: Callable[[BaseExc
     """Refuse to save after a run has failed.
 
     Args:
-        failure: The error that is being handled, if a callback saves before Lightning has told the strategy; else None.
-        on_exception: Tells the strategy.
+        failure: Error that is being handled if a callback saves before Lightning has told the strategy; None otherwise.
+        on_exception: Function that tells the strategy of the error.
 
     Raises:
-        RankFailedError: The run has failed before.
-        BaseException: ``failure``: the callback must not go on as if it had saved, and what the user sees in the end
-            should be why the run has failed.
+        RankFailedError: The strategy already knows that the run has failed.
+        BaseException: ``failure`` itself. The callback must not continue as if it had saved, and the user should
+            finally see why the run failed.
     """
     reason = (
-        "`hetero_pipeline` cannot save once a run has failed: the layers of other ranks may be gone. Save while"
-        " training, with ModelCheckpoint(every_n_train_steps=...)."
+        "`hetero_pipeline` cannot save after a run has failed: the layers of other ranks may be gone. Save during"
+        " training instead, with ModelCheckpoint(every_n_train_steps=...)."
     )
     if failure is None:
         raise RankFailedError(reason)

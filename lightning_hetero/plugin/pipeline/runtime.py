@@ -1,4 +1,4 @@
-"""What runs the stages of one training, evaluation or prediction, from its set-up to its tear-down."""
+"""Run the stages of one training, evaluation or prediction, from its set-up to its tear-down."""
 
 from __future__ import annotations
 
@@ -31,23 +31,26 @@ LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
 
 
 class Runtime:
-    """The stages of one run, and everything of the user's that is overridden for them.
+    """The stages of one run, and everything that is overridden on the user's objects for them.
 
     Args:
         module: The user's LightningModule.
         plan: The stages to begin with.
         rank: This rank.
         device: This rank's device.
-        schedule: The order of forward and backward passes.
+        schedule: Pipeline schedule, "1f1b" or "gpipe".
         num_microbatches: Number of micro-batches per step.
-        loss_weights: Returns what the loss of each micro-batch counts, given the micro-batches and their sizes.
+        loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
+            sizes.
 
     Attributes:
-        placement: Where the parts of the model live. It outlives the run, after which a checkpoint may be saved.
+        called: The model that steps call.
+        layers: All layers of that model, in order.
+        placement: Where the parts of the model live. It outlives the run, because a checkpoint may be saved afterwards.
         metrics: The metrics of the module.
-        pipeline: Runs the layers of this rank's stage.
-        steps: Runs the user's steps.
-        seed: The seed of random numbers that all ranks draw alike.
+        pipeline: The pipeline, which runs the layers of this rank's stage.
+        steps: The user's steps on this rank.
+        seed: Seed of the random numbers that are the same on all ranks.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Runtime:
         )
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
-        """Change to other stages; every rank has to call this at the same point."""
+        """Change to other stages; every rank must call this at the same point."""
         with torch.inference_mode(False):
             self.placement.move(plan, optimizers)
         self.pipeline.close()
@@ -107,7 +110,7 @@ class Runtime:
     # ---- what is overridden ----------------------------------------------------------------------------------------
 
     def _run_hooks_where_steps_end(self) -> None:
-        """Have hooks at the end of an epoch, which use what steps have collected, run on the rank that has it."""
+        """Run hooks at the end of an epoch on the rank that holds what the steps have collected for them."""
 
         def where_steps_end(hook: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -121,7 +124,7 @@ class Runtime:
                 self._override(self._module, name, where_steps_end(getattr(self._module, name)))
 
     def clip_whole_model(self, precision: Precision) -> None:
-        """Have clipping by norm, which Lightning asks ``precision`` for, use the norm of the whole model."""
+        """Clip by the norm of the whole model when Lightning asks ``precision`` to clip gradients by norm."""
 
         def clip(optimizer: Optimizer, clip_val: float) -> None:
             clip_by_norm(optimizer, clip_val, self.placement, self._device)
@@ -133,17 +136,25 @@ class Runtime:
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Leave the user's objects as they were found; the placement stays."""
-        self._overrides.close()
-        self.pipeline.close()
+    def close(self, *, complete: bool) -> None:
+        """Restore the user's objects; the placement stays, since a checkpoint may be saved after the run.
+
+        Args:
+            complete: Whether every rank gets the whole model back; every rank must then call this at the same point.
+        """
+        try:
+            if complete:
+                self.placement.complete()
+        finally:
+            self._overrides.close()
+            self.pipeline.close()
 
 
 @contextmanager
 def not_moved_to_cpu(module: nn.Module) -> Iterator[None]:
-    """Leave a module where it is although it is told to move to the CPU.
+    """Leave a module where it is in this context, even if it is told to move to the CPU.
 
-    Peers of a failed rank may never send what they hold of the model, so it cannot be moved as a whole.
+    The peers of a failed rank may never send their parts of the model, so it cannot be moved as a whole.
     """
     with overridden(module, "cpu", lambda: module):
         yield

@@ -1,8 +1,9 @@
 """Run a user's steps on a model that is split over ranks.
 
-The step is the user's own and calls the model once.  On the first stage it runs until that call, whose arguments enter
-the pipeline; on the last stage it runs from its beginning, and the call returns what comes out.  In training that is
-done for each micro-batch, in validation, test and prediction with the outputs of the whole batch put together.
+The user's step calls the model once. On the first stage, the step runs up to that call, whose arguments enter the
+pipeline. On the last stage, the step runs from its beginning, and the call returns the pipeline's output. In training,
+the last stage runs the step for each micro-batch; in validation, test and prediction, it runs the step once, on the
+joined outputs of the whole batch.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ __all__ = ["Example", "PipelineStep"]
 Step = Callable[..., Any]
 
 _USED_BEFORE = (
-    "`hetero_pipeline` needs all parameters and buffers that are used before the model's call to be in its layers, got"
-    " one that is on the last stage. Make what uses it the model's first layer."
+    "`hetero_pipeline` needs all parameters and buffers that are used before the model is called to be in its layers,"
+    " got one that is on the last stage. Make the code that uses it the model's first layer."
 )
 
 
 class _Called(BaseException):
-    """The model was called; nothing behind the call is to run."""
+    """The model was called; the code after the call must not run."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
@@ -58,11 +59,11 @@ class Example:
     """The first micro-batch of a step.
 
     Attributes:
-        inputs: what the model is called with.
-        loss_of: returns the loss, given the model's output; None on ranks that compute none.
-        samples: of the whole step.
-        micro_batches: of the whole step.
-        training: whether the step has backward passes.
+        inputs: Arguments with which the model is called.
+        loss_of: Function that returns the loss, given the model's output; None on ranks that compute no loss.
+        samples: Number of samples in the whole step.
+        micro_batches: Number of micro-batches in the whole step.
+        training: Whether the step has backward passes.
     """
 
     inputs: tuple[Any, ...]
@@ -74,11 +75,11 @@ class Example:
 
 @dataclass(frozen=True)
 class _MetricOf:
-    """Stands for a metric of the module on its way to another rank.
+    """A placeholder for a metric of the module, which is sent to another rank in its place.
 
     Attributes:
-        name: in the module.
-        in_step: its value of the latest step, which it has where it was updated.
+        name: Name of the metric in the module.
+        in_step: Value of the metric in the latest step, known on the rank that updated it.
     """
 
     name: str
@@ -89,13 +90,14 @@ class PipelineStep:
     """The steps of one rank.
 
     Args:
-        module: the user's.
-        called: what its steps call.
-        pipeline: runs the layers.
-        micro_batches: of a step.
-        loss_weights: returns what each micro-batch's loss counts, given the micro-batches and their samples.
-        metrics: those of the module.
-        seed: of the random numbers of the user's step, the same on all ranks.
+        module: The user's LightningModule.
+        called: The model that its steps call.
+        pipeline: The pipeline that runs the layers.
+        micro_batches: Number of micro-batches per step.
+        loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
+            sizes.
+        metrics: The module's metrics.
+        seed: Seed of the random numbers of the user's step, the same on all ranks.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class PipelineStep:
         self._pipeline = pipeline
         self._micro_batches = micro_batches
         self._loss_weights = loss_weights
-        # batch normalisation refuses a single sample in training
+        # in training, batch normalisation refuses a single sample
         normalises = any(isinstance(layer, BatchNorm) for layer in module.modules())
         self._fewest_samples = 2 if normalises else 1
         self._metrics = metrics
@@ -121,10 +123,15 @@ class PipelineStep:
         self._times_run = 0
 
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
-        """Run a training step; gradients are accumulated on the parameters.
+        """Run a training step, and accumulate its gradients on the parameters.
+
+        Args:
+            step: The user's step.
+            args: Arguments of the step, the batch first.
+            accumulated_batches: Number of batches whose gradients are accumulated.
 
         Returns:
-            What the step would have returned.
+            The output that the step would return for the whole batch.
         """
         batch, *rest = args
         self._times_run += 1
@@ -163,12 +170,12 @@ class PipelineStep:
         """Run a step without gradients.
 
         Args:
-            step: the user's.
-            args: what it is given; the batch first.
-            logs: whether it may log.
+            step: The user's step.
+            args: Arguments of the step, the batch first.
+            logs: Whether the step may log.
 
         Returns:
-            What it returns.
+            The output of the step.
         """
         batch, *rest = args
         self._times_run += 1
@@ -193,7 +200,7 @@ class PipelineStep:
         return self._tell(returned, calls)
 
     def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
-        """Return the first micro-batch of a step, on every rank, which is to call this at the same point."""
+        """Return the first micro-batch of a step on every rank; every rank must call this at the same point."""
         batch, *rest = args
         groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
         sizes = [size for count, size in groups for _ in range(count)]
@@ -210,10 +217,10 @@ class PipelineStep:
 
     @contextmanager
     def collected(self) -> Iterator[bool]:
-        """Run what follows a whole epoch where the steps were run; elsewhere, log what it has logged.
+        """Run the code that follows an epoch on the rank that ran the steps; elsewhere, log what that code has logged.
 
         Yields:
-            Whether this is the rank to run it.
+            Whether this rank is to run the code.
         """
         if not self._pipeline.is_last:
             yield False
@@ -228,7 +235,7 @@ class PipelineStep:
     # ---- the user's step -------------------------------------------------------------------------------------------
 
     def _seeded(self, number: int) -> AbstractContextManager[None]:
-        """Let the step draw the same random numbers for a micro-batch wherever it is run."""
+        """Make the step draw the same random numbers for a micro-batch on every rank."""
         return seeded(self._seed, self._times_run, number)
 
     def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Any:
@@ -286,10 +293,10 @@ class PipelineStep:
         loader = self._module.trainer.train_dataloader
         return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
 
-    # ---- what other ranks see --------------------------------------------------------------------------------------
+    # ---- what the other ranks learn --------------------------------------------------------------------------------
 
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
-        """Have every rank know what a step has returned, and log what it has logged."""
+        """Tell every rank the output of a step and what it has logged; log that here."""
         told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
         broadcast_from((_on_cpu(returned), told), self._pipeline.last_rank)
         for call in calls:
@@ -331,19 +338,19 @@ def _no_call(step: Step) -> str:
 
 
 def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of ``self.log`` by name; every rank will log the same, so nothing is reduced."""
+    """Return the arguments of a ``self.log`` call by name; all ranks log the same value, so nothing is reduced."""
     arguments = dict(inspect.signature(LightningModule.log).bind(None, *given, **named).arguments)
     del arguments["self"]
     return {**arguments, "sync_dist": False}
 
 
 def _groups(samples: int, micro_batches: int, least: int = 1) -> list[tuple[int, int]]:
-    """Return how many micro-batches of how many samples there are; sizes differ by one at most.
+    """Return the micro-batches as pairs of a number of micro-batches and their size; sizes differ by at most one.
 
     Args:
-        samples: of the batch.
-        micro_batches: most that there may be.
-        least: fewest samples of each, where the batch has as many.
+        samples: Number of samples in the batch.
+        micro_batches: Maximum number of micro-batches.
+        least: Minimum size of each micro-batch, if the batch has that many samples.
     """
     count = max(min(micro_batches, samples // least), 1)
     size, larger = divmod(samples, count)
@@ -355,7 +362,7 @@ def _kind(part: Any) -> Hashable:
 
 
 def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Return the output of the whole batch."""
+    """Return the output for the whole batch, joined from the outputs of its micro-batches."""
     if len(outputs) == 1:
         return outputs[0]
     flat, structures = zip(*(flatten(output) for output in outputs), strict=True)
@@ -363,7 +370,7 @@ def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         for tensor in tensors:
             if tensor.dim() == 0 or len(tensor) != size:
                 raise UnsupportedFeatureError(
-                    f"`num_microbatches` must be 1 here, because the model's output is no tensor of one entry a sample:"
-                    f" got shape {tuple(tensor.shape)} for {size} samples."
+                    f"`num_microbatches` must be 1 here, because the model's output is no tensor with one entry per"
+                    f" sample: got shape {tuple(tensor.shape)} for {size} samples."
                 )
     return unflatten([torch.cat(tensors) for tensors in zip(*flat, strict=True)], structures[0])

@@ -1,4 +1,4 @@
-"""``hetero_pipeline``: the layers of a model are split over devices, as many for each as its speed deserves."""
+"""``hetero_pipeline``: model-parallel training in which a device twice as fast gets twice the layers."""
 
 from __future__ import annotations
 
@@ -53,45 +53,47 @@ __all__ = ["HeteroPipelineStrategy"]
 class HeteroPipelineStrategy(BaseStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
-    ``self.model`` of the LightningModule is an ``nn.Sequential``, or it or the module defines ``pipeline_layers()``,
-    the list of layers that are called one after the other. Steps call the model exactly once. Layers exchange tensors,
-    in tuples, lists and dicts. The last stage runs on rank 0, where losses are computed; it loads the data. What a step
-    has returned and logged is known to all ranks; what it collects in the module is on rank 0, so hooks of the module
-    at the end of an epoch run there, and all ranks log what they log.
+    ``self.model`` of the LightningModule is an ``nn.Sequential``, or one of the two defines ``pipeline_layers()``,
+    which returns the layers in the order in which they are called. Steps call the model exactly once. Layers exchange
+    tensors, in tuples, lists and dicts. Rank 0 runs the last stage, loads the data and computes the losses. All ranks
+    know what a step returns and logs. What steps collect in the module is on rank 0 only, so the module's hooks at the
+    end of an epoch run there, and all ranks log what these hooks log.
 
     Args:
-        splits: Where the layers are divided: a list has the first layer of every stage but the first, so that [4] gives
-            the first stage four layers and the second one the others. "auto" times every layer on every rank before the
-            first step, and takes the division that is predicted to be fastest; with ``speeds`` it gives each rank
-            layers in proportion to them instead.
-        speeds: How fast each rank is, one positive number a rank, rank 0 first, so that [2, 1] gives rank 0 twice the
-            layers of rank 1.
-        num_microbatches: In how many parts a batch goes through the stages; more of them leave the stages less idle.
-        schedule: "1f1b" holds the activations of as many micro-batches as there are stages, "gpipe" of all.
-        loss_reduction: "mean" if the training loss is a mean over the batch, "sum" if it is a sum.
-        num_loss_terms: Counts the terms that the training loss averages over, given a micro-batch, where that is not
-            the number of samples: tokens that are not padding. In YAML it is an import path, for example
-            my_package.count_tokens.
-        max_memory_bytes: What each rank may hold, a number for all or one a rank; None for 92 % of what a GPU has for
-            this process, and for no limit on processors. Only what is measured is planned accordingly.
-        verbose: Whether to print the stages that were found, and what is predicted of them.
-        start_method: How ranks are started: "popen" runs the script again on each; the others are those of Python's
-            multiprocessing.
+        splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the
+            first stage four layers and the second stage the rest. "auto" times every layer on every rank before the
+            first step, and takes the division that is predicted to be fastest; with ``speeds`` it divides the layers in
+            proportion to them instead.
+        speeds: Relative speed of each rank, one positive number per rank: [2, 1] gives rank 0 twice rank 1's layers.
+        num_microbatches: Number of micro-batches per step. With more of them, the stages are less idle.
+        schedule: Order of passes. "1f1b" holds the activations of as many micro-batches as stages, "gpipe" of all.
+        loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
+        num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
+            is averaged. Give it if these terms are not the samples but, for example, tokens without padding. In YAML it
+            is an import path, for example my_package.count_tokens.
+        max_memory_bytes: Memory that each rank may use, one number for all or one per rank. By default it is 92 % of
+            what a GPU has for this process, and unlimited on processors. Only stages found by timing respect it.
+        verbose: Whether to print the stages that were found and the predictions for them.
+        start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
-        process_group_backend: What ranks talk through, "gloo" or "nccl"; by default what suits the accelerator.
-        cluster_environment: Lightning's plugin that knows the ranks; by default the one of the cluster it runs on.
+        process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
+        cluster_environment: Lightning's plugin that knows the ranks; by default that of the current cluster.
         checkpoint_io: Lightning's plugin that writes and reads checkpoints.
-        precision_plugin: Lightning's plugin for the Trainer's ``precision``, which sets it.
-        accelerator: Of the devices; the Trainer sets it.
-        parallel_devices: Of the ranks on this machine; the Trainer sets them.
-        **unknown: Refused, with the name that was probably meant.
+        precision_plugin: Lightning's plugin for the Trainer's ``precision``; the Trainer sets it.
+        accelerator: Accelerator of the devices; the Trainer sets it.
+        parallel_devices: Devices of the ranks on this machine; the Trainer sets them.
+        **unknown: Refused with an error that suggests the name that was probably meant.
 
     Raises:
-        ConfigurationError: an argument breaks its rule.
+        ConfigurationError: An argument breaks its rule.
 
     Attributes:
         plan: The stages; None before set-up.
-        findings: What was measured and is predicted; None where nothing was measured.
+        findings: The measurements and predictions; None if nothing was measured.
+
+    Example::
+
+        trainer = Trainer(strategy=HeteroPipelineStrategy(num_microbatches=8), devices=2)
     """
 
     strategy_name = "hetero_pipeline"
@@ -123,11 +125,11 @@ class HeteroPipelineStrategy(BaseStrategy):
         if speeds is not None:
             arguments.check_numbers("speeds", speeds)
         if splits != "auto" and speeds is not None:
-            raise ConfigurationError("`speeds` must be None where `splits` says how the layers are divided. Give one.")
+            raise ConfigurationError("`speeds` must be None if `splits` says how the layers are divided. Give one.")
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
         arguments.check_bool("verbose", verbose)
-        # not all of DDP's arguments: no DDP is here to follow them
+        # not all of DDP's arguments, because no DDP uses them here
         launching: dict[str, Any] = {
             "accelerator": accelerator,
             "parallel_devices": parallel_devices,
@@ -170,8 +172,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         self._data = PipelineData(model.trainer)
-        # Every rank works on the same batches, so none may get a sampler of its own.
-        # tests/plugin/pipeline/test_pipeline.py compares the order of samples with that of a single process.
+        # All ranks work on the same batches, so none may get its own sampler; test_pipeline.py compares the order.
         samplers_stay(model.trainer)
         if model.trainer.state.fn == TrainerFn.FITTING:
             callbacks = model.trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
@@ -179,12 +180,12 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        with isolate_rng():  # DDP seeds anew here; a single process does not, and shuffles accordingly
+        with isolate_rng():  # DDP seeds again here; a single process does not, and its shuffling must be the same
             super().setup_distributed()
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        # as DDPStrategy, without what wraps and synchronises a whole module
+        # as DDPStrategy.setup, without wrapping and synchronising the whole module
         assert self.accelerator is not None
         warnings.filterwarnings("ignore", "It is recommended to use `self.log")  # all ranks log the same values
         self.accelerator.setup(trainer)
@@ -211,7 +212,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         )
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
-        """Change to the best stages before the first step that is not a check of the validation loop."""
+        """Change to the best stages before the first step, not counting Lightning's sanity check."""
         if (
             self.splits != "auto"
             or self.speeds is not None
@@ -255,9 +256,8 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         self._batches += 1
-        with seeded(
-            self._running.seed, self._batches
-        ):  # hooks that change a batch at random change it alike on all ranks
+        # hooks that change a batch at random must change it in the same way on all ranks
+        with seeded(self._running.seed, self._batches):
             return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
@@ -286,7 +286,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Put the gradients, which the stages have computed within the step, where optimisers look for them."""
+        """Hand the optimisers the gradients that the stages have computed within the step."""
         loss = self.precision_plugin.pre_backward(closure_loss, self._module)
         gradients, self._step_gradients = self._step_gradients, []
         put_back(with_tied_combined(gradients, self._running.placement))
@@ -313,20 +313,20 @@ class HeteroPipelineStrategy(BaseStrategy):
     @property
     @override
     def is_alone(self) -> bool:
-        # what one rank runs alone, it runs as one device: its peers would not answer
+        # code that one rank runs alone must run as on one device: the peers would not answer
         return super().is_alone or (self._runtime is not None and self._runtime.metrics.is_alone)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return ``tensor``, as on one device: every sample is on every rank."""
+        """Return ``tensor`` as it is, as on one device: every rank has every sample."""
         return tensor
 
     def record_step(self) -> None:
-        """Note who computes what when; every rank has to call it at the same point."""
+        """Record when each stage computes what; every rank must call this at the same point."""
         self._running.pipeline.record()
 
     def recorded_step(self) -> Timeline:
-        """Return what was noted; every rank has to call it at the same point."""
+        """Return what was recorded; every rank must call this at the same point."""
         return self._running.pipeline.stop_recording()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def loaders_state(self) -> Any:
-        return [] if self._data is None else self._data.state()  # as in the process that has spawned the ranks
+        return [] if self._data is None else self._data.state()  # None in the process that has spawned the ranks
 
     @override
     def load_loaders_state(self, state: Any) -> None:
@@ -348,7 +348,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.world_size > 1 and (self._failed or super().is_alone):
             refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
-        # the process that has spawned the ranks has no part of the model, but all of it
+        # the process that has spawned the ranks holds the whole model
         runtime = self._runtime
         return super().lightning_module_state_dict() if runtime is None else runtime.placement.state_dict()
 
@@ -376,9 +376,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         module, runtime = self.lightning_module, self._runtime
         stays = module is not None and self._failed
         if runtime is not None:
-            if not stays:
-                runtime.placement.complete()
-            runtime.close()  # the placement stays: after the run, too, a checkpoint may be saved
+            runtime.close(complete=not stays)
         if stays:
             self._runtime = None
         with not_moved_to_cpu(self._module) if stays else nullcontext():

@@ -1,4 +1,4 @@
-"""What the loss of each micro-batch counts in that of all of them."""
+"""Compute the weight of each micro-batch in the loss of all samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ __all__ = ["loss_weights"]
 def loss_weights(
     parts: Sequence[Any], sizes: Sequence[int], loss_reduction: str, num_loss_terms: Callable[[Any], int] | None
 ) -> list[float]:
-    """Return one weight per micro-batch, such that the weighted sum of their losses is the loss of all samples.
+    """Return one weight per micro-batch with which the weighted sum of their losses is the loss of all samples.
 
     Args:
         parts: The micro-batches.
-        sizes: Their numbers of samples.
-        loss_reduction: "mean" or "sum".
-        num_loss_terms: Counts the terms that the loss of a micro-batch averages over; None for its samples.
+        sizes: Number of samples in each micro-batch.
+        loss_reduction: How the loss is reduced over a micro-batch, "mean" or "sum".
+        num_loss_terms: Function that counts the terms over which the loss of a micro-batch is averaged; None for its
+            samples.
     """
     if loss_reduction == "sum":
         return [1.0] * len(parts)

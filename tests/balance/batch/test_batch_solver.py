@@ -9,6 +9,7 @@ import pytest
 from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 
 from lightning_hetero.balance.batch.batch_solver import keeps_limits, predicted_step_s, proportional_plan, solve_batch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
@@ -42,7 +43,7 @@ def allowed_plans(world_size: int, batch: int, limits: BatchLimits, least: list[
                 yield BatchPlan(sizes)
 
 
-@settings(max_examples=600)
+@settings(max_examples=drawn(200, 1_200))
 @given(problems())
 def test_is_as_good_as_brute_force(problem: tuple[list[StepTime], int, BatchLimits, list[int]]) -> None:
     times, batch, limits, least = problem

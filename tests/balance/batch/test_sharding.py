@@ -6,13 +6,14 @@ import pytest
 from generators import plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 from torch.utils.data import DistributedSampler
 
 from lightning_hetero.balance.batch.sharding import plan_for_block, positions_of_rank
 from lightning_hetero.balance.types import BatchPlan
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(plans())
 def test_every_position_has_one_owner(plan: BatchPlan) -> None:
     owned = [positions_of_rank(plan, rank) for rank in range(plan.world_size)]
@@ -30,7 +31,7 @@ def test_equal_ranks_own_what_distributed_sampler_gives_them(world_size: int) ->
         assert list(positions_of_rank(plan, rank)) == theirs
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(plans(), st.integers(1, 200))
 def test_a_block_of_another_size_is_divided_in_proportion(plan: BatchPlan, size: int) -> None:
     block = plan_for_block(plan, size)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 
 from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages, uniform_stages
@@ -41,14 +42,14 @@ def all_plans(num_layers: int, world_size: int) -> Iterator[StagePlan]:
             yield StagePlan((*ranks, 0), (*ends, num_layers))
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(costs())
 def test_the_slowest_stage_is_as_fast_as_any_division_makes_it(problem: LayerCosts) -> None:
     best = min(problem.of_stages(plan).slowest_s for plan in all_plans(problem.num_layers, problem.world_size))
     assert problem.of_stages(solve_stages(problem)).slowest_s == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(costs(), st.data())
 def test_memory_is_respected_wherever_it_can_be(problem: LayerCosts, data: st.DataObject) -> None:
     def numbers(count: int, low: int, high: int) -> tuple[float, ...]:

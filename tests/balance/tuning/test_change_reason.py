@@ -1,3 +1,5 @@
+"""The reason of a change names the ranks whose speed changed."""
+
 from __future__ import annotations
 
 import pytest
@@ -18,5 +20,5 @@ FAST, SLOW = StepTime(0.01, 0.001), StepTime(0.02, 0.002)
         ([FAST] * 5, [SLOW] * 5, "5 ranks became slower and 0 faster; predicted: 1.50x as many samples/s"),
     ],
 )
-def test_the_reason_names_who_changed(before: list[StepTime], after: list[StepTime], expected: str) -> None:
+def test_the_reason_names_the_ranks_that_changed(before: list[StepTime], after: list[StepTime], expected: str) -> None:
     assert change_reason(0.5, BatchPlan((10,) * len(after)), before, after) == expected

@@ -1,4 +1,4 @@
-"""The first guess compares only what can be compared."""
+"""The first guess compares only devices whose nominal speeds can be compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNKNOWN = DeviceProfile("c", "cpu", "EPYC")
         ([K80, DeviceProfile("a", "cuda:1", "Tesla K80", 1400.0)], None),
     ],
 )
-def test_guesses_where_the_speeds_of_different_models_are_known(
+def test_guesses_only_if_the_speeds_of_different_models_are_known(
     profiles: list[DeviceProfile], shares: list[float] | None
 ) -> None:
     assert nominal_shares(profiles) == shares

@@ -1,3 +1,5 @@
+"""Reports travel as numbers, and ranks that diverge are named."""
+
 from __future__ import annotations
 
 import re
@@ -17,7 +19,7 @@ def test_a_report_travels_as_numbers() -> None:
     assert RankReport.from_numbers(REPORT.to_numbers()) == REPORT
 
 
-def test_the_fingerprint_follows_from_plans_and_position() -> None:
+def test_the_fingerprint_depends_on_plans_and_position_only() -> None:
     of = fingerprint_of(SCHEDULE, 9, 1)
     assert of == fingerprint_of(PlanSchedule(SCHEDULE.first_steps, SCHEDULE.plans), 9, 1)
     others = [
@@ -40,5 +42,5 @@ def test_ranks_that_differ_are_named(fingerprints: list[int], named: str) -> Non
         check_agreement([replace(REPORT, fingerprint=number) for number in fingerprints])
 
 
-def test_ranks_that_agree_pass() -> None:
+def test_ranks_that_agree_are_accepted() -> None:
     check_agreement([REPORT, REPORT, REPORT])

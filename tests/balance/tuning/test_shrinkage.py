@@ -56,7 +56,7 @@ def test_a_single_rank_is_left_alone() -> None:
 
 
 def test_ranks_of_very_different_sizes_are_not_compared() -> None:
-    """The time of one rank at the size of the other is a guess, and nothing is shrunk towards guesses."""
+    """The time of one rank at the other's size is a guess, and no estimate is shrunk towards a guess."""
     model = StepTimeModel(2)
     model.observe([WindowTiming(16, 2, 0.016), WindowTiming(48, 2, 0.096)])
     times, deviations = shrink(model, 32, DOUBT)

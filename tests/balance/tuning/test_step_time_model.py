@@ -1,4 +1,4 @@
-"""The filter finds overhead and cost, knows how certain they are, and follows a device that changes."""
+"""The model finds the overhead and the cost per sample, knows their uncertainty, and follows a device that changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_sizes_tell_overhead_from_cost(truth: StepTime) -> None:
 
 
 def test_uncertainty_shrinks_with_evidence_and_covers_the_error() -> None:
-    """No more runs than a normal distribution allows are off by more than two standard deviations."""
+    """At most one run in ten is off by more than two standard deviations."""
     truth, misses, last = StepTime(0.01, 0.001), 0, 1.0
     for seed in range(200):
         model, rng = StepTimeModel(1), random.Random(seed)
@@ -91,7 +91,7 @@ def test_any_measurement_gives_usable_estimates(windows: list[tuple[int, float, 
         assert model.deviations()[0] >= 0
 
 
-def test_survives_a_checkpoint() -> None:
+def test_a_model_survives_a_checkpoint() -> None:
     model, rng = StepTimeModel(2), random.Random(2)
     truths = [StepTime(0.01, 0.001), StepTime(0.0, 0.002)]
     for samples in (40, 60):

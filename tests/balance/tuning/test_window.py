@@ -49,7 +49,7 @@ def test_two_slow_steps_are_no_change_yet() -> None:
     assert window.own_s < 0.12
 
 
-def test_noise_is_hardly_ever_taken_for_a_change() -> None:
+def test_noise_is_rarely_taken_for_a_change() -> None:
     rng = random.Random(0)
     windows = [summarise(steps(*[0.1 * max(0.2, rng.gauss(1, 0.1)) for _ in range(10)])) for _ in range(2000)]
     cut = sum(window is None or window.steps < 8 for window in windows)
@@ -71,6 +71,6 @@ def test_unusable_steps_are_left_out() -> None:
     assert window.own_s == 0.1
 
 
-def test_numbers_for_a_collective() -> None:
+def test_a_window_travels_as_numbers() -> None:
     window = WindowTiming(8, 3, 0.1, 0.01, 0.02)
     assert WindowTiming.from_numbers(window.to_numbers()) == window

@@ -8,6 +8,7 @@ import pytest
 from generators import step_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.tuning.advice import advise
@@ -64,7 +65,7 @@ def all_sets(cluster: Cluster) -> dict[tuple[int, ...], float]:
     return {counts: step_s for counts, step_s in found.items() if step_s is not None}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(20, 120), deadline=None)
 @given(clusters(most_multiple=3))
 def test_the_prediction_is_that_of_expanded_ranks(cluster: Cluster) -> None:
     counts = tuple(kind.count for kind in cluster.kinds)
@@ -93,7 +94,7 @@ def test_the_prediction_is_that_of_expanded_ranks(cluster: Cluster) -> None:
         assert plan.cheapest.cost_per_million_samples < plan.whole.cost_per_million_samples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(20, 120), deadline=None)
 @given(clusters())
 def test_the_sets_are_the_best_of_all(cluster: Cluster) -> None:
     found = all_sets(cluster)

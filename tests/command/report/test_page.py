@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 from run_records import PIPELINE, TWO, TWO_COSTS_S, batch_run, header
 
 from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunHeader, RunWindow, to_line
@@ -198,7 +199,7 @@ MAX_WHOLE = 2**53 - 1  # the parser refuses larger integers
 
 
 # building a page takes too long to shrink examples
-@settings(max_examples=15, phases=[Phase.generate])
+@settings(max_examples=drawn(5, 30), phases=[Phase.generate])
 @given(
     st.tuples(st.integers(0, MAX_WHOLE), st.integers(0, 2)),
     PAIRS,

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 
 from lightning_hetero.balance.batch.blocks import (
     Blocks,
@@ -97,10 +98,10 @@ def check(case: Case, off_by_one: bool = False) -> None:
     assert start == used
 
 
-@settings(max_examples=10_000)
+@settings(max_examples=drawn(1_000, 20_000))
 @given(cases())
 def test_no_sample_is_lost_or_repeated(case: Case) -> None:
-    """Ten thousand draws of world size, shares, changes, data size, batch size, ragged ends and where to go on."""
+    """Draws of world size, shares, changes, data size, batch size, ragged ends and where to go on."""
     check(case)
 
 
@@ -114,7 +115,7 @@ def test_a_slice_that_is_off_by_one_is_caught() -> None:
     raise AssertionError("nothing noticed it")
 
 
-@settings(max_examples=2_000)
+@settings(max_examples=drawn(400, 4_000))
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
     st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12), st.booleans()), min_size=1, max_size=3),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import drawn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetero.balance.batch.blocks import Cursor
@@ -59,7 +60,7 @@ def schedules(draw: st.DrawFn) -> PlanSchedule:
     return schedule
 
 
-@settings(max_examples=300)
+@settings(max_examples=drawn(100, 600))
 @given(schedules(), st.integers(0, 200), st.booleans())
 def test_every_sample_of_every_global_batch_once(schedule: PlanSchedule, size: int, drop_last: bool) -> None:
     world_size, batch = schedule.plans[0].world_size, schedule.plans[0].global_batch_size
@@ -149,7 +150,7 @@ def test_a_loader_keeps_everything_but_its_batches(workers: dict[str, object]) -
     assert sorted(original)[0] == [0, 2], "the original loader is left as it was; in_order=False lets batches overtake"
 
 
-def test_a_change_takes_effect_behind_what_workers_have_read_ahead() -> None:
+def test_a_change_takes_effect_after_what_workers_have_read_ahead() -> None:
     """Two workers read several batches ahead; batch and slice stay together, and no sample is lost or repeated."""
     schedules = [PlanSchedule.constant(BatchPlan((2, 2)))]
     seen: list[list[int]] = []

@@ -13,12 +13,12 @@ import atexit, sys, threading
 import torch.distributed as dist
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit
 
-atexit.register(lambda: print("in a group:", dist.is_initialized()))  # runs behind what is registered later
+atexit.register(lambda: print("in a group:", dist.is_initialized()))  # runs after what is registered later
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
 leave_group_at_exit()
 leave_group_at_exit()
 if sys.argv[2] == "fails":
-    raise KeyError("as a test wants it")
+    raise KeyError("raised by a test")
 if sys.argv[2] == "peers are gone":
     dist.destroy_process_group = threading.Event().wait
 """

@@ -1,4 +1,4 @@
-"""The balancer on virtual devices of known speed: what it finds, when, and what it leaves alone."""
+"""The balancer soon finds the shares of virtual devices of known speed, and does not change what is trained."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightning_hetero.balance.types import BatchPlan, StepTime
 from lightning_hetero.testing import SlowDown
 
 BATCH_SIZE = 32
-STEPS_AN_EPOCH = 12
+STEPS_PER_EPOCH = 12
 
 
 @dataclass
 class Outcome:
-    """What a balanced run did on one rank."""
+    """The outcome of a balanced run on one rank."""
 
     changes: list[tuple[int, BatchPlan]]
     finished: bool
@@ -47,7 +47,7 @@ def balanced_run(
     shares: Any = "auto",
     loader: dict[str, Any] | None = None,
     balancer: LoadBalancer | None = None,
-    steps_an_epoch: int = STEPS_AN_EPOCH,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
 ) -> Outcome:
     world_size = dist.get_world_size()
     model = SmallModule()
@@ -56,7 +56,7 @@ def balanced_run(
         callbacks.append(balancer)
     trainer = make_trainer(HeteroDDPStrategy(shares=shares), world_size, callbacks, max_steps=steps)
     # the last batch of each epoch is ragged
-    size = BATCH_SIZE * world_size * (steps_an_epoch - 1) + 17
+    size = BATCH_SIZE * world_size * (steps_per_epoch - 1) + 17
     trainer.fit(model, DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True, **(loader or {})))
     found = [c for c in trainer.callbacks if isinstance(c, LoadBalancer)]  # type: ignore[attr-defined]
     assert len(found) <= 1
@@ -78,7 +78,7 @@ def balanced_run(
     [([1.0, 2.0], 0.0), ([4.0, 1.0], 0.01), ([1.0, 1.0, 2.0], 0.01)],
 )
 def test_finds_the_optimum_and_trains_exactly(ranks: RankPools, factors: list[float], overhead_s: float) -> None:
-    """Within a sample of the optimum in at most tune_steps + 5 steps, and the parameters are those of one process."""
+    """The plan is within one sample of the optimum after tune_steps + 5 steps, and the parameters are exact."""
     world_size, batch = len(factors), BATCH_SIZE * len(factors)
     outcomes = ranks.run(world_size, balanced_run, factors, 0.002, overhead_s)
     optimum = solve_batch([StepTime(f * overhead_s, f * 0.002) for f in factors], batch, min_samples=1)
@@ -91,13 +91,13 @@ def test_finds_the_optimum_and_trains_exactly(ranks: RankPools, factors: list[fl
         assert outcome.sizes[-1] == plan.samples[rank]
         assert outcome.speed_up is not None
         assert outcome.speed_up > 1.2
-    expected = reference_parameters(BATCH_SIZE * world_size * (STEPS_AN_EPOCH - 1) + 17, batch, 45)
+    expected = reference_parameters(BATCH_SIZE * world_size * (STEPS_PER_EPOCH - 1) + 17, batch, 45)
     for outcome in outcomes:
         assert max(abs(a - b) for a, b in zip(outcome.parameters, expected, strict=True)) < 1e-10
 
 
 class SleepsThenLogs(SmallModule):
-    """Rank 0 is twice as slow in the forward pass, behind which ranks communicate what they log."""
+    """Rank 0 is twice as slow in the forward pass, after which the ranks communicate what they log."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         time.sleep((0.004, 0.002)[self.global_rank] * len(batch[0]))
@@ -116,11 +116,11 @@ def test_waiting_for_what_a_step_logs_is_not_own_time(ranks: RankPools) -> None:
         assert abs(changes[-1][1].samples[1] - 43) <= 2
 
 
-def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
+def test_a_plan_takes_effect_after_the_batches_that_workers_have_read_ahead(ranks: RankPools) -> None:
     loader = {"num_workers": 2, "prefetch_factor": 3}
     outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 40, "auto", loader, None, 40)
     step, plan = outcomes[0].changes[0]
-    # the ranks speak to each other after 3 + 2 steps at the earliest, and six batches have been read ahead by then
+    # the ranks exchange reports after 3 + 2 steps at the earliest, and six batches have been read ahead by then
     assert step >= 5 + 6
     assert outcomes[0].sizes[step - 1 : step + 1] == [BATCH_SIZE, plan.samples[0]]
     expected = reference_parameters(BATCH_SIZE * 2 * 39 + 17, BATCH_SIZE * 2, 40)
@@ -128,7 +128,7 @@ def test_changes_behind_what_workers_have_read_ahead(ranks: RankPools) -> None:
 
 
 class Known(HeteroDDPStrategy):
-    """Devices of two models whose speeds the driver knows; on this machine there is no driver."""
+    """A strategy with devices of two models whose nominal speeds are known, as if a driver told them."""
 
     nominal_speeds = (1000.0, 2000.0)
 
@@ -141,7 +141,7 @@ class Known(HeteroDDPStrategy):
 
 
 class Gathering(SmallModule):
-    """Gathers its samples in the training step, which needs equal shares."""
+    """Gathers the samples of all ranks in the training step, which needs equal shares."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.all_gather(batch[0])
@@ -155,8 +155,8 @@ def guessed_run(factors: list[float], module: type[SmallModule]) -> tuple[list[t
     return balancer.changes, balancer.finished, [len(samples) for samples in model.ledger]
 
 
-def test_begins_with_what_the_devices_data_suggest(ranks: RankPools) -> None:
-    """One step is equal, since it may show that shares must stay so; a right guess is kept, a wrong one mended."""
+def test_begins_with_the_plan_that_nominal_speeds_suggest(ranks: RankPools) -> None:
+    """The first step has equal shares, since it may show that they must stay so; then only a right guess is kept."""
     for right in ranks.run(2, guessed_run, [2.0, 1.0], SmallModule):
         assert right[:2] == ([(1, BatchPlan((21, 43)))], True)
     for wrong in ranks.run(2, guessed_run, [1.0, 1.0], SmallModule):
@@ -165,13 +165,13 @@ def test_begins_with_what_the_devices_data_suggest(ranks: RankPools) -> None:
         assert wrong[2][0] == wrong[2][-1] == BATCH_SIZE
 
 
-def test_guesses_nothing_where_a_step_gathers_its_samples(ranks: RankPools) -> None:
+def test_guesses_nothing_if_a_step_gathers_its_samples(ranks: RankPools) -> None:
     for changes, _, sizes in ranks.run(2, guessed_run, [2.0, 1.0], Gathering):
         assert (changes, set(sizes)) == ([], {BATCH_SIZE})
 
 
 def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
-    """Rank 1 has an overhead that alone is more than the other needs for the whole batch."""
+    """The overhead of rank 1 alone is longer than rank 0 needs for the whole batch."""
     outcome = ranks.run(2, balanced_run, [1.0, 12.0], 0.0005, 0.01, 40)[0]
     assert outcome.advice is not None
     assert outcome.advice.ranks_to_drop == (1,)
@@ -189,7 +189,7 @@ def test_fixed_shares_are_not_tuned(ranks: RankPools) -> None:
         assert (outcome.changes, outcome.finished) == ([], False)
 
 
-def test_shares_beside_a_balancer_are_where_it_starts(ranks: RankPools) -> None:
+def test_a_balancer_starts_from_given_shares(ranks: RankPools) -> None:
     outcomes = ranks.run(2, balanced_run, [1.0, 2.0], 0.001, 0.0, 45, [1, 3], None, LoadBalancer(verbose=False))
     assert outcomes[0].sizes[0] == 16
     plan = outcomes[0].changes[-1][1]
@@ -215,8 +215,8 @@ def throttled_run(balancer: LoadBalancer) -> tuple[list[tuple[int, BatchPlan]], 
     return balancer.changes, [len(samples) for samples in model.ledger], flat(model.network)
 
 
-def test_a_device_that_slows_down_and_recovers(ranks: RankPools) -> None:
-    """Both are answered by the same change at the same step on all ranks, and the parameters stay those of ddp."""
+def test_shares_follow_a_device_that_slows_down_and_recovers(ranks: RankPools) -> None:
+    """All ranks change their shares at the same steps, and the parameters stay those of ddp."""
     (changes, sizes, parameters), (others, _, _) = ranks.run(2, throttled_run, LoadBalancer(verbose=False))
     assert changes == others
     assert 40 < changes[0][0] <= 70
@@ -226,7 +226,7 @@ def test_a_device_that_slows_down_and_recovers(ranks: RankPools) -> None:
     assert max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
 
 
-def test_without_watching_what_the_tuning_found_stays(ranks: RankPools) -> None:
+def test_without_watching_the_tuned_shares_stay(ranks: RankPools) -> None:
     for changes, _, _ in ranks.run(2, throttled_run, LoadBalancer(verbose=False, watch_steps=0)):
         assert changes == []
 
@@ -264,8 +264,8 @@ def run_of_epochs(steps: int, sizes: list[int], epochs: int) -> tuple[bool, list
     return balancer.finished, [plan for _, plan in balancer.changes], [len(samples) for samples in model.ledger]
 
 
-def test_a_batch_size_that_changes_while_it_tunes_starts_it_anew(ranks: RankPools) -> None:
-    """What was found for the smaller batches is where it starts with the larger ones."""
+def test_a_batch_size_that_changes_during_the_tuning_restarts_it(ranks: RankPools) -> None:
+    """The shares found for the smaller batches are the initial shares for the larger ones."""
     for rank, (finished, _, sizes) in enumerate(ranks.run(2, run_of_epochs, 5, [8, 12, 24], 6)):
         assert finished
         assert abs(sizes[-1] - (32, 16)[rank]) <= 3  # of 24 under equal shares; a loaded machine adds noise
@@ -278,7 +278,7 @@ def test_epochs_of_one_step_are_enough(ranks: RankPools) -> None:
 
 
 def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
-    """Tune, save, and go on in a new Trainer; then the same with devices of another name."""
+    """Tune, save, and continue in a new Trainer; then do the same with devices of another name and with a cap."""
     world_size = dist.get_world_size()
 
     def fit(
@@ -294,7 +294,7 @@ def resumed_run(folder: Path, seconds_per_sample: float) -> dict[str, Any]:
             max_steps=steps,
             enable_checkpointing=True,
         )
-        size = BATCH_SIZE * world_size * STEPS_AN_EPOCH
+        size = BATCH_SIZE * world_size * STEPS_PER_EPOCH
         loader = DataLoader(Numbered(size), batch_size=BATCH_SIZE, shuffle=True)
         trainer.fit(model, loader, ckpt_path=path, weights_only=False)
         return model, balancer
@@ -334,14 +334,14 @@ def test_a_resumed_run_keeps_its_shares_and_does_not_tune_again(ranks: RankPools
         assert set(result["resumed"]) == {result["found"][rank]}
         assert result["tuned_again"] == []
         assert result["finished"]
-        # what was learned is where the resumed run goes on learning from
+        # the resumed run continues from the step times that were learned
         before, after = ([time.seconds(BATCH_SIZE) for time in times] for times in result["step_times"])
         assert before == pytest.approx(after, rel=0.2)
         assert before
-        # on other devices it begins anew
+        # on other devices it begins again
         assert result["elsewhere"][0] == BATCH_SIZE
         assert not result["finished_elsewhere"]
-        # under a lower limit what was found is kept as far as the limit allows
+        # under a lower limit, the plan is kept as far as the limit allows
         assert result["capped"] == {(36, 28)[rank]}
 
 
@@ -356,7 +356,7 @@ def test_the_balancer_needs_a_strategy_that_can_divide(ranks: RankPools) -> None
 
 
 def default_callbacks(shares: Any, own: LoadBalancer | None) -> list[str]:
-    """Return the names of the callbacks that a run has, in their order."""
+    """Return the names of a run's callbacks, in their order; an asterisk marks ``own``."""
     checkpoint = ModelCheckpoint(save_top_k=0)
     callbacks: list[Callback] = [checkpoint] if own is None else [own, checkpoint]
     trainer = make_trainer(
@@ -370,7 +370,7 @@ def default_callbacks(shares: Any, own: LoadBalancer | None) -> list[str]:
     ]
 
 
-def test_a_default_balancer_is_added_where_it_is_needed(ranks: RankPools) -> None:
+def test_a_default_balancer_is_added_only_if_shares_are_auto_and_there_is_none(ranks: RankPools) -> None:
     assert ranks.run(2, default_callbacks, "auto", None)[0] == ["LoadBalancer", "ModelCheckpoint"]
     own = LoadBalancer(tune_steps=8)
     assert [name.rstrip("*") for name in ranks.run(2, default_callbacks, "auto", own)[0]] == [

@@ -1,4 +1,4 @@
-"""Shares follow what fits into memory: as predicted, and as learned the hard way; devices are scripted."""
+"""Shares respect the memory of scripted devices, as predicted or as learned when it ran out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from torch.utils.data import DataLoader
-from training import Numbered, SmallModule, flat, make_trainer, reference_parameters
+from training import Numbered, SmallModule, assert_close, flat, make_trainer, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LargestBatchFinder, LoadBalancer
 from lightning_hetero.balance.batch.batch_solver import solve_batch
@@ -19,13 +19,13 @@ from lightning_hetero.testing import SlowDown
 
 GB = 10**9
 RESIDENT = 2 * GB
-A_SAMPLE = GB // 4
+BYTES_PER_SAMPLE = GB // 4
 BATCH_SIZE = 32
 STEPS = 40
 
 
 class Memory:
-    """A device of known memory: what is resident, and what each sample of a pass takes besides."""
+    """A device of known memory, of which a part is resident and each sample of a micro-batch takes more."""
 
     def __init__(self, total: int, tells: bool) -> None:
         self.total, self.tells = total, tells
@@ -38,9 +38,9 @@ class Memory:
         return MemoryUse(RESIDENT, self.peak, self.total) if self.tells else None
 
     def allocate(self, samples: int) -> None:
-        if RESIDENT + A_SAMPLE * samples > self.total:
+        if RESIDENT + BYTES_PER_SAMPLE * samples > self.total:
             raise torch.OutOfMemoryError(f"{samples} samples")
-        self.peak = max(self.peak, RESIDENT + A_SAMPLE * samples)
+        self.peak = max(self.peak, RESIDENT + BYTES_PER_SAMPLE * samples)
         self.highest = max(self.highest, self.peak)
 
 
@@ -57,7 +57,7 @@ class Scripted(HeteroDDPStrategy):
 
 
 class Allocating(SmallModule):
-    """Takes memory for each pass."""
+    """Takes memory for each micro-batch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.trainer.strategy.memory.allocate(len(batch[0]))  # type: ignore[attr-defined]
@@ -65,7 +65,11 @@ class Allocating(SmallModule):
 
 
 def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list[BatchPlan], int, int, list[float]]:
-    """Train where rank 1 is twice as fast as rank 0; return the plans, the highest peak, how often memory ran out."""
+    """Train with rank 1 twice as fast as rank 0.
+
+    Returns:
+        The plans, the highest peak of memory, the number of times that memory ran out, and the parameters.
+    """
     model, balancer, strategy = Allocating(), LoadBalancer(), Scripted(totals, tells, **options)
     trainer = make_trainer(strategy, 2, [SlowDown([2.0, 1.0], 0.002), balancer], max_steps=STEPS)
     trainer.fit(model, DataLoader(Numbered(2 * BATCH_SIZE * (STEPS + 1)), batch_size=BATCH_SIZE, shuffle=True))
@@ -74,45 +78,44 @@ def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list
     return plans, strategy.memory.highest, strategy.micro_batch_limits.times_out_of_memory, flat(model.network)
 
 
-def exact(parameters: list[float]) -> bool:
-    expected = reference_parameters(2 * BATCH_SIZE * (STEPS + 1), 2 * BATCH_SIZE, STEPS)
-    return max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+def assert_exact(parameters: list[float]) -> None:
+    assert_close(parameters, reference_parameters(2 * BATCH_SIZE * (STEPS + 1), 2 * BATCH_SIZE, STEPS))
 
 
 def test_no_plan_is_proposed_that_would_not_fit(ranks: RankPools) -> None:
-    """The fast device has half the memory: its share is what fits, and the throughput the optimum under that."""
+    """The fast device has half the memory: its mini-batch is the largest that fits, and the plan is the best then."""
     budget = 0.92 * 12 * GB
-    cap = int((budget - RESIDENT) / A_SAMPLE)
+    cap = int((budget - RESIDENT) / BYTES_PER_SAMPLE)
     best = solve_batch([StepTime(0, 0.004), StepTime(0, 0.002)], 64, BatchLimits((64, cap)), min_samples=1)
     assert best.samples[1] == cap < 43, "without the limit it would get 43"
     for plans, highest, times_out_of_memory, parameters in ranks.run(2, train, [24 * GB, 12 * GB], True, {}):
         assert plans[-1] == best
-        assert all(RESIDENT + A_SAMPLE * plan.samples[1] <= budget for plan in plans)
+        assert all(RESIDENT + BYTES_PER_SAMPLE * plan.samples[1] <= budget for plan in plans)
         assert (highest <= 0.92 * 24 * GB, times_out_of_memory) == (True, 0)
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
 def test_a_share_that_did_not_fit_is_lowered(ranks: RankPools) -> None:
-    """Nothing is known of the memory until it runs out, on rank 1 with 32 samples; 28 would have fitted, 16 do."""
+    """Memory is unknown until it runs out, on rank 1 with 32 samples; 28 would have fitted, and 16 do."""
     outcomes = ranks.run(2, train, [24 * GB, 9 * GB], False, {})
     assert [outcome[2] for outcome in outcomes] == [0, 1]
     for plans, _, _, parameters in outcomes:
         assert plans[0] == plans[-1] == BatchPlan((48, 16))
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
-def test_passes_let_a_device_with_little_memory_keep_the_share_of_its_speed(ranks: RankPools) -> None:
+def test_micro_batches_let_a_device_with_little_memory_keep_the_share_of_its_speed(ranks: RankPools) -> None:
     for plans, highest, times_out_of_memory, parameters in ranks.run(
         2, train, [6 * GB, 6 * GB], False, {"micro_batch_size": [16, 12]}
     ):
         assert abs(plans[-1].samples[1] - 43) <= 2
         assert (highest <= 6 * GB, times_out_of_memory) == (True, 0)
-        assert exact(parameters)
+        assert_exact(parameters)
 
 
 def test_a_global_batch_larger_than_all_memories_trains(ranks: RankPools) -> None:
     for plans, _, _, parameters in ranks.run(2, train, [5 * GB, 6 * GB], True, {}):
-        assert exact(parameters)
+        assert_exact(parameters)
         assert sum(plans[-1].samples) == 64
 
 
@@ -124,15 +127,15 @@ def search(totals: list[int]) -> tuple[tuple[int, ...], list[float], int, BatchP
 
 
 def test_the_largest_batch_of_each_rank_is_found_and_respected(ranks: RankPools) -> None:
-    """12 GB hold 40 samples, and 24 GB the whole global batch; nothing of the search remains in the training."""
+    """12 GB hold 40 samples, and 24 GB hold the whole global batch; the search leaves no trace in the training."""
     for found, parameters, times_out_of_memory, plan in ranks.run(2, search, [24 * GB, 12 * GB]):
         assert (found, times_out_of_memory) == ((64, 40), 0)
-        assert exact(parameters)
+        assert_exact(parameters)
         assert plan.samples == (24, 40), "the fast rank would get 43"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_real_device_tells_its_memory() -> None:
+def test_a_real_device_reports_its_memory() -> None:
     meter = CudaMemoryMeter(torch.device("cuda", 0))
     meter.restart()
     before = meter.read()

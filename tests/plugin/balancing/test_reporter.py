@@ -1,4 +1,4 @@
-"""What people see of a run: lines, scalars, and the record; with everything, and with nothing."""
+"""The reports of a run: lines, scalars and the record, with all of them and with none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 90
 
 
 class Lines(ProgressBar):
-    """A progress bar of the user's own that notes what is printed above it."""
+    """A progress bar of the user that collects the lines printed above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Lines(ProgressBar):
 
 
 class Remembers(Logger):
-    """A logger of the user's own, without a place for files."""
+    """A logger of the user that has no directory for files."""
 
     name = "own"
     version = 0
@@ -60,7 +60,7 @@ class Remembers(Logger):
 
 @dataclass
 class Seen:
-    """What one rank saw."""
+    """The reports on one rank."""
 
     lines: list[str]
     logged: list[tuple[int | None, dict[str, float]]]
@@ -101,7 +101,7 @@ def run(
     )
 
 
-def test_everything_is_told_once_and_on_rank_zero_alone(ranks: RankPools, tmp_path: Path) -> None:
+def test_everything_is_reported_once_and_on_rank_zero_only(ranks: RankPools, tmp_path: Path) -> None:
     zero, one = ranks.run(2, _run_with_all, tmp_path)
     assert zero.changes == one.changes
     assert (one.lines, one.logged) == ([], [])
@@ -112,7 +112,7 @@ def test_everything_is_told_once_and_on_rank_zero_alone(ranks: RankPools, tmp_pa
     assert any(line.startswith("speed-up ") for line in zero.lines), "the table is printed above the bar"
     assert max(map(len, zero.lines)) <= 200
     assert "hetero_efficiency" in zero.bar_metrics
-    assert "hetero_efficiency" in one.bar_metrics, "metrics have to be the same on all ranks"
+    assert "hetero_efficiency" in one.bar_metrics, "metrics must be the same on all ranks"
 
     assert not [count for count in Counter(step for step, _ in zero.logged).values() if count > 1]
     steps = [step for step, _ in zero.logged if step is not None]
@@ -145,7 +145,7 @@ def _run_with_all(folder: Path) -> Seen:
     return run(folder, bar=True, loggers=["csv", "own"])
 
 
-def test_nothing_is_written_where_there_is_no_logger(ranks: RankPools, tmp_path: Path) -> None:
+def test_nothing_is_written_without_a_logger(ranks: RankPools, tmp_path: Path) -> None:
     zero, _ = ranks.run(2, _run_with_nothing, tmp_path)
     assert zero.changes
     assert (zero.lines, zero.logged, zero.files) == ([], [], [])
@@ -156,7 +156,7 @@ def _run_with_nothing(folder: Path) -> Seen:
     return run(folder, bar=False, loggers=[])
 
 
-def test_a_record_has_a_place_of_its_own_or_none(ranks: RankPools, tmp_path: Path) -> None:
+def test_the_record_is_written_to_a_given_directory_or_not_at_all(ranks: RankPools, tmp_path: Path) -> None:
     for name, record, files in (("a", "here", ["here/hetero_run.jsonl"]), ("b", False, [])):
         (tmp_path / name).mkdir()
         zero, _ = ranks.run(2, _run_with_record, tmp_path / name, record)

@@ -1,4 +1,4 @@
-"""What real checkpoints hold is plain, loads without running code, and does no harm where it is damaged."""
+"""Real checkpoints hold plain values, load without running code, and do no harm if they are damaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from training import Numbered, SmallModule, make_trainer, reference_batches
+from training import Numbered, SaveAt, SmallModule, make_trainer, reference_batches
 
 from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
 
@@ -36,31 +36,21 @@ class Watched(LoadBalancer):
         self.was_tuned = self.finished
 
 
-class SaveAtEnd(Callback):
-    """Saves behind the last step, within it, since Lightning counts an epoch as done when ``fit`` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == trainer.max_steps:
-            trainer.save_checkpoint(self.path)
-
-
 def train(steps: int, path: Path, resume: Path | None = None) -> tuple[list[list[int]], bool, list[str]]:
-    """Return the samples of each step, whether the tuning was over at its beginning, and what was warned of."""
-    # a gain that no measurement promises: a change by chance would prolong the tuning beyond the steps of this test
+    """Return the samples of each step, whether the tuning was over at the beginning, and the warnings."""
+    # with a gain that is never predicted, no change by chance prolongs the tuning beyond the steps of this test
     balancer = Watched(warmup_steps=0, tune_steps=2, min_gain=1e6, verbose=False, record=False)
     model = SmallModule()
-    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer, *_saving(path, resume)], max_steps=steps)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer, *_saving(steps, path, resume)], max_steps=steps)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, DataLoader(Numbered(SIZE), batch_size=GLOBAL_BATCH // 2), ckpt_path=resume, **_loading())
     return model.ledger, balancer.was_tuned, [str(w.message) for w in caught if "hetero_ddp" in str(w.message)]
 
 
-def _saving(path: Path, resume: Path | None) -> list[Callback]:
-    return [SaveAtEnd(path)] if resume is None else []
+def _saving(steps: int, path: Path, resume: Path | None) -> list[Callback]:
+    # after the last step and not after `fit`, when Lightning counts the epoch as done
+    return [SaveAt(steps - 1, path)] if resume is None else []
 
 
 def _loading() -> dict[str, Any]:
@@ -83,7 +73,7 @@ class Layers(LightningModule):
 def train_pipeline(steps: int, path: Path, resume: Path | None = None) -> int:
     model = Layers().double()
     trainer = make_trainer(
-        HeteroPipelineStrategy(num_microbatches=2, verbose=False), 2, _saving(path, resume), max_steps=steps
+        HeteroPipelineStrategy(num_microbatches=2, verbose=False), 2, _saving(steps, path, resume), max_steps=steps
     )
     trainer.fit(model, DataLoader(Numbered(20), batch_size=4), ckpt_path=resume, **_loading())
     return trainer.global_step
@@ -136,7 +126,7 @@ def test_a_pipelines_checkpoint_is_loaded_without_running_code(ranks: RankPools,
         ({"devices": None}, "`devices` must be a list"),
     ],
 )
-def test_a_damaged_state_costs_a_line_and_the_tuning(
+def test_a_damaged_state_causes_one_warning_and_a_new_tuning(
     ranks: RankPools, checkpoint: Path, tmp_path: Path, damage: dict[str, Any], message: str
 ) -> None:
     state = torch.load(checkpoint, weights_only=True)

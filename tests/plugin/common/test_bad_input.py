@@ -44,7 +44,7 @@ def _nothing_is_launched() -> Iterator[None]:
 
 
 def refused(make: Callable[[], Any], message: str) -> None:
-    """Check that the error says ``message``, in which ... stands for anything, and no other error is behind it."""
+    """Check that the error says ``message``, in which ... stands for anything, and that it is the only error."""
     with pytest.raises(ConfigurationError) as caught:
         make()
     assert re.search(".*".join(map(re.escape, message.split("..."))), str(caught.value)), str(caught.value)
@@ -174,7 +174,7 @@ PIPELINE: list[tuple[dict[str, Any], str]] = [
     ({"speeds": [True, 1]}, f"`speeds[0]` {POSITIVE}True."),
     (
         {"splits": [4], "speeds": [1, 2]},
-        "`speeds` must be None where `splits` says how the layers are divided. Give one.",
+        "`speeds` must be None if `splits` says how the layers are divided. Give one.",
     ),
     ({"num_microbatches": 0}, f"`num_microbatches` {WHOLE} 1, got 0."),
     ({"num_microbatches": 2.0}, f"`num_microbatches` {WHOLE} 1, got 2.0."),
@@ -518,7 +518,7 @@ def from_yaml(kind: Any, given: str, directory: Path) -> None:
             "`splits` must have one number fewer than there are ranks (2), got 2",
         ),
         (HeteroPipelineStrategy, "splits: even", "splits"),
-        (HeteroPipelineStrategy, "'splits': [4], 'speeds': [1, 2]", "`speeds` must be None where `splits` says"),
+        (HeteroPipelineStrategy, "'splits': [4], 'speeds': [1, 2]", "`speeds` must be None if `splits` says"),
         (HeteroPipelineStrategy, "speeds: [1, -1]", f"`speeds[1]` {POSITIVE}-1"),
         (HeteroPipelineStrategy, "num_microbatches: 0", f"`num_microbatches` {WHOLE} 1, got 0"),
         (HeteroPipelineStrategy, "schedule: zigzag", "schedule"),

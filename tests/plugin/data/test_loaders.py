@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from differences import measured
 from harness import RankError, RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -22,16 +21,14 @@ from torch.utils.data import (
     Subset,
     get_worker_info,
 )
-from training import Numbered, SmallModule, flat, loss_of, make_trainer, small_network
+from training import Numbered, SmallModule, assert_close, flat, loss_of, make_trainer, small_network
 
 from lightning_hetero import HeteroDDPStrategy
-
-TOLERANCE = 1e-10
 
 
 @dataclass
 class Run:
-    """What a training left behind on one rank."""
+    """What a training produced on one rank."""
 
     parameters: list[float]
     steps: list[list[list[int]]]
@@ -91,9 +88,8 @@ def assert_exact(runs: Sequence[Run], what: str) -> None:
         for run in runs:
             assert run.logged[step] == pytest.approx(loss.item(), rel=1e-6), f"step {step} logs another loss"
     expected = flat(network)
-    for rank, run in enumerate(runs):
-        found = measured(what, max(abs(x - y) for x, y in zip(run.parameters, expected, strict=True)))
-        assert found < TOLERANCE, f"rank {rank} differs from a single process by {found}"
+    for run in runs:
+        assert_close(run.parameters, expected, comparison=what)
 
 
 def seen(runs: Sequence[Run], loader: int = 0, steps: slice = slice(None)) -> list[int]:
@@ -327,4 +323,4 @@ def test_what_the_users_distributed_sampler_drops_is_dropped(ranks: RankPools) -
     plain = ranks.run(2, train_dropping, False)
     assert_exact(hetero, "single process, a DistributedSampler that drops")
     assert seen(hetero, steps=slice(6)) == seen(plain, steps=slice(6))
-    assert max(abs(a - b) for a, b in zip(hetero[0].parameters, plain[0].parameters, strict=True)) < TOLERANCE
+    assert_close(hetero[0].parameters, plain[0].parameters)

@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from differences import measured
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
-from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters
+from training import (
+    Numbered,
+    SaveAt,
+    SmallModule,
+    assert_close,
+    flat,
+    make_trainer,
+    reference_batches,
+    reference_parameters,
+)
 
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.tuning.session import Phase
@@ -25,18 +33,6 @@ from lightning_hetero.balance.types import BatchPlan
 from lightning_hetero.exceptions import ConfigurationError
 
 GLOBAL_BATCH, SIZE, STEPS = 12, 70, 15  # six steps an epoch, the last of ten samples
-
-
-class SaveAt(Callback):
-    """Saves behind a step."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step = step
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 class SaveWithin(SaveAt):
@@ -74,13 +70,12 @@ def assert_continues(results: Sequence[tuple[list[float], list[list[int]], int]]
     assert seen == expected
     reference = reference_parameters(SIZE, GLOBAL_BATCH, STEPS)
     for parameters, _, _ in results:
-        difference = max(abs(a - b) for a, b in zip(parameters, reference, strict=True))
-        assert measured("single process, resumed in mid-epoch on 2 and 3 ranks", difference) < 1e-10
+        assert_close(parameters, reference, comparison="single process, resumed in mid-epoch on 2 and 3 ranks")
 
 
 @pytest.mark.parametrize("step", [0, 3, 5, 8, 11])
 def test_it_goes_on_with_the_next_sample_on_any_number_of_ranks(ranks: RankPools, tmp_path: Path, step: int) -> None:
-    """Saved by two ranks behind the first, a middle, and the last step of an epoch."""
+    """Saved by two ranks after the first, a middle, and the last step of an epoch."""
     path = tmp_path / "saved.ckpt"
     ranks.run(2, train, [1, 3], step + 1, SaveAt(step, path))
     assert_continues(ranks.run(2, train, [1, 3], STEPS, None, path), step + 1)
@@ -114,7 +109,7 @@ def train_until(step: int, folder: Path) -> list[list[int]]:
 
 
 def test_it_goes_on_where_a_resumed_run_has_died_too(ranks: RankPools, tmp_path: Path) -> None:
-    """Died behind the end of an epoch, where it was saved, and again in the next epoch."""
+    """It dies after the end of an epoch, where it was saved, and again in the next epoch."""
     expected = reference_batches(SIZE, GLOBAL_BATCH, epochs=3)
     for first, step in ((0, 7), (6, 9), (8, 99)):
         ledgers = ranks.run(2, train_until, step, tmp_path)
@@ -216,15 +211,15 @@ def train_with_other_batch(path: Path, batch_size: int) -> str:
 
 
 def test_an_epoch_is_not_resumed_with_another_global_batch(ranks: RankPools, tmp_path: Path) -> None:
-    """As when a node is gone, and the loader has the same batch size a rank; behind a whole epoch it may."""
-    within, behind = tmp_path / "within.ckpt", tmp_path / "behind.ckpt"
+    """As when a node is gone and the loader keeps its batch size per rank; after a whole epoch it is allowed."""
+    within, after = tmp_path / "within.ckpt", tmp_path / "after.ckpt"
     ranks.run(2, train, [1, 3], 9, SaveAt(8, within))
-    ranks.run(2, train, [1, 3], 6, SaveAt(5, behind))
+    ranks.run(2, train, [1, 3], 6, SaveAt(5, after))
     for message in ranks.run(3, train_with_other_batch, within, 6):
         assert "12, to resume an epoch after 3 of its batches, got 18: samples would be left out or repeated" in message
         assert "Pass HeteroDDPStrategy(global_batch_size=12), or resume from the end of an epoch." in message
     assert ranks.run(3, train_with_other_batch, within, 4) == [""] * 3
-    assert ranks.run(3, train_with_other_batch, behind, 6) == [""] * 3
+    assert ranks.run(3, train_with_other_batch, after, 6) == [""] * 3
 
 
 # ---- the shares that were found --------------------------------------------------------------------------------------
@@ -338,8 +333,7 @@ def test_loaders_of_other_kinds_go_on_with_the_next_sample(ranks: RankPools, tmp
     resumed = ranks.run(2, train_with, kind, 14, None, path)
     for (parameters, ledger), (expected_parameters, expected_ledger) in zip(resumed, whole, strict=True):
         assert ledger == expected_ledger[9:]
-        difference = max(abs(a - b) for a, b in zip(parameters, expected_parameters, strict=True))
-        assert measured(f"unbroken run, resumed in mid-epoch, {kind}", difference) < 1e-10
+        assert_close(parameters, expected_parameters, comparison=f"unbroken run, resumed in mid-epoch, {kind}")
     if "workers" not in kind:
         assert sorted(i for _, ledger in whole for step in ledger[:6] for i in step) == list(range(SIZE))
 

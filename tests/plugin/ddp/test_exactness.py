@@ -12,18 +12,27 @@ import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, WeightedRandomSampler
-from training import Numbered, SmallModule, flat, make_trainer, reference_batches, reference_parameters, small_network
+from training import (
+    TOLERANCE,
+    Numbered,
+    SmallModule,
+    flat,
+    largest_difference,
+    make_trainer,
+    reference_batches,
+    reference_parameters,
+    small_network,
+)
 
 from lightning_hetero import HeteroDDPStrategy
 from lightning_hetero.balance.types import BatchPlan
 
-TOLERANCE = 1e-10
 BATCH_SIZE = 4
 
 
 @dataclass
 class Run:
-    """What a training left behind on one rank."""
+    """What a training produced on one rank."""
 
     parameters: list[float]
     ledger: list[list[int]]
@@ -74,13 +83,9 @@ def ddp() -> str:
     return "ddp"
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
-
-
 def assert_parameters(runs: Sequence[Run], expected: Sequence[float]) -> None:
     for rank, run in enumerate(runs):
-        found = difference(run.parameters, expected)
+        found = largest_difference(run.parameters, expected)
         assert found < TOLERANCE, f"rank {rank} differs from the reference by {found}"
 
 
@@ -153,7 +158,8 @@ def test_options_of_the_trainer_act_as_under_ddp(ranks: RankPools, trainer: dict
 
 def test_options_of_the_loader_act_as_under_ddp(ranks: RankPools) -> None:
     """Under any distributed strategy Lightning shuffles the training data, without ``shuffle=True`` too."""
-    for loader in ({"shuffle": False}, {"drop_last": True}, {"num_workers": 2, "persistent_workers": True}):
+    spawned = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    for loader in ({"shuffle": False}, {"drop_last": True}, {"num_workers": 2, "persistent_workers": True}, spawned):
         hetero = ranks.run(2, train, Hetero([5, 2]), 46, 20, (), loader)
         plain = ranks.run(2, train, ddp, 46, 20, (), loader)
         assert_parameters(hetero, plain[0].parameters)

@@ -295,7 +295,7 @@ class Case:
 
 @dataclass
 class Run:
-    """What a training left behind on one rank."""
+    """What a training produced on one rank."""
 
     parameters: list[float]
     gradients: list[list[float]]

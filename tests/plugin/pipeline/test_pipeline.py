@@ -67,7 +67,7 @@ def mlp() -> list[nn.Module]:
 
 
 class Mlp(LightningModule):
-    """Knows nothing of this package: a temperature behind the model, two groups, a plateau scheduler, metrics."""
+    """Knows nothing of this package: a temperature after the model, two groups, a plateau scheduler, metrics."""
 
     def __init__(self) -> None:
         super().__init__()

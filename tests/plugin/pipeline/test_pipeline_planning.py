@@ -123,7 +123,7 @@ def check_record(path: Path, found: Found) -> None:
 def test_a_rank_half_as_fast_gets_half_the_layers_and_the_training_is_the_same(
     ranks: RankPools, tmp_path: Path
 ) -> None:
-    """The plan changes behind the check of the validation loop, and again where a run resumes on other devices."""
+    """The plan changes after the check of the validation loop, and again where a run resumes on other devices."""
     found = ranks.run(2, train, [1.0, 2.0], str(tmp_path / "first"))
     check_record(tmp_path / "first" / "hetero_run.jsonl", found[0])
     for outcome in found:

@@ -155,7 +155,7 @@ def test_it_goes_on_with_the_samples_of_an_undisturbed_run(ranks: RankPools, tmp
         assert found.ledger == undisturbed.ledger[SAVED:]
         assert torch.allclose(found.parameters, undisturbed.parameters, rtol=0, atol=1e-12)
         assert found.warned == []
-    if kind == "shuffled":  # and nothing was loaded in vain
+    if kind == "shuffled":  # and nothing was loaded only to be discarded
         assert resumed[0].loaded == [index for step in undisturbed.ledger[SAVED:] for index in step]
 
 
@@ -171,7 +171,5 @@ def test_it_says_so_where_the_order_is_not_known(ranks: RankPools, tmp_path: Pat
     assert len(first.ledger) == STEPS - SAVED
     assert first.ledger == second.ledger
     (warning,) = first.warned
-    assert (
-        "does not tell in which order its samples came: the remaining batches may repeat some of the first" in warning
-    )
+    assert "does not hold the order of the epoch's samples: the remaining batches may repeat samples of" in warning
     assert second.warned == []

@@ -121,7 +121,7 @@ def test_metrics_collected_outputs_and_callbacks(ranks: RankPools) -> None:
 
 
 class Drawing(LightningModule):
-    """Draws random numbers before and behind the call of the model, and when a batch has arrived."""
+    """Draws random numbers before and after the call of the model, and when a batch has arrived."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def draw() -> tuple[list[list[float]], list[float], float]:
 
 
 def test_random_numbers_of_a_step_are_the_same_on_both_its_ranks(ranks: RankPools) -> None:
-    """A step that mixes samples before the model and labels behind it would be silently wrong otherwise."""
+    """A step that mixes samples before the model and labels after it would be silently wrong otherwise."""
     last, first = ranks.run(2, draw)
     assert last[0] == [] or len(last[0]) == 8
     assert len(last[1]) == 40
@@ -192,22 +192,22 @@ class NoLayers(Collecting):
 
 # refused by all ranks alike; what one rank finds out in a step ends the others too, see test_launchers.py
 REFUSED: list[tuple[type[Collecting], dict[str, Any], dict[str, Any], str]] = [
-    (Manual, {}, {}, "manual optimisation runs backward passes of its own"),
+    (Manual, {}, {}, "manual optimisation runs its own backward passes"),
     (Newton, {}, {}, "cannot train with LBFGS"),
     (NoLayers, {}, {}, "`self.model` must be an nn.Sequential, or the module must define `pipeline_layers"),
-    (Collecting, {"splits": [5]}, {}, "`splits` must be layers of the model, of which there are 5, got"),
+    (Collecting, {"splits": [5]}, {}, "`splits` must be below the number of the model's layers, 5, got"),
     (Collecting, {}, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging copies the whole"),
     (
         Collecting,
         {},
         {"callbacks": [OnExceptionCheckpoint(".")], "enable_checkpointing": True},
-        "OnExceptionCheckpoint saves where a rank has failed",
+        "OnExceptionCheckpoint saves after a rank has failed",
     ),
     (
         Collecting,
         {},
         {"callbacks": [ModelCheckpoint(".", save_on_exception=True)], "enable_checkpointing": True},
-        "ModelCheckpoint saves where a rank has failed",
+        "ModelCheckpoint saves after a rank has failed",
     ),
 ]
 
@@ -244,7 +244,7 @@ def test_a_scaled_loss_is_refused() -> None:
     [
         ({"splits": [4, 2]}, r"`splits` must be positive and strictly increasing, got \[4, 2\]"),
         ({"splits": "even"}, "`splits` must be \"auto\", or a list with the first layer of every stage but the first"),
-        ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None where `splits` says"),
+        ({"splits": [2], "speeds": [1, 2]}, "`speeds` must be None if `splits` says"),
         ({"speeds": [1, 0]}, r"`speeds\[1\]` must be"),
         ({"num_microbatches": 0}, "`num_microbatches` must be"),
         ({"schedule": "zb"}, "`schedule` must be one of"),
