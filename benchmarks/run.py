@@ -99,8 +99,8 @@ bare schedule {bare:.1f} ms. In two rounds the Trainer added {added} ms.
 DRIFT = """
 ## A device that slows down and recovers
 
-Rank 0 of two equal devices becomes twice as slow at step {slow} and recovers at step {fast}. It takes {found} steps
-until steps are within 5 % of the new optimum. Changes of shares: {changes}.
+Rank 0 of two equal devices becomes twice as slow at step {slow} and recovers at step {fast}. Steps are within 5 % of
+the new optimum {found} steps later. Changes of shares: {changes}.
 """
 SCALE = """
 ## At scale

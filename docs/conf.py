@@ -42,6 +42,8 @@ from lightning_hetero.balance.tuning.window import *
 from lightning_hetero.testing import *
 """
 
+# modules that must not import what they refer to by its short name
+nitpick_ignore = [("py:meth", "TuningSession.adopt_suggestion"), ("py:meth", "Rebalancer.to_dict")]
 # the pages of other projects are on the network
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections\.abc|datetime|lightning|torch)\..*"),
