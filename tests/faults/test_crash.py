@@ -8,6 +8,7 @@ import pytest
 import torch
 from faults.job import Fault
 from faults.launch import Ended, assert_whole, assert_whole_pipeline, attempts, job, one_node, run
+from profiles import thorough
 
 CHECKPOINT_EVERY = 4
 
@@ -31,7 +32,7 @@ def assert_each_went_on(folder: Path, ended: Ended, faults: list[Fault]) -> None
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [(1, 1, 0, 1), (0, 0, 1, 0)], ids=str)
+@pytest.mark.parametrize("ranks", [(1, 1, 0, 1), pytest.param((0, 0, 1, 0), marks=thorough)], ids=str)
 def test_killed_in_tuning_replanning_checkpointing_and_validation(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     """Each attempt but the last is killed, at another moment; each goes on from the last checkpoint before it."""
     faults = [
@@ -61,7 +62,7 @@ def test_it_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [(1, 0, 1), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("ranks", [(1, 0, 1), pytest.param((0, 1, 0), marks=thorough)], ids=str)
 def test_stages_are_killed_and_come_back(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     """The batches are shuffled by torch's own sampler, whose order a checkpoint of one device does not hold."""
     faults = [
