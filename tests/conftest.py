@@ -20,6 +20,7 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("thorough" if THOROUGH else "default")
 
 # Their ranks sleep or compute for known times, and what they then measure decides what they do: nothing else may run.
+# So it is with a stall that has to end before a time-out, but not with one that outlasts it and mostly waits.
 TIMED = {
     "test_communication.py",
     "test_load_balancer.py",
@@ -27,7 +28,6 @@ TIMED = {
     "test_pipeline_planning.py",
     "test_poison.py",
     "test_reporter.py",
-    "test_stall.py",
     "test_step_timer.py",
 }
 
@@ -48,7 +48,7 @@ def _undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.getbasetemp().parent  # of all workers
     with ExitStack() as stack:
         with _locked(folder / "next", fcntl.LOCK_EX):  # so that whoever waits for all others comes to its turn
-            timed = request.path.name in TIMED
+            timed = request.path.name in TIMED or "survives_a_stall" in request.node.name
             stack.enter_context(_locked(folder / "running", fcntl.LOCK_EX if timed else fcntl.LOCK_SH))
         yield
 

@@ -11,7 +11,7 @@ import pytest
 from faults.job import Fault
 from faults.launch import JOB, assert_whole, attempts, found, job, run, torchrun
 from harness import free_port
-from profiles import THOROUGH
+from profiles import THOROUGH, thorough
 
 LINK = Path(__file__).parents[2] / "benchmarks" / "link.py"
 
@@ -143,7 +143,9 @@ def slurm(ranks_of_nodes: list[int]) -> list[dict[str, str]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks_of_nodes", [[2], [2, 1]], ids=["one node", "uneven nodes"])
+@pytest.mark.parametrize(
+    "ranks_of_nodes", [pytest.param([2], marks=thorough), [2, 1]], ids=["one node", "uneven nodes"]
+)
 def test_an_environment_like_slurms(tmp_path: Path, ranks_of_nodes: list[int]) -> None:
     ranks = sum(ranks_of_nodes)
     settings: dict[str, Any] = {"nodes": len(ranks_of_nodes), "factors": [1, 3, 2][:ranks]}
