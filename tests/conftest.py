@@ -20,7 +20,6 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("thorough" if THOROUGH else "default")
 
 # Their ranks sleep or compute for known times, and what they then measure decides what they do: nothing else may run.
-# So it is with a stall that has to end before a time-out, but not with one that outlasts it and mostly waits.
 TIMED = {
     "test_communication.py",
     "test_load_balancer.py",
@@ -29,6 +28,13 @@ TIMED = {
     "test_poison.py",
     "test_reporter.py",
     "test_step_timer.py",
+}
+
+# The same of single tests: a stall that has to end before a time-out, and a rank that has to save before torchrun ends
+# it, a moment after another rank has failed.
+TIMED_TESTS = {
+    "test_a_training_survives_a_stall_shorter_than_the_time_out",
+    "test_a_rank_that_fails_saves_where_it_was",
 }
 
 
@@ -48,7 +54,7 @@ def _undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.getbasetemp().parent  # of all workers
     with ExitStack() as stack:
         with _locked(folder / "next", fcntl.LOCK_EX):  # so that whoever waits for all others comes to its turn
-            timed = request.path.name in TIMED or "survives_a_stall" in request.node.name
+            timed = request.path.name in TIMED or request.node.name in TIMED_TESTS
             stack.enter_context(_locked(folder / "running", fcntl.LOCK_EX if timed else fcntl.LOCK_SH))
         yield
 
