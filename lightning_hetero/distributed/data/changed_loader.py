@@ -25,11 +25,21 @@ def changed_loader(loader: DataLoader[Any], mixin: type | None, **attributes: An
         **attributes: Attributes of the copy, including those that a DataLoader refuses to change; it reads them again
             at each ``iter()``.
     """
-    cls = type(loader)
-    changed_class = cls
-    if mixin is not None and not issubclass(cls, mixin):
-        changed_class = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-    changed: DataLoader[Any] = object.__new__(changed_class)
+    changed = _empty(mixin, type(loader))
     vars(changed).update(vars(copy.copy(loader)))
     vars(changed).update({LOADER_ITERATOR: None, **attributes})
     return changed
+
+
+def _empty(mixin: type | None, cls: type[DataLoader[Any]]) -> DataLoader[Any]:
+    changed_class = cls
+    if mixin is not None and not issubclass(cls, mixin):
+
+        def reduce(self: DataLoader[Any], protocol: int) -> Any:
+            # no module has the class, so a copy, also one in another process, makes it again
+            reduced: Any = super(changed_class, self).__reduce_ex__(protocol)
+            return _empty, (mixin, cls), *reduced[2:]
+
+        changed_class = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__reduce_ex__": reduce})
+    loader: DataLoader[Any] = object.__new__(changed_class)
+    return loader

@@ -73,7 +73,7 @@ class EvaluationData:
             batch_size=loader.batch_size,
             drop_last=loader.drop_last,
             rank=self._strategy.global_rank,
-            plan_of=lambda _, size: plan_for_block(self._plan(), size),
+            plan_of=self._plan_of,
             begin=Cursor,
             original=loaders.original_batch_sampler(loader.loader),
             stand_in=not predicting,
@@ -99,6 +99,9 @@ class EvaluationData:
         )
         vars(joined)[_SLICES] = slices
         return joined
+
+    def _plan_of(self, cursor: Cursor, size: int) -> BatchPlan:  # noqa: ARG002  # all steps of an evaluation have one plan
+        return plan_for_block(self._plan(), size)
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy

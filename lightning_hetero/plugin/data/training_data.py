@@ -61,7 +61,7 @@ class TrainingData:
     def __init__(self, strategy: LoaderOwner) -> None:
         self._strategy = strategy
         self._schedule: PlanSchedule | None = None
-        self._samplers: tuple[ShareBatchSampler, ...] | None = None
+        self._samplers: tuple[ShareBatchSampler, ...] | None = ()  # None: loaders were processed, but not examined
         self._mode = ""
         self._slices = StepSlices()
         self._stays_equal = False
@@ -101,13 +101,15 @@ class TrainingData:
         strategy = self._strategy
         if loader.lists is None and not isinstance(loader.order, BroadcastOrder):  # the order follows from the epoch
             resume_exactly()
+        batches = self._global_batches(loader)
+        # no lambdas: like a Trainer of `ddp`, one of this strategy can be pickled
         sampler = ShareBatchSampler(
-            self._global_batches(loader),
+            batches,
             batch_size=loader.batch_size,
             drop_last=loader.drop_last,
             rank=strategy.global_rank,
-            plan_of=lambda cursor, size: self._plan_of(sampler, cursor, size),
-            begin=lambda: self._begin(sampler),
+            plan_of=partial(self._plan_of, batches),
+            begin=partial(self._begin, batches),
             original=loaders.original_batch_sampler(loader.loader),
         )
         return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
@@ -131,12 +133,13 @@ class TrainingData:
     def _joined(self, dataloader: Any) -> Any:
         strategy = self._strategy
         slices = partial(self._slices.note, id(dataloader))
-        count = (lambda _: 1) if strategy.num_loss_terms is not None else samples_in
-        loader = join_loader(
-            dataloader,
-            Joint(strategy.root_device, count, lambda: self._begin_joined(loader), slices, called_by_lightning_loop),
+        count = _one if strategy.num_loss_terms is not None else samples_in
+        joined: list[JoinedLoader] = []
+        begin = partial(self._begin_joined, joined)
+        joined.append(
+            join_loader(dataloader, Joint(strategy.root_device, count, begin, slices, called_by_lightning_loop))
         )
-        return loader
+        return joined[0]
 
     def _say_undivided(self, dataloader: object, reason: str) -> None:
         name = type(dataloader).__name__
@@ -279,20 +282,21 @@ class TrainingData:
     def _progress(self) -> TrainingProgress:
         return TrainingProgress(self._strategy.trainer)
 
-    def _begin(self, sampler: ShareBatchSampler) -> Cursor:
+    def _begin(self, batches: GlobalBatches) -> Cursor:
         self._resolve()
         progress = self._progress
-        block = blocks_before(progress.position, len(sampler.batches), self._mode)
+        block = blocks_before(progress.position, len(batches), self._mode)
         return Cursor(progress.step + 1, progress.position, block)
 
-    def _begin_joined(self, loader: JoinedLoader) -> Cursor:
+    def _begin_joined(self, joined: Sequence[JoinedLoader]) -> Cursor:
         self._resolve()
+        loader = joined[0]
         progress = self._progress
         position = progress.position if loader.has_length else progress.resumed_position
         block = blocks_before(position, len(loader) if loader.has_length else None, self._mode)
         return Cursor(progress.step + 1, position, block)
 
-    def _plan_of(self, sampler: ShareBatchSampler, cursor: Cursor, size: int) -> BatchPlan:
+    def _plan_of(self, batches: GlobalBatches, cursor: Cursor, size: int) -> BatchPlan:
         samplers = self._resolve()
         assert self._schedule is not None
         plan = self._schedule.at(cursor.step)
@@ -300,11 +304,12 @@ class TrainingData:
             return plan_for_block(plan, size)
         sizes = self._sizes_in_step(samplers, cursor.position)
         plans = divide_together(plan, list(sizes.values()))
-        return dict(zip(sizes, plans, strict=True))[sampler]
+        return dict(zip(sizes, plans, strict=True))[id(batches)]
 
-    def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[ShareBatchSampler, int]:
-        blocks = {s: block_in_step(position, len(s.batches), self._mode) for s in samplers}
-        return {s: s.batches.size_at(block) for s, block in blocks.items() if block is not None}
+    def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[int, int]:
+        """Return the sizes of the global batches of a step, by the identity of their loader's ``batches``."""
+        blocks = [(s.batches, block_in_step(position, len(s.batches), self._mode)) for s in samplers]
+        return {id(batches): batches.size_at(block) for batches, block in blocks if block is not None}
 
     def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
         """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
@@ -340,6 +345,11 @@ class TrainingData:
                 f' Use strategy="ddp" to fetch batches yourself.'
             )
         self.part = merge_slices(parts) if parts else None
+
+
+def _one(_: Any) -> int:
+    """Count a batch as one sample: the weight of its loss follows from its terms."""
+    return 1
 
 
 def _is_divided(loader: Any) -> bool:
