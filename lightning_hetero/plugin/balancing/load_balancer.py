@@ -85,6 +85,8 @@ class LoadBalancer(Callback):
             trainer = Trainer(strategy="hetero_ddp", devices=2, callbacks=[balancer])
     """
 
+    finds_shares = True
+
     def __init__(
         self,
         warmup_steps: int = 3,

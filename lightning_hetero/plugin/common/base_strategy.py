@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,7 @@ from lightning_hetero.distributed.group.attempt_store import attempt_store, may_
 from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
 from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
@@ -77,6 +79,19 @@ class BaseStrategy(DDPStrategy):
         """Check the arguments that depend on the number of ranks, before any process is launched."""
 
     # ---- Trainers: none, one, or one after the other ----------------------------------------------------------------
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        # the first thing that a Trainer does to a strategy
+        if is_foreign(accelerator, Accelerator):
+            become_native(self)
+            self.accelerator = accelerator
+        self._accelerator = accelerator
 
     @override
     def connect(self, model: LightningModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -121,12 +121,13 @@ class PipelineRecorder(Callback):
     @staticmethod
     def _strategy_of(trainer: Trainer) -> HeteroPipelineStrategy:
         strategy = trainer.strategy
-        if not isinstance(strategy, HeteroPipelineStrategy):
+        # asked by name, because it may be the strategy for the other package of Lightning
+        if getattr(strategy, "strategy_name", "") != HeteroPipelineStrategy.strategy_name:
             raise UnsupportedFeatureError(
                 f"`PipelineRecorder` needs a strategy with stages, got {type(strategy).__name__}."
                 f' Use Trainer(strategy="hetero_pipeline") or remove the callback.'
             )
-        return strategy
+        return cast("HeteroPipelineStrategy", strategy)
 
 
 def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
