@@ -1,7 +1,7 @@
 """PyTorch Lightning on mixed hardware: every device gets work in proportion to its speed.
 
-Importing this package registers its strategies, so ``Trainer(strategy="hetero_ddp")`` finds them. That is so for Trainers
-of ``lightning.pytorch`` and of ``pytorch_lightning``, whichever of these packages is imported first.
+Importing this package registers its strategies, so ``Trainer(strategy="hetero_ddp")`` finds them. Both the Trainer of
+``lightning.pytorch`` and that of ``pytorch_lightning`` do, whichever package is imported first.
 """
 
 from typing import TYPE_CHECKING, Any

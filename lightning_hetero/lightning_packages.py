@@ -1,15 +1,15 @@
 """The two packages in which Lightning is published, and this package's classes for each.
 
-``lightning.pytorch`` and ``pytorch_lightning`` have the same code and each its own classes: a Trainer of one accepts no
-strategy of the other. So this package has its classes twice too: those in ``lightning_hetero.plugin``, and those in
-``lightning_hetero.pytorch_lightning``, which are made from the same files. Neither is imported before the Lightning that
-it belongs to.
+``lightning.pytorch`` and ``pytorch_lightning`` have the same code, but each has its own classes: the Trainer of one does
+not accept the strategies of the other. So this package has its classes twice too: in ``lightning_hetero.plugin``, and in
+``lightning_hetero.pytorch_lightning``, where they are made from the same files. Neither is imported before the Lightning
+package that it belongs to.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -219,7 +219,7 @@ def become_native(strategy: Any) -> None:
         raise UnsupportedFeatureError(
             f"`{cls.__name__}` must derive from a strategy for the package of its Trainer, got a Trainer of another"
             f" package. For `pytorch_lightning`, derive it from the class in `lightning_hetero.pytorch_lightning`; for"
-            f" `lightning.pytorch`, from the class in `lightning_hetero.plugin`."
+            f" `lightning.pytorch`, import that package before you import the class from `lightning_hetero`."
         )
     native = other.attribute(cls.__module__.removeprefix(own.plugin + "."), cls.__name__)
     fresh = vars(native())
@@ -244,6 +244,5 @@ def _of_user(values: dict[str, Any], fresh: dict[str, Any]) -> Iterator[tuple[st
 
 
 def _is_of_lightning(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric", __package__)
-
-
+    package = type(value).__module__.partition(".")[0]
+    return package in ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_hetero")

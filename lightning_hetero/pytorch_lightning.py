@@ -1,9 +1,9 @@
 """The classes of this package for Trainers of ``pytorch_lightning``.
 
-``from lightning_hetero import ...`` gives these classes if the process has imported ``pytorch_lightning`` alone, so this
+If the process has imported ``pytorch_lightning`` alone, ``from lightning_hetero import ...`` gives these classes. This
 module is needed only where both packages are in one process, for example to derive a class from a strategy.
 
-The classes are made from the files of ``lightning_hetero.plugin``, as Lightning makes ``pytorch_lightning`` from the files
+The classes are made from the files of ``lightning_hetero.plugin``, as Lightning makes ``pytorch_lightning`` from those
 of ``lightning.pytorch``: each file is executed a second time, under another name and with other imports.
 """
 
