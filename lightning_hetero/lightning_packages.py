@@ -1,9 +1,9 @@
 """The two packages in which Lightning is published, and this package's classes for each.
 
-``lightning.pytorch`` and ``pytorch_lightning`` have the same code, but each has its own classes: the Trainer of one does
-not accept the strategies of the other. So this package has its classes twice too: in ``lightning_hetero.plugin``, and in
-``lightning_hetero.pytorch_lightning``, where they are made from the same files. Neither is imported before the Lightning
-package that it belongs to.
+``lightning.pytorch`` and ``pytorch_lightning`` have the same code, but each has its own classes: the Trainer of one
+does not accept the strategies of the other. So this package has its classes twice too: in ``lightning_hetero.plugin``,
+and in ``lightning_hetero.pytorch_lightning``, where they are made from the same files. Neither is imported before the
+Lightning package that it belongs to.
 """
 
 from __future__ import annotations
