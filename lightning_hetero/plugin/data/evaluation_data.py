@@ -109,7 +109,7 @@ class EvaluationData:
         if plan is not None:
             return plan
         # only the proportions count; a plan is scaled to the loader's batches
-        shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles)
+        shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles) or [1.0] * strategy.world_size
         return proportional_plan(shares, 1000 * strategy.world_size, min_samples=1)
 
     def begin(self, step: Callable[..., Any]) -> None:

@@ -265,7 +265,8 @@ class TrainingData:
         """Begin a plan schedule, or adapt the existing one to other batch sizes or limits."""
         schedule, step = self._schedule, self._progress.step + 1
         if schedule is None or schedule.at(step).world_size != self._strategy.world_size:
-            shares = arguments.shares_of_ranks(self._strategy.shares, self._strategy.profiles)
+            strategy = self._strategy  # its devices are unknown before its ranks are started
+            shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles) or [1.0] * strategy.world_size
             self._schedule = PlanSchedule.constant(self._plan(shares, global_batch_size))
         elif schedule.at(step).global_batch_size != global_batch_size or not keeps_limits(
             schedule.at(step), self.limits
