@@ -7,7 +7,7 @@ Importing this package registers its strategies, so ``Trainer(strategy="hetero_d
 from typing import TYPE_CHECKING, Any
 
 from lightning_hetero import exceptions as exceptions
-from lightning_hetero.lightning_packages import CALLBACKS, STRATEGIES, activate, package_in_use, register
+from lightning_hetero.lightning_packages import CLASSES, activate, package_in_use, register
 
 if TYPE_CHECKING:
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Return a public class, for the package of Lightning that the process uses."""
-    if name in CALLBACKS or name in STRATEGIES:
+    if name in CLASSES:
         return package_in_use().public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -14,21 +14,32 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from typing_extensions import override
 
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 
-__all__ = ["PACKAGES", "LightningPackage", "activate", "become_native", "is_foreign", "package_in_use", "register"]
+__all__ = [
+    "CLASSES",
+    "PACKAGES",
+    "LightningPackage",
+    "activate",
+    "become_native",
+    "is_foreign",
+    "package_in_use",
+    "register",
+    "with_either_trainer",
+]
 
 # public classes, and where the plugin has them
-CALLBACKS = {
+CLASSES = {
+    "HeteroDDPStrategy": "ddp.strategy",
+    "HeteroPipelineStrategy": "pipeline.strategy",
     "LargestBatchFinder": "balancing.largest_batch",
     "LoadBalancer": "balancing.load_balancer",
     "PipelineRecorder": "pipeline.recorder",
 }
-STRATEGIES = {"HeteroDDPStrategy": "ddp.strategy", "HeteroPipelineStrategy": "pipeline.strategy"}
 
 
 class LightningPackage(NamedTuple):
@@ -53,7 +64,7 @@ class LightningPackage(NamedTuple):
 
     def public(self, name: str) -> Any:
         """Return one of this package's public classes."""
-        return self.attribute({**CALLBACKS, **STRATEGIES}[name], name)
+        return self.attribute(CLASSES[name], name)
 
     @property
     def registry(self) -> Any:
@@ -97,22 +108,11 @@ def _activate(package: LightningPackage) -> None:
     for name in _registered:
         _register_with(package, name)
     for one, other in (_active, _active[::-1]) if len(_active) > 1 else ():
-        _accept(one, other)
-
-
-def _accept(package: LightningPackage, other: LightningPackage) -> None:
-    """Let the Trainer of ``package`` take the objects that were made for the Trainer of ``other``.
-
-    A strategy changes its class as soon as such a Trainer gives it an accelerator: see :func:`become_native`. Callbacks
-    work with either Trainer and become instances of both packages' base class.
-    """
-    base = import_module(f"{package.pytorch}.strategies").DDPStrategy
-    base.register(other.attribute("common.base_strategy", "BaseStrategy"))
-    callback = import_module(package.pytorch).Callback
-    for name in CALLBACKS:
-        own = other.public(name)
-        if callback not in own.__bases__:
-            own.__bases__ = (*own.__bases__, callback)
+        # the Trainer of one takes a strategy for the other, which then changes its class: see `become_native`
+        base = import_module(f"{one.pytorch}.strategies").DDPStrategy
+        base.register(other.attribute("common.base_strategy", "BaseStrategy"))
+    for callback in _callbacks:
+        _add_bases(callback)
 
 
 class _Awaited(MetaPathFinder):
@@ -191,7 +191,31 @@ def _register_with(package: LightningPackage, name: str) -> None:
     )
 
 
-# ---- objects ---------------------------------------------------------------------------------------------------------
+# ---- callbacks -------------------------------------------------------------------------------------------------------
+
+_callbacks: list[type[Any]] = []
+Class = TypeVar("Class", bound="type[Any]")
+
+
+def with_either_trainer(callback: Class) -> Class:
+    """Make a class of callbacks a subclass of the ``Callback`` of both packages, once both are imported.
+
+    Callbacks use only what the Trainers of both packages have, so they need not be converted. But a Trainer takes a
+    single callback, and LightningCLI a class path, only if it is a ``Callback`` of their package.
+    """
+    _callbacks.append(callback)
+    _add_bases(callback)
+    return callback
+
+
+def _add_bases(callback: type[Any]) -> None:
+    for package in _active:
+        base = import_module(package.pytorch).Callback
+        if not issubclass(callback, base):
+            callback.__bases__ = (*callback.__bases__, base)
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
 
 
 def is_foreign(accelerator: object, own: type[Any]) -> bool:

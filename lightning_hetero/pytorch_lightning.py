@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_hetero.lightning_packages import CALLBACKS, PACKAGES, STRATEGIES
+from lightning_hetero.lightning_packages import CLASSES, PACKAGES
 
 if TYPE_CHECKING:
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
@@ -85,5 +85,5 @@ class _MirroringFinder(MetaPathFinder):
 sys.meta_path.insert(0, _MirroringFinder())
 _import("lightning.pytorch")  # before any of the files, which the end of this import may ask for
 if not TYPE_CHECKING:
-    for _name in (*CALLBACKS, *STRATEGIES):
+    for _name in CLASSES:
         globals()[_name] = PACKAGES[1].public(_name)

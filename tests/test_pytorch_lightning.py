@@ -172,7 +172,10 @@ for package, cls in ((pytorch_lightning, HeteroDDPStrategy), (lightning.pytorch,
     assert (strategy.shares, strategy.batch_multiple, strategy.train_data._strategy) == ([1, 3], 2, strategy)
     import pickle
     assert type(pickle.loads(pickle.dumps(strategy))) is type(strategy)
-pytorch_lightning.Trainer(strategy=HeteroPipelineStrategy(splits=[2]), callbacks=[PipelineRecorder()], {QUIET})
+pytorch_lightning.Trainer(strategy=HeteroPipelineStrategy(splits=[2]), callbacks=PipelineRecorder(), {QUIET})
+from lightning_hetero.testing import SlowDown  # imported after both packages
+pytorch_lightning.Trainer(strategy="hetero_ddp", callbacks=SlowDown([1, 2]), {QUIET})
+lightning.pytorch.Trainer(strategy="hetero_ddp", callbacks=SlowDown([1, 2]), {QUIET})
 
 class Own(HeteroDDPStrategy):
     pass

@@ -15,6 +15,7 @@ from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunSta
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.common.run_writer import RunWriter, reason_of, record_directory, run_header
@@ -23,6 +24,7 @@ from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 __all__ = ["PipelineRecorder"]
 
 
+@with_either_trainer
 class PipelineRecorder(Callback):
     """Records one training step of ``hetero_pipeline``: which stage computes which micro-batch when.
 
