@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from profiles import thorough
 from training import assert_close
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -54,35 +55,26 @@ def trained(imports: str, package: str, *strategies: str) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def of_lightning() -> list[Any]:
-    """What the package has always done."""
-    return trained("import lightning.pytorch", "lightning.pytorch", "ddp_fork", "split_after_one")
-
-
-STRATEGIES = ["ddp_fork", "hetero_ddp_fork", "one_to_three", BY_OBJECT, BALANCED, "split_after_one"]
+STRATEGIES = ["ddp_fork", "hetero_ddp_fork", "one_to_three", BY_OBJECT, BALANCED, "alone", "split_after_one"]
+# objects that were made for the other package
+CONVERTED = "from lightning_hetero import *; import pytorch_lightning"
+CONVERTED_BACK = "import pytorch_lightning; from lightning_hetero import *; import lightning.pytorch"
 
 
 @pytest.mark.parametrize(
     ("imports", "package"),
     [
         (OTHER_FIRST, "pytorch_lightning"),
-        (OURS_FIRST, "pytorch_lightning"),
-        # objects of classes that were made for lightning.pytorch
-        ("from lightning_hetero import *; import pytorch_lightning", "pytorch_lightning"),
-        (BOTH, "pytorch_lightning"),
-        (BOTH, "lightning.pytorch"),
-        # and the other way round
-        (
-            "import pytorch_lightning; from lightning_hetero import *; import lightning.pytorch",
-            "lightning.pytorch",
-        ),
+        pytest.param(OURS_FIRST, "pytorch_lightning", marks=thorough),
+        (CONVERTED, "pytorch_lightning"),
+        pytest.param(BOTH, "pytorch_lightning", marks=thorough),
+        pytest.param(BOTH, "lightning.pytorch", marks=thorough),
+        (CONVERTED_BACK, "lightning.pytorch"),
     ],
 )
-def test_a_training_is_that_of_ddp(of_lightning: list[Any], imports: str, package: str) -> None:
-    ddp, *found, pipeline = trained(imports, package, *STRATEGIES)
-    assert_close(ddp["parameters"], of_lightning[0]["parameters"])
-    assert_close(pipeline["parameters"], of_lightning[1]["parameters"])
+def test_a_training_is_that_of_ddp(imports: str, package: str) -> None:
+    ddp, *found, one_device, pipeline = trained(imports, package, *STRATEGIES)
+    assert_close(pipeline["parameters"], one_device["parameters"])
     assert ddp["sizes"][0] == ddp["sizes"][1]
     for one in found:
         assert_close(one["parameters"], ddp["parameters"])
@@ -94,15 +86,16 @@ def test_a_training_is_that_of_ddp(of_lightning: list[Any], imports: str, packag
 @pytest.mark.parametrize(
     ("imports", "strategy"),
     [
-        (OURS_FIRST, "hetero_ddp"),
+        pytest.param(OURS_FIRST, "hetero_ddp", marks=thorough),
         (OURS_FIRST, "hetero_ddp_spawn"),
         # the object that the processes get has changed its class
-        ("from lightning_hetero import *; import pytorch_lightning", "HeteroDDPStrategy(start_method='spawn')"),
+        pytest.param(CONVERTED, "HeteroDDPStrategy(start_method='spawn')", marks=thorough),
     ],
 )
-def test_started_processes_find_the_classes(of_lightning: list[Any], imports: str, strategy: str) -> None:
+def test_started_processes_find_the_classes(imports: str, strategy: str) -> None:
     (found,) = trained(imports, "pytorch_lightning", strategy)
-    assert_close(found["parameters"], of_lightning[0]["parameters"])
+    (ddp,) = trained(imports, "pytorch_lightning", "ddp_fork")
+    assert_close(found["parameters"], ddp["parameters"])
 
 
 NAMES = """
@@ -127,12 +120,17 @@ print(len(ours(one)))
     [
         BOTH,
         OTHER_FIRST,
-        OURS_FIRST,
-        "import lightning_hetero; import lightning.pytorch; import pytorch_lightning",
-        "import pytorch_lightning; import lightning.pytorch; import lightning_hetero",
-        "from lightning_hetero.pytorch_lightning import HeteroDDPStrategy; import lightning_hetero",
-        "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy; import lightning_hetero",
-        "import pytorch_lightning; import lightning_hetero.plugin.pipeline.recorder",
+        # as a process that unpickles a class
+        "from lightning_hetero.pytorch_lightning.ddp.strategy import HeteroDDPStrategy; import lightning_hetero",
+        *(
+            pytest.param(imports, marks=thorough)
+            for imports in (
+                "import lightning_hetero; import lightning.pytorch; import pytorch_lightning",
+                "import pytorch_lightning; import lightning.pytorch; import lightning_hetero",
+                "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy; import lightning_hetero",
+                "import pytorch_lightning; import lightning_hetero.plugin.pipeline.recorder",
+            )
+        ),
     ],
 )
 def test_both_registries_have_all_names(imports: str) -> None:
@@ -151,9 +149,12 @@ assert issubclass(LoadBalancer, pytorch_lightning.Callback)
 print([name for name in sys.modules if name.split(".")[0] == "lightning"])
 """
     assert printed_by(code) == "[]"
+
+
+def test_this_package_imports_no_lightning_by_itself() -> None:
+    assert printed_by("import lightning_hetero, sys; print('torch' in sys.modules)") == "False"
     code = "import lightning_hetero, sys; import lightning.pytorch; print('pytorch_lightning' in sys.modules)"
     assert printed_by(code) == "False"
-    assert printed_by("import lightning_hetero, sys; print('torch' in sys.modules)") == "False"
 
 
 def test_objects_become_those_of_their_trainer() -> None:
@@ -238,10 +239,9 @@ trainer:
 @pytest.mark.parametrize(
     ("imports", "module"),
     [
-        (OTHER_FIRST, "lightning_hetero"),
         (OURS_FIRST, "lightning_hetero"),
         (BOTH, "lightning_hetero"),
-        (BOTH, "lightning_hetero.pytorch_lightning"),
+        pytest.param(BOTH, "lightning_hetero.pytorch_lightning", marks=thorough),
     ],
 )
 def test_classes_from_yaml(tmp_path: Path, imports: str, module: str) -> None:

@@ -56,7 +56,7 @@ class Module(PACKAGE.LightningModule):  # type: ignore[name-defined,misc]  # whi
 
 
 def main(given: str) -> None:
-    """Train with a strategy: a name, or an expression, in which callbacks may follow the strategy."""
+    """Train with a strategy: "alone" for one device, a name, or an expression, in which callbacks may follow."""
     strategy = given if given.isidentifier() else eval(given)
     callbacks = []
     if isinstance(strategy, tuple):
@@ -67,8 +67,9 @@ def main(given: str) -> None:
     data = TensorDataset(features, targets)
     with tempfile.TemporaryDirectory() as folder:
         module = Module(folder)
+        ranks = {"strategy": "auto", "devices": 1} if given == "alone" else {"strategy": strategy, "devices": 2}
         trainer = PACKAGE.Trainer(
-            accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False, enable_checkpointing=False,
+            accelerator="cpu", **ranks, max_epochs=3, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         )  # fmt: skip
         loader = DataLoader(data, batch_size=4, shuffle=True)
