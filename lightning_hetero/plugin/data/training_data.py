@@ -56,6 +56,7 @@ class TrainingData:
 
     Attributes:
         part: This rank's part of the current global batch; None if no loader has noted one.
+        samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
     """
 
     def __init__(self, strategy: LoaderOwner) -> None:
@@ -67,6 +68,7 @@ class TrainingData:
         self._stays_equal = False
         self._resumed = ResumedLoaders()
         self.part: BatchSlice | None = None
+        self.samples_in_batch: int | None = None
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
@@ -340,6 +342,9 @@ class TrainingData:
                 f' Use strategy="ddp" to fetch batches yourself.'
             )
         self.part = merge_slices(parts) if parts else None
+        # a joined loader does not count samples if the loss has terms of its own, and each batch then counts as one
+        counts = self.counts_samples or self._strategy.num_loss_terms is None
+        self.samples_in_batch = parts[0].samples if len(parts) == 1 and counts else None
 
 
 def _is_divided(loader: Any) -> bool:
