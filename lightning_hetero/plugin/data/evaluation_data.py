@@ -45,6 +45,7 @@ class EvaluationData:
 
     Attributes:
         samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
+        stays_equal: Whether the batches of later evaluations are divided equally, because a step gathers them.
     """
 
     def __init__(self, strategy: LoaderOwner, training_plan: Callable[[], BatchPlan | None]) -> None:
@@ -52,6 +53,7 @@ class EvaluationData:
         self._strategy = strategy
         self._steps: Counter[int] = Counter()
         self.samples_in_batch: int | None = None
+        self.stays_equal = False
 
     def process(self, dataloader: object, *, predicting: bool) -> object:
         """Return the loader to use instead of ``dataloader``; every rank must call this at the same point.
@@ -106,6 +108,8 @@ class EvaluationData:
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
+        if self.stays_equal:
+            return BatchPlan((1,) * strategy.world_size)
         plan = self._training_plan()
         if plan is not None:
             return plan

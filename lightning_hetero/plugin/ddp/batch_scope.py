@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_hetero.balance.types import BatchSlice
+from lightning_hetero.distributed.collective_watch import Collective, CollectiveWatch
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.epoch_end import EpochEnd
+from lightning_hetero.plugin.ddp.own_collectives import OwnCollectives
 from lightning_hetero.plugin.ddp.stand_in import stand_in
 from lightning_hetero.plugin.ddp.throughput import counting_for_all_ranks
 from lightning_hetero.plugin.step.metric_sync import MetricSync
@@ -32,6 +36,7 @@ class BatchScope(Callback):
     Args:
         train_data: The training loaders.
         eval_data: The loaders of validation and test.
+        before_collective: Function that is called before a collective that the user's code makes, with its name.
 
     Attributes:
         part: This rank's part of the batch; None between batches, or if it is unknown.
@@ -39,9 +44,14 @@ class BatchScope(Callback):
         epoch_end: The epoch that ends, in its last hooks; None at any other time.
     """
 
-    def __init__(self, train_data: TrainingData, eval_data: EvaluationData) -> None:
+    def __init__(
+        self, train_data: TrainingData, eval_data: EvaluationData, before_collective: Callable[[str], None]
+    ) -> None:
         self._train_data = train_data
         self._eval_data = eval_data
+        self._before_collective = before_collective
+        self._watch = CollectiveWatch()
+        self._own_collectives = OwnCollectives(train_data, eval_data)
         self._samples: dict[str, tuple[int, ...]] = {}
         self._stage = ""
         self._run = ExitStack()
@@ -80,6 +90,7 @@ class BatchScope(Callback):
         if trainer.world_size > 1:
             self._run.enter_context(self._metrics.installed())
             self._run.enter_context(counting_for_all_ranks(trainer, self))
+            self._run.enter_context(self._watch.installed())
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -121,6 +132,7 @@ class BatchScope(Callback):
         self._stage = stage
         samples = self.samples_of_ranks()
         if len(set(samples)) > 1:
+            self._batch.enter_context(self._watch.watching(partial(self._own_collectives.in_evaluation, samples)))
             self.epoch_end = EpochEnd(module, samples, trainer.global_rank, self._warned)
             self._batch.enter_context(self.epoch_end.weighted())
             self._batch.enter_context(overridden_method(module, f"on_{stage}_epoch_end", self._last))
@@ -162,9 +174,27 @@ class BatchScope(Callback):
         self.part, self.weight = part, part.loss_weight
         if samples is not None:
             set_batch_size(trainer, max(samples, 1))
+        self._batch.enter_context(self.watching())
         self._batch.enter_context(overridden_method(module, f"on_{stage}_batch_end", self._last))
         if part.samples == 0:
             self._metrics.stand_in = self._batch.enter_context(stand_in(module))
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Watch the collectives that the user's code makes in this context."""
+        return self._watch.watching(None if self.part is None else self._note_collective)
+
+    def ignoring(self) -> AbstractContextManager[None]:
+        """Let all collectives of this context pass: backward passes and optimisers combine what is weighted."""
+        return self._watch.watching(None)
+
+    def _note_collective(self, collective: Collective) -> None:
+        assert self.part is not None
+        plan = self.part.plan
+        if self._stage == "train":
+            self._before_collective(collective.name)
+            self._own_collectives.in_training(plan, collective)
+        else:
+            self._own_collectives.in_evaluation(plan.samples, collective)
 
     def _last(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the last hook of a scope, and end the scope."""

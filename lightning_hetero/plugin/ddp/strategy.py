@@ -121,7 +121,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self.scope = BatchScope(self.train_data, self.eval_data)
+        self.scope = BatchScope(self.train_data, self.eval_data, self._before_collective)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -283,8 +283,17 @@ class HeteroDDPStrategy(BaseStrategy):
             self.scope.weight = self.loss_weight
         forward = partial(super().training_step, **kwargs)
         backward = partial(self._backward, super().backward)
-        with failure_of_peers():
+        with self.scope.watching(), failure_of_peers():
             return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
+
+    def _before_collective(self, name: str) -> None:
+        self.micro_batches.refuse_to_communicate(name)
+        self.micro_batches.note_communication()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.scope.ignoring():
+            return super().optimizer_step(*args, **kwargs)
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
@@ -297,7 +306,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with failure_of_peers():
+        with self.scope.ignoring(), failure_of_peers():
             return self.micro_batches.backward(
                 partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
             )
