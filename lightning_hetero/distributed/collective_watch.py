@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hetero.distributed.torch_private import collective_methods, functional_resolvers
 
@@ -159,17 +159,19 @@ class CollectiveWatch:
 
 def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
     """Return the name of the function that the user's code has called, and the line; None if no user has called it."""
-    name = ""
+    name, called = "", None
     while frame is not None:
         module = f"{frame.f_globals.get('__name__', '')}."
-        if module.startswith(_EXEMPT):
-            return None
+        if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
+            return called
         if not module.startswith(_LIBRARIES):
-            return name, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm):
+                return None  # a subclass of the user's
+            called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
         if module.startswith("torch.distributed.") and not module.startswith("torch.distributed.c10d_logger."):
             name = frame.f_code.co_name
         frame = frame.f_back
-    return None
+    return called
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
