@@ -205,10 +205,12 @@ class BatchLimits:
         max_samples: Maximum mini-batch size of each rank, shape ``(world_size,)``; None for no limit.
         batch_multiple: Number that every mini-batch size is a multiple of, except on one rank, which takes the
             remainder.
+        min_samples: Fewest samples of every rank in plans that are searched for.
     """
 
     max_samples: tuple[int, ...] | None = None
     batch_multiple: int = 1
+    min_samples: int = 1
 
 
 @dataclass(frozen=True)
