@@ -32,7 +32,7 @@ class Normalising(LightningModule):
         part = self.trainer.strategy.training_slice  # type: ignore[attr-defined]
         self.plans.append(part.plan.samples)
         self.seen += [index.tolist() if part.samples else [] for index, _, _ in parts]
-        return sum((self.network(x) - y).square().mean() for _, x, y in parts)  # type: ignore[return-value]
+        return sum((self.network(x) - y).square().mean() for _, x, y in parts)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -95,7 +95,7 @@ def test_several_loaders_keep_multiples_together(ranks: RankPools) -> None:
 
 class Auto(Normalising):
     def on_train_start(self) -> None:
-        self.least = self.trainer.strategy.limits.min_samples  # type: ignore[attr-defined]
+        self.least: int = self.trainer.strategy.limits.min_samples  # type: ignore[attr-defined]
 
 
 def least_of(batch_size: int, **strategy: Any) -> int:
