@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_hetero.balance.batch.batch_solver import proportional_plan
 from lightning_hetero.balance.batch.blocks import Cursor
 from lightning_hetero.balance.batch.sharding import plan_for_block
-from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice
 from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.data.joined_loader import Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
@@ -36,18 +36,24 @@ _SLICES = "_hetero_slices"
 class EvaluationData:
     """Divides the loaders of validation, test and prediction of a strategy.
 
-    Only the choice of samples must be exact here. If the last batch has fewer samples than there are ranks, it takes
-    some from the batch before it, so that every rank has at least one.
+    Only the choice of samples must be exact here. If the last batch has too few samples for all ranks, it takes some
+    from the batch before it, so that every rank has at least one.
 
     Args:
         strategy: The strategy whose loaders are divided.
         training_plan: Function that returns the plan of the next training step, or None if there is no training.
+
+    Attributes:
+        samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
+        stays_equal: Whether the batches of later evaluations are divided equally, because a step gathers them.
     """
 
     def __init__(self, strategy: LoaderOwner, training_plan: Callable[[], BatchPlan | None]) -> None:
         self._training_plan = training_plan
         self._strategy = strategy
         self._steps: Counter[int] = Counter()
+        self.samples_in_batch: int | None = None
+        self.stays_equal = False
 
     def process(self, dataloader: object, *, predicting: bool) -> object:
         """Return the loader to use instead of ``dataloader``; every rank must call this at the same point.
@@ -87,9 +93,11 @@ class EvaluationData:
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         world_size = self._strategy.world_size
         size = (loader.batch_size or 1) * world_size
+        least = _fewest(world_size, self._strategy.batch_multiple)
+        least = world_size if size < least else least
         if loader.lists is not None:
             return ListedBatches(loader.lists, size, join=world_size)
-        return CutBatches(loader.order, size, drop_last=loader.drop_last, least=world_size)
+        return CutBatches(loader.order, size, drop_last=loader.drop_last, least=least)
 
     def _joined(self, dataloader: Any) -> Any:
         slices = StepSlices()
@@ -100,11 +108,16 @@ class EvaluationData:
         vars(joined)[_SLICES] = slices
         return joined
 
-    def _plan_of(self, cursor: Cursor, size: int) -> BatchPlan:  # noqa: ARG002  # all steps of an evaluation have one plan
-        return plan_for_block(self._plan(), size)
+    def _plan_of(self, cursor: Cursor, size: int) -> BatchPlan:  # noqa: ARG002  # samplers pass it
+        """Return the plan of a batch; every rank has a sample, where there are enough, before multiples matter."""
+        plan, multiple = self._plan(), self._strategy.batch_multiple
+        limits = BatchLimits(batch_multiple=multiple if size >= _fewest(plan.world_size, multiple) else 1)
+        return plan_for_block(plan, size, limits, min_samples=1)
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
+        if self.stays_equal:
+            return BatchPlan((1,) * strategy.world_size)
         plan = self._training_plan()
         if plan is not None:
             return plan
@@ -128,22 +141,22 @@ class EvaluationData:
                 ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
             )
 
-    def part_of_step(self, arguments_of_step: tuple[Any, ...]) -> BatchSlice | None:
-        """Return the current step's part of its global batch; None if it is unknown.
+    def part_of_step(self, loader_index: int) -> BatchSlice | None:
+        """Return the current step's part of its global batch; None if it is unknown. Call it once per step.
 
         Args:
-            arguments_of_step: Arguments that Lightning passes to the user's step. If several loaders are evaluated one
-                after the other, the last argument is the index of the loader.
+            loader_index: Index of the loader, if several are evaluated one after the other; otherwise 0.
 
         Raises:
             UnsupportedFeatureError: Several loaders give a batch to this step, and one of the batches is a stand-in: it
                 cannot be undone without the others.
         """
+        self.samples_in_batch = None
         if self._strategy.world_size == 1:
             return None
         present, mode = evaluation_loaders(self._strategy.trainer)
         if mode == "sequential":
-            present = [present[arguments_of_step[-1] if len(present) > 1 else 0]]
+            present = [present[loader_index]]
         parts = []
         for loader in present:
             if (slices := getattr(loader, _SLICES, None)) is not None:
@@ -158,7 +171,13 @@ class EvaluationData:
                 f"`hetero_ddp` cannot evaluate {len(parts)} loaders at the same time if one of them has no sample"
                 f" for a rank. Evaluate them one after the other, or use `drop_last=True`."
             )
+        self.samples_in_batch = parts[0].samples if len(parts) == 1 else None
         return parts[0] if parts else None
+
+
+def _fewest(world_size: int, multiple: int) -> int:
+    """Return with how many samples all ranks have some, and all but one a multiple."""
+    return (world_size - 1) * multiple + 1
 
 
 def _samples_or_one(batch: Any) -> int:

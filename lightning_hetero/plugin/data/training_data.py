@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_hetero.balance.batch.batch_solver import keeps_limits, proportional_plan
+from lightning_hetero.balance.batch.batch_solver import can_divide, keeps_limits, proportional_plan
 from lightning_hetero.balance.batch.blocks import (
     Cursor,
     block_in_step,
@@ -22,14 +23,14 @@ from lightning_hetero.balance.batch.blocks import (
 )
 from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
-from lightning_hetero.distributed.collectives import BroadcastOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder, all_gather_counts
 from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
-from lightning_hetero.plugin.common.inexact import GATHERED, warn_of_inexact
+from lightning_hetero.plugin.common.inexact import GATHERED, normalises_batches, warn_of_inexact
 from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
 from lightning_hetero.plugin.common.loop_progress import (
     TrainingProgress,
@@ -56,6 +57,7 @@ class TrainingData:
 
     Attributes:
         part: This rank's part of the current global batch; None if no loader has noted one.
+        samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
     """
 
     def __init__(self, strategy: LoaderOwner) -> None:
@@ -65,8 +67,10 @@ class TrainingData:
         self._mode = ""
         self._slices = StepSlices()
         self._stays_equal = False
+        self._completed_from = 0
         self._resumed = ResumedLoaders()
         self.part: BatchSlice | None = None
+        self.samples_in_batch: int | None = None
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +106,6 @@ class TrainingData:
         if loader.lists is None and not isinstance(loader.order, BroadcastOrder):  # the order follows from the epoch
             resume_exactly()
         batches = self._global_batches(loader)
-        # no lambdas: like a Trainer of `ddp`, one of this strategy can be pickled
         sampler = ShareBatchSampler(
             batches,
             batch_size=loader.batch_size,
@@ -111,14 +114,18 @@ class TrainingData:
             plan_of=partial(self._plan_of, batches),
             begin=partial(self._begin, batches),
             original=loaders.original_batch_sampler(loader.loader),
+            completion=self._completion,
         )
         return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
 
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         strategy = self._strategy
         if loader.lists is None:
-            size = strategy.global_batch_size or (loader.batch_size or 1) * strategy.world_size
-            return CutBatches(loader.order, size, drop_last=loader.drop_last)
+            one = loader.batch_size or 1
+            size = strategy.global_batch_size or one * strategy.world_size
+            # Libraries avoid a last batch of one sample by dropping it if the data leave 1 when divided by the batch
+            # size. No other data leave a last global batch of one if its size is a multiple of theirs.
+            return CutBatches(loader.order, size, drop_last=loader.drop_last, least=1 if size % one == 0 else 2)
         name = loader.batch_sampler
         if strategy.global_batch_size is None:
             raise UnsupportedFeatureError(
@@ -188,22 +195,48 @@ class TrainingData:
             return False
         return self._strategy.shares == "auto" or not schedule.at(self._progress.step + 1).is_equal
 
-    def keep_equal(self) -> None:
-        """Keep the plan from now on, because the current step gathers its samples."""
-        if not self._stays_equal and self._strategy.world_size > 1 and self._strategy.trainer.training:
+    def keep_equal(self, reason: str = GATHERED) -> None:
+        """Keep the plan from now on, because the current step gathers its samples; all ranks call this together.
+
+        Args:
+            reason: What the step does, and why that needs equal shares, as part of a sentence.
+        """
+        strategy = self._strategy
+        if not self._stays_equal and strategy.world_size > 1 and strategy.trainer.training:
             self._stays_equal = True
-            warn_of_inexact([GATHERED])
+            self._completed_from = max(all_gather_counts(self.fetched_through, strategy.root_device)) + 1
+            if strategy.shares == "auto":
+                warn_of_inexact([reason])
+
+    def _completion(self, step: int, size: int) -> int:
+        """Return how many samples a ragged batch lacks for equal parts, as DDP repeats some; 0 if they may differ."""
+        complete = self._stays_equal and step >= self._completed_from and self.counts_samples
+        return -size % self._strategy.world_size if complete else 0
 
     @property
     def limits(self) -> BatchLimits:
         """The limits that every plan must respect, in the units of the plan schedule."""
-        strategy, samplers = self._strategy, self._resolve()
-        of_ranks = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
-        if of_ranks is None:
-            return BatchLimits(None, strategy.batch_multiple)
-        samples = sum(sampler.batches.size for sampler in samplers)
+        limits, samplers = self._limits_in_samples, self._resolve()
         units = self._units(samplers)
-        return BatchLimits(tuple(cap * units // max(samples, 1) for cap in of_ranks), strategy.batch_multiple)
+        if limits.max_samples is not None:
+            samples = sum(sampler.batches.size for sampler in samplers)
+            limits = replace(limits, max_samples=tuple(cap * units // max(samples, 1) for cap in limits.max_samples))
+        if samplers and normalises_batches(self._strategy.trainer.lightning_module):
+            # in training, batch normalisation refuses a single sample
+            least = replace(limits, min_samples=2)
+            return least if can_divide(units, least, self._strategy.world_size) else limits
+        return limits
+
+    @property
+    def _limits_in_samples(self) -> BatchLimits:
+        strategy = self._strategy
+        caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+        return BatchLimits(None if caps is None else tuple(caps), strategy.batch_multiple)
+
+    @property
+    def means_over_samples(self) -> bool:
+        """Whether losses are taken for means over samples, not over terms that the user counts."""
+        return self._strategy.num_loss_terms is None
 
     @property
     def counts_samples(self) -> bool:
@@ -275,7 +308,8 @@ class TrainingData:
             self._schedule = schedule.with_change(step, self._plan(schedule.at(step).shares, global_batch_size))
 
     def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
-        return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
+        limits = self.limits
+        return proportional_plan(shares, global_batch_size, limits, limits.min_samples)
 
     # ---- drawing ---------------------------------------------------------------------------------------------------
 
@@ -302,30 +336,31 @@ class TrainingData:
         assert self._schedule is not None
         plan = self._schedule.at(cursor.step)
         if len(samplers) < 2:
-            return plan_for_block(plan, size)
+            return plan if size == plan.global_batch_size else plan_for_block(plan, size, self._limits_in_samples)
         sizes = self._sizes_in_step(samplers, cursor.position)
-        plans = divide_together(plan, list(sizes.values()))
+        plans = divide_together(plan, list(sizes.values()), self._limits_in_samples)
         return dict(zip(sizes, plans, strict=True))[id(batches)]
 
     def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[int, int]:
-        """Return the sizes of the global batches of a step, by the identity of their loader's ``batches``."""
         blocks = [(s.batches, block_in_step(position, len(s.batches), self._mode)) for s in samplers]
         return {id(batches): batches.size_at(block) for batches, block in blocks if block is not None}
 
     def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
         """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
         assert self._schedule is not None
-        strategy, plan = self._strategy, self._schedule.at(self._progress.step + 1)
-        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers])
+        strategy, plan, limits = self._strategy, self._schedule.at(self._progress.step + 1), self._limits_in_samples
+        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers], limits)
         for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
-            samples = _samples_of_ranks(plan, sizes)
-            caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+            try:
+                samples, fits = _samples_of_ranks(plan, sizes, limits), True
+            except InfeasiblePlanError:
+                samples, fits = _samples_of_ranks(plan, sizes, BatchLimits(None, limits.batch_multiple)), False
             rank = max(range(len(samples)), key=lambda r: samples[r])
             situation = (
                 f"in steps whose batches have {list(sizes)} samples, rank {rank} gets {samples[rank]} of them, because"
                 f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
             )
-            if caps is not None and any(n > cap for n, cap in zip(samples, caps, strict=True)):
+            if not fits:
                 raise InfeasiblePlanError(
                     f"`max_batch_size` must allow for the last batches of several loaders, got"
                     f" {strategy.max_batch_size}, but {situation}. Use `drop_last=True`."
@@ -346,6 +381,9 @@ class TrainingData:
                 f' Use strategy="ddp" to fetch batches yourself.'
             )
         self.part = merge_slices(parts) if parts else None
+        # a joined loader does not count samples if the loss has terms of its own, and each batch then counts as one
+        counts = self.counts_samples or self._strategy.num_loss_terms is None
+        self.samples_in_batch = parts[0].samples if len(parts) == 1 and counts else None
 
 
 def _one(_: Any) -> int:
@@ -357,6 +395,6 @@ def _is_divided(loader: Any) -> bool:
     return isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
 
 
-def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int]) -> list[int]:
+def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int], limits: BatchLimits) -> list[int]:
     """Return each rank's number of samples, over all loaders, shape ``(world_size,)``."""
-    return [sum(parts) for parts in zip(*(part.samples for part in divide_together(plan, sizes)), strict=True)]
+    return [sum(parts) for parts in zip(*(p.samples for p in divide_together(plan, sizes, limits)), strict=True)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -21,9 +23,8 @@ from lightning_hetero.balance.types import (
     BatchSlice,
     DeviceProfile,
     PlanSchedule,
-    weight_in_mean,
 )
-from lightning_hetero.distributed.collectives import all_gather, all_gather_counts
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
@@ -36,10 +37,12 @@ from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexac
 from lightning_hetero.plugin.common.lightning_private import trainer_of
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
+from lightning_hetero.plugin.ddp.batch_scope import BatchScope
 from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
-from lightning_hetero.plugin.ddp.stand_in import stand_in
 from lightning_hetero.plugin.step.gradients import muted_gradients
+from lightning_hetero.plugin.step.loss_weights import weight_of_rank
+from lightning_hetero.plugin.step.no_terms import logging_without_terms, weighted
 
 __all__ = ["HeteroDDPStrategy"]
 
@@ -65,8 +68,9 @@ class HeteroDDPStrategy(BaseStrategy):
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum". A sum is not weighted: as with
             plain DDP, the gradient is that of the sum over the global batch divided by the number of ranks.
         num_loss_terms: Function that takes a batch and returns the number of terms over which the training loss is
-            averaged. Give it if these terms are not the samples but, for example, tokens without padding, or boxes. It
-            costs one small all-reduce per step. In YAML it is an import path, for example my_package.count_tokens.
+            averaged, or the sum of their weights. Give it if these terms are not the samples but, for example, tokens
+            without padding, or boxes. It costs one small all-reduce per step. In YAML it is an import path, for example
+            my_package.count_tokens.
         micro_batch_size: Maximum number of samples that a rank processes at once. Give one number for all ranks, one
             per rank, or one per device name. A larger mini-batch takes several micro-batches, whose gradients are added
             up on the rank, so a fast device with little memory still gets the share that its speed deserves.
@@ -92,7 +96,7 @@ class HeteroDDPStrategy(BaseStrategy):
         max_batch_size: int | list[int] | dict[str, int] | None = None,
         batch_multiple: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
-        num_loss_terms: Callable[[Any], int] | None = None,
+        num_loss_terms: Callable[[Any], float] | None = None,
         micro_batch_size: int | list[int] | dict[str, int] | None = None,
         **ddp_kwargs: Any,
     ) -> None:
@@ -124,8 +128,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self._part_of_step: BatchSlice | None = None
-        self._weight_in_step = 1.0
+        self.scope = BatchScope(self.train_data, self.eval_data, self._before_collective)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -233,6 +236,13 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
         self.micro_batch_limits.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+        if self.lightning_module is not None:
+            self.scope.open(self.trainer, self.lightning_module)
+
+    @override
+    def teardown(self) -> None:
+        self.scope.close()
+        super().teardown()
 
     @override
     def on_train_start(self) -> None:
@@ -263,12 +273,9 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        dataloader = super().process_dataloader(dataloader)
-        trainer = trainer_of(self.lightning_module)
-        if trainer is None:
-            return dataloader
-        if trainer.training:
-            return self.train_data.process(dataloader)
+        dataloader, trainer = super().process_dataloader(dataloader), trainer_of(self.lightning_module)
+        if trainer is None or trainer.training:
+            return dataloader if trainer is None else self.train_data.process(dataloader)
         return self.eval_data.process(dataloader, predicting=trainer.predicting)
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -277,49 +284,40 @@ class HeteroDDPStrategy(BaseStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # the rank may wait: DDP broadcasts buffers before the forward pass, and counting terms communicates too
         self.timer.pause()
-        self.train_data.begin_step()
         self.loss_weight = self._weight_of_loss(args[0] if args else None)
-        part = self.train_data.part
-        weight = self.loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
+        if self.num_loss_terms is not None:
+            self.scope.weight = self.loss_weight
         forward = partial(super().training_step, **kwargs)
-        with self._as_part(part, weight), failure_of_peers():
-            return self.micro_batches.training_step(forward, partial(self._backward, super().backward), args, part)
+        backward = partial(self._backward, super().backward)
+        with self.scope.watching(), self._logging(), failure_of_peers():
+            return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
+
+    def _before_collective(self, name: str) -> None:
+        self.micro_batches.refuse_to_communicate(name)
+        self.micro_batches.note_communication()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.scope.ignoring():
+            return super().optimizer_step(*args, **kwargs)
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
         if self.num_loss_terms is not None:
-            terms = 0 if _stands_in(part) else self.num_loss_terms(batch)
-            return weight_in_mean(terms, sum(all_gather_counts(terms, self.root_device)), self.world_size)
-        if part is None or (self.loss_reduction == "sum" and not _stands_in(part)):
+            return weight_of_rank(self.num_loss_terms, batch, self.root_device, stands_in=self.scope.stands_in)
+        if part is None or (self.loss_reduction == "sum" and not self.scope.stands_in):
             return 1.0
         return part.loss_weight
 
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.eval_data.part_of_step(args)
-        with self._as_part(part, 1.0 if part is None else part.loss_weight):
-            return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.eval_data.part_of_step(args)
-        with self._as_part(part, 1.0 if part is None else part.loss_weight):
-            return super().test_step(*args, **kwargs)
-
-    @contextmanager
-    def _as_part(self, part: BatchSlice | None, weight: float) -> Iterator[None]:
-        """Run a step on this rank's part of a global batch, and weight what it logs accordingly."""
+    def _logging(self) -> AbstractContextManager[None]:
+        """Keep means over no terms out of what a training step logs."""
         assert self.lightning_module is not None
-        self._part_of_step, self._weight_in_step = part, weight
-        try:
-            with stand_in(self.lightning_module) if _stands_in(part) else nullcontext():
-                yield
-        finally:
-            self._part_of_step, self._weight_in_step = None, 1.0
+        no_terms = self.num_loss_terms is not None and self.loss_weight == 0.0
+        return logging_without_terms(self.lightning_module) if no_terms else nullcontext()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with failure_of_peers():
+        with self.scope.ignoring(), failure_of_peers():
             return self.micro_batches.backward(
                 partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
             )
@@ -330,7 +328,7 @@ class HeteroDDPStrategy(BaseStrategy):
         weight = self.loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
         # to the precision of the loss, it would lose nine digits.
-        loss = loss if weight == 1.0 else loss * weight
+        loss = loss if weight == 1.0 else weighted(loss, weight)
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
             loss = backward(loss, optimizer, *args, **kwargs)
@@ -345,6 +343,8 @@ class HeteroDDPStrategy(BaseStrategy):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         self.micro_batches.refuse_to_communicate("all_gather")
         self.micro_batches.note_communication()
+        if self.scope.epoch_end is not None:
+            self.scope.epoch_end.note_gather()
         with self.timer.waiting():
             self._check_gathered(tensor)
             return super().all_gather(tensor, group, sync_grads)
@@ -359,7 +359,7 @@ class HeteroDDPStrategy(BaseStrategy):
                     f" size. Pad them to one size first, use `drop_last=True` if this is an epoch's last batch, or use"
                     f' strategy="ddp".'
                 )
-        elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
+        elif self.scope.part is not None and tensor.shape[:1] == (self.scope.part.samples,):
             self.train_data.keep_equal()
 
     @property
@@ -367,16 +367,26 @@ class HeteroDDPStrategy(BaseStrategy):
         if self.world_size == 1:
             return False
         trainer = trainer_of(self.lightning_module)
-        part = self._part_of_step or (self.train_data.part if trainer is not None and trainer.training else None)
+        part = self.scope.part or (self.train_data.part if trainer is not None and trainer.training else None)
         return part is None or not part.plan.is_equal
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         self.micro_batches.note_communication()
         if isinstance(tensor, Tensor):
-            tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
+            if self.scope.epoch_end is not None:
+                self.scope.epoch_end.note_reduce(str(reduce_op).lower())
+            tensor = to_reduce(tensor, str(reduce_op).lower(), self.scope.weight, self.scope.stands_in)
         with self.timer.waiting():
             return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not self.scope.stands_in:
+            return super().reduce_boolean_decision(decision, all)
+        # the ranks that agree are counted, so this one agrees with whatever the others decide
+        agreeing = super().reduce(torch.tensor(int(all), device=self.root_device), reduce_op=dist.ReduceOp.SUM)
+        return bool(agreeing == self.world_size if all else agreeing > 0)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -387,8 +397,3 @@ class HeteroDDPStrategy(BaseStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         with self.timer.waiting():
             super().barrier(*args, **kwargs)
-
-
-def _stands_in(part: BatchSlice | None) -> bool:
-    """Return whether the rank has no sample of its own in the step."""
-    return part is not None and part.samples == 0
