@@ -79,7 +79,14 @@ class TrainingData:
         strategy = self._strategy
         within_epoch = self._progress.resumed_position > 0
         order = self._resumed.next_order() if within_epoch else None
-        loader = loaders.examine(dataloader, strategy.world_size, self._progress.epoch, order)
+        loader = loaders.examine(
+            dataloader,
+            strategy.world_size,
+            self._progress.epoch,
+            order,
+            lazily=True,
+            makes_global_batches=strategy.global_batch_size is not None,
+        )
         if isinstance(loader, loaders.Divisible):
             return self._divided(loader)
         if strategy.world_size == 1:
@@ -111,7 +118,9 @@ class TrainingData:
             begin=lambda: self._begin(sampler),
             original=loaders.original_batch_sampler(loader.loader),
         )
-        return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
+        note = partial(self._slices.note, id(sampler))
+        resume = strategy.timer.resume
+        return share_loader(loader.loader, sampler, resume, note, called_by_loop=called_by_lightning_loop)
 
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         strategy = self._strategy
