@@ -156,7 +156,8 @@ Times = namedtuple("Times", ["x", "first", "last"])
         ([X, np.arange(5), np.float32(2), np.array(3)], lambda b: (b[0], b[1].tolist(), float(b[2]), int(b[3]))),
         (
             {"x": X, "path": Path("a"), "when": date(2020, 1, 1), "c": Colour.RED, "s": {1, 2},
-             "d": torch.device("cpu"), "t": torch.float32, "f": len, "size": torch.Size([5, 5]), "z": 1 + 2j, "b": b"q", "e": [], "n": {"m": {}}},
+             "d": torch.device("cpu"), "t": torch.float32, "f": len, "size": torch.Size([5, 5]),
+             "z": 1 + 2j, "b": b"q", "e": [], "n": {"m": {}}},
             lambda b: (b["x"], b["path"], b["when"], b["c"], b["s"], b["d"], b["t"], b["f"], b["size"], b["z"], b["e"]),
         ),
     ],
