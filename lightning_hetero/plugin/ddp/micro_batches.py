@@ -216,7 +216,7 @@ class MicroBatches:
         """Replace gradients by zeros if the micro-batch has no loss terms, so that its loss may not be a number."""
         return nullcontext() if weight else muted_gradients(self._steps.parameters)
 
-    def _counted_once(self, end: int) -> AbstractContextManager[None]:
+    def _counted_once(self, end: int) -> AbstractContextManager[Any]:
         """Discard what a repeated micro-batch adds to metrics if its samples were already counted."""
         repeated = end <= self._progress.finished_samples
         return discarded_metrics(self._steps.module) if repeated else nullcontext()

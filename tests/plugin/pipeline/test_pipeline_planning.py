@@ -82,7 +82,8 @@ def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None
     trainer.fit(module, loader(), loader(16), ckpt_path=resume)
     assert strategy.plan is not None
     assert strategy.findings is not None
-    stages = [thing for thing in gc.get_objects() if isinstance(thing, PipelineStage)]
+    # the type, because `isinstance` asks the object, which may be a proxy of one that is gone
+    stages = [thing for thing in gc.get_objects() if issubclass(type(thing), PipelineStage)]
     gc.enable()
     assert not stages, "a stage that nobody needs holds the process group, which then ends with an error"
     return Found(
