@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader
 from lightning_hetero.distributed.data.pairing import library_class
 from lightning_hetero.distributed.torch_private import LOADER_ITERATOR
 
-__all__ = ["changed_loader"]
+__all__ = ["changed_loader", "follow_original"]
+
+_ORIGINAL = "_hetero_original"
 
 
 def changed_loader(
@@ -41,5 +44,38 @@ def changed_loader(
         changed_class = type(cls.__name__, bases, {"__module__": cls.__module__})
     changed: DataLoader[Any] = object.__new__(changed_class)
     vars(changed).update(vars(copy.copy(loader)))
-    vars(changed).update({LOADER_ITERATOR: None, **attributes})
+    own = {LOADER_ITERATOR: None, **attributes}
+    vars(changed).update({**own, _ORIGINAL: _Original(loader, dict(vars(loader)), frozenset(own))})
     return changed
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The loader of which another is a copy.
+
+    Attributes:
+        loader: The original.
+        known: Its attributes when the copy was made, and since then those that the copy has taken over.
+        own: Names of attributes that the copy has for itself.
+    """
+
+    loader: DataLoader[Any]
+    known: dict[str, Any]
+    own: frozenset[str]
+
+
+def follow_original(changed: DataLoader[Any]) -> None:
+    """Give a copy of a loader the attributes that have been changed on its original; call it before an iteration.
+
+    The user may hold the original, for example to set its epoch.
+    """
+    original: _Original | None = vars(changed).get(_ORIGINAL)
+    if original is None:
+        return
+    follow_original(original.loader)
+    for name, value in vars(original.loader).items():
+        if name in original.own or name == _ORIGINAL:
+            continue
+        if name not in original.known or original.known[name] is not value:
+            original.known[name] = value
+            vars(changed)[name] = value

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_hetero.balance.batch.blocks import Cursor
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
 from lightning_hetero.distributed.collectives import all_gather, all_gather_counts, broadcast_from, length_of
-from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.changed_loader import changed_loader, follow_original
 from lightning_hetero.distributed.data.pairing import Drawn, Note, NotedLoader, iterates_itself
 from lightning_hetero.distributed.data.skipping import SkippingSampler, can_skip, is_stateful
 from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
@@ -220,6 +220,8 @@ class _JoinedIterator:
         if self._batches is None:
             self._cursor = self._joint.begin()
             to_discard = self._loader._skip(self._cursor.block)
+            if isinstance(self._loader, DataLoader):
+                follow_original(self._loader)
             vars(self._loader)["_drawn"] = None
             self._batches = iter(self._start())
             for _ in range(to_discard):

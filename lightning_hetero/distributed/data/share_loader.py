@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_hetero.balance.types import BatchSlice
-from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.changed_loader import changed_loader, follow_original
 from lightning_hetero.distributed.data.pairing import Drawn, Note, NotedLoader, iterates_itself
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.distributed.data.skipping import is_stateful
@@ -109,6 +109,7 @@ class _ObservedIterator:
         loader = self._loader
         loader._before_fetch()
         if self._batches is None:
+            follow_original(loader)
             vars(loader).update(_drawn=None, _in_loop=self._in_loop)
             self._batches = iter(self._start())
         try:

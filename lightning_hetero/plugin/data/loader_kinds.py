@@ -77,7 +77,7 @@ def examine(
     resumed: Any = None,
     *,
     lazily: bool = False,
-    makes_global_batches: bool = False,
+    confirmed: bool = False,
 ) -> Divisible | Unbatched | Own:
     """Determine how a loader can be divided; every rank must call this at the same point.
 
@@ -88,7 +88,7 @@ def examine(
         resumed: Random state of the order in the run that is resumed; see
             :class:`~lightning_hetero.distributed.collectives.BroadcastOrder`.
         lazily: Whether the order of an epoch is drawn when its first batch is requested, as under plain DDP.
-        makes_global_batches: Whether the user says that each batch of a batch sampler is a global batch, even of one
+        confirmed: Whether the user says that each batch of a batch sampler is a global batch, even of one
             that Lightning has not given an order of its own (``use_distributed_sampler=False``).
     """
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
@@ -103,7 +103,7 @@ def examine(
         return Own("its batch sampler is the user's, and there is nothing to divide")
     sampler = batch_sampler.sampler if torchs else _sampler_inside(batch_sampler)
     order = _whole_order(sampler, world_size, epoch, resumed if torchs else None, lazily=lazily or not torchs)
-    common = order is None and makes_global_batches and not torchs and not isinstance(sampler, DistributedSampler)
+    common = order is None and confirmed and not torchs and not isinstance(sampler, DistributedSampler)
     lists = None
     if not torchs and (order is not None or common):
         by_rank_zero = BroadcastOrder(

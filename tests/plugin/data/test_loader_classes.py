@@ -323,8 +323,14 @@ class LoggedBatches(torch.utils.data.BatchSampler):
 
 
 class LoggedLoader(DataLoader[Any]):
+    epoch, times = -1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        EVENTS.append("iter")
+        EVENTS.append(("iter", self.epoch, self.times))
+        self.times += 1
         yield from super().__iter__()
 
 
@@ -347,7 +353,8 @@ class Owner(SmallModule):
             return LoggedLoader(self.data, batch_size=4, sampler=self.sampler, num_workers=self.workers)
         if self.kind == "own DistributedSampler":
             self.distributed: Any = torch.utils.data.DistributedSampler(self.data, seed=3)
-            return LoggedLoader(self.data, batch_size=4, sampler=self.distributed)
+            self.loader = LoggedLoader(self.data, batch_size=4, sampler=self.distributed)
+            return self.loader
         batches = LoggedBatches(torch.utils.data.SequentialSampler(self.data), 8, False)
         return LoggedLoader(self.data, batch_sampler=batches)
 
@@ -361,9 +368,11 @@ class Owner(SmallModule):
             self.sampler.weights = self.sampler.weights.flip(0)
         elif self.kind == "own DistributedSampler":
             self.distributed.set_epoch(10 * epoch + 5)
+            self.loader.set_epoch(epoch)
         else:
             loader: Any = self.trainer.train_dataloader
             loader.batch_sampler.restart(epoch + 1)
+            loader.set_epoch(epoch)
 
 
 def events_of(kind: str, strategy: str, reload: int, workers: int = 0) -> tuple[list[Any], list[list[int]]]:
@@ -473,3 +482,28 @@ def test_the_reason_names_the_sampler(ranks: RankPools) -> None:
     )
     assert "use_distributed_sampler" not in warnings[0]
     assert sorted(index for ledger, _, _ in results for step in ledger[:4] for index in step) == list(range(24))
+
+
+class StreamLoader(LoggedLoader):
+    """Is used as it is under ddp too."""
+
+
+class StreamOwner(SmallModule):
+    def train_dataloader(self) -> Any:
+        self.loader = StreamLoader(Stream((8, 8)), batch_size=4)
+        return self.loader
+
+    def on_train_epoch_start(self) -> None:
+        self.loader.set_epoch(self.current_epoch)
+
+
+def stream_events(hetero: bool) -> list[Any]:
+    EVENTS.clear()
+    trainer = make_trainer(HeteroDDPStrategy() if hetero else "ddp", 2, max_epochs=3)
+    trainer.fit(StreamOwner())
+    return list(EVENTS)
+
+
+def test_a_joined_loader_follows_its_owner(ranks: RankPools) -> None:
+    """A stream has no length, so that Lightning reads the first batch before the first epoch begins."""
+    assert ranks.run(2, stream_events, True, timeout_s=60) == ranks.run(2, stream_events, False, timeout_s=60)
