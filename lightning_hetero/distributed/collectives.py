@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -154,6 +155,7 @@ class BroadcastOrder(Generic[Entry]):
         self._epoch = epoch
         self._common = common
         self._lazily = lazily and length_of(sampler) is not None
+        self._compared = False
         self._entries: list[Entry] | None = None
         self._seen: list[Entry] | None = None
         now = random_state(sampler)
@@ -214,6 +216,16 @@ class BroadcastOrder(Generic[Entry]):
             return own
         order: list[Any] = [own]
         dist.broadcast_object_list(order, src=0)
+        if not self._compared:
+            self._compared = True
+            if any(all_gather(_samples(own) != _samples(order[0]))) and dist.get_rank() == 0:
+                warnings.warn(
+                    f"`hetero_ddp`: the sampler {_name_of(self.sampler)!r} yields other samples on each rank. As under"
+                    f" `ddp`, what it yields is divided among the ranks again, so samples are never seen; here they are"
+                    f" those of rank 0. Yield the same samples on all ranks, or divide them yourself and pass"
+                    f" Trainer(use_distributed_sampler=False).",
+                    stacklevel=2,
+                )
         if self._common and not all(all_gather(own == order[0])):
             raise UnsupportedFeatureError(
                 f"`global_batch_size` takes each batch of {_name_of(self.sampler)!r} as a global batch, so they must be"
@@ -225,7 +237,18 @@ class BroadcastOrder(Generic[Entry]):
 
 
 def _name_of(sampler: Any) -> str:
-    return type(getattr(sampler, "batches", sampler)).__name__
+    inner = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning's wrapper
+    return type(getattr(inner, "batches", inner)).__name__
+
+
+def _samples(order: Sequence[Any]) -> set[Any]:
+    """Return which samples an order has; none if it repeats some, because such orders are drawn and differ anyway."""
+    entries = [index for entry in order for index in (entry if isinstance(entry, list | tuple) else [entry])]
+    try:
+        samples = set(entries)
+    except TypeError:  # no indices
+        return set()
+    return samples if len(samples) == len(entries) else set()
 
 
 def length_of(loader: Any) -> int | None:
