@@ -28,14 +28,14 @@ _ENTRIES_COMPARED = 16
 _BATCHES_COMPARED = 64
 
 
-def library_class(loader_class: type) -> type:
-    """Return the class of torch or torchdata that a class of loaders is or inherits from."""
-    return next(cls for cls in loader_class.__mro__ if cls.__module__.split(".")[0] in ("torch", "torchdata"))
+def library_class(loader: DataLoader[Any]) -> type:
+    """Return the class of torch or torchdata that a loader is or inherits from."""
+    return next(cls for cls in type(loader).__mro__ if cls.__module__.split(".")[0] in ("torch", "torchdata"))
 
 
 def iterates_itself(loader: DataLoader[Any]) -> bool:
     """Return whether a subclass of the user's overrides how the loader iterates."""
-    library = library_class(type(loader))
+    library = library_class(loader)
     before = type(loader).__mro__[: type(loader).__mro__.index(library)]
     return any("__iter__" in vars(cls) for cls in before)
 

@@ -19,7 +19,6 @@ from lightning_hetero.balance.batch.blocks import (
     common_unit,
     divide_together,
     merge_slices,
-    uneven_steps,
 )
 from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
@@ -28,16 +27,21 @@ from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalB
 from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
-from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.inexact import GATHERED, normalises_batches, warn_of_inexact
 from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
-from lightning_hetero.plugin.common.loop_progress import TrainingProgress, resume_exactly, training_loaders
+from lightning_hetero.plugin.common.loop_progress import (
+    TrainingProgress,
+    resume_exactly,
+    training_loaders,
+)
 from lightning_hetero.plugin.common.protocols import LoaderOwner
 from lightning_hetero.plugin.data import loader_kinds as loaders
 from lightning_hetero.plugin.data.loader_state import ResumedLoaders, loaders_state
+from lightning_hetero.plugin.data.several_loaders import check_ends
 from lightning_hetero.plugin.data.slices import StepSlices
-from lightning_hetero.plugin.step.batch_size import one_sample, samples_in
+from lightning_hetero.plugin.step.batch_size import samples_in
 
 __all__ = ["TrainingData"]
 
@@ -139,7 +143,7 @@ class TrainingData:
     def _joined(self, dataloader: Any) -> Any:
         strategy = self._strategy
         slices = partial(self._slices.note, id(dataloader))
-        count = one_sample if strategy.num_loss_terms is not None else samples_in
+        count = _one if strategy.num_loss_terms is not None else samples_in
         joined: list[JoinedLoader] = []
         begin = partial(self._begin_joined, joined)
         joined.append(
@@ -292,7 +296,14 @@ class TrainingData:
         if self._samplers:
             self._prepare_schedule(self._units(self._samplers))
             if len(self._samplers) > 1:
-                self._check_ends(self._samplers)
+                assert self._schedule is not None
+                check_ends(
+                    self._schedule.at(self._progress.step + 1),
+                    [sampler.batches for sampler in self._samplers],
+                    self._mode,
+                    self._limits_in_samples,
+                    self._strategy.max_batch_size,
+                )
         return self._samplers
 
     def _prepare_schedule(self, global_batch_size: int) -> None:
@@ -349,29 +360,6 @@ class TrainingData:
         blocks = [(s.batches, block_in_step(position, len(s.batches), self._mode)) for s in samplers]
         return {id(batches): batches.size_at(block) for batches, block in blocks if block is not None}
 
-    def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
-        """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
-        assert self._schedule is not None
-        strategy, plan, limits = self._strategy, self._schedule.at(self._progress.step + 1), self._limits_in_samples
-        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers], limits)
-        for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
-            try:
-                samples, fits = _samples_of_ranks(plan, sizes, limits), True
-            except InfeasiblePlanError:
-                samples, fits = _samples_of_ranks(plan, sizes, BatchLimits(None, limits.batch_multiple)), False
-            rank = max(range(len(samples)), key=lambda r: samples[r])
-            situation = (
-                f"in steps whose batches have {list(sizes)} samples, rank {rank} gets {samples[rank]} of them, because"
-                f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
-            )
-            if not fits:
-                raise InfeasiblePlanError(
-                    f"`max_batch_size` must allow for the last batches of several loaders, got"
-                    f" {strategy.max_batch_size}, but {situation}. Use `drop_last=True`."
-                )
-            if samples[rank] > max(whole):
-                rank_zero_warn(f"`hetero_ddp`: {situation}. `drop_last=True` avoids that.")
-
     # ---- the step --------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -390,10 +378,10 @@ class TrainingData:
         self.samples_in_batch = parts[0].samples if len(parts) == 1 and counts else None
 
 
+def _one(_: Any) -> int:
+    """Count a batch as one sample: the weight of its loss follows from its terms."""
+    return 1
+
+
 def _is_divided(loader: Any) -> bool:
     return isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
-
-
-def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int], limits: BatchLimits) -> list[int]:
-    """Return each rank's number of samples, over all loaders, shape ``(world_size,)``."""
-    return [sum(parts) for parts in zip(*(p.samples for p in divide_together(plan, sizes, limits)), strict=True)]

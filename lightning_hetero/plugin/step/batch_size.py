@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.step.containers import is_graph_batch, is_tensor_dict, tensors_in
 
-__all__ = ["one_sample", "samples_in"]
+__all__ = ["samples_in"]
 
 
 def samples_in(batch: Any) -> int:
@@ -45,8 +45,3 @@ def _samples(batch: Any) -> int | None:
         return extract_batch_size(batch)  # looks into any iterable
     except MisconfigurationException:
         return None
-
-
-def one_sample(_: Any) -> int:
-    """Count a batch as one sample, where the weight of its loss follows from its terms."""
-    return 1
