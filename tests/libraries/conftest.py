@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import harness
-import pytest
-
 import libraries.torchvision_operators  # noqa: F401  before torchmetrics imports torchvision
+import pytest
 
 harness.PRELOADED.insert(0, "libraries.torchvision_operators")
 

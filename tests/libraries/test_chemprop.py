@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from harness import RankPools
-from lightning.pytorch import Callback
-
 from libraries.comparing import (
     BATCH_SIZE,
     SAMPLES,
@@ -19,6 +17,7 @@ from libraries.comparing import (
     trained,
     trainer_of,
 )
+from lightning.pytorch import Callback
 
 EPOCHS = 2
 TARGETS = 2

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from harness import RankPools
-from lightning.pytorch import Callback
-
 from libraries.comparing import BATCH_SIZE, QUIET, SEED, STEPS, WORLD_SIZE, Strategy, assert_trains_as_ddp
+from lightning.pytorch import Callback
 
 INPUT, OUTPUT = 6, 2
 
 
 def series(strategy: Strategy, callbacks: list[Callback]) -> None:
-    from libraries.alias import alias; alias()
+    from libraries.alias import alias
+
+    alias()
     from darts import TimeSeries
     from darts.models import NBEATSModel
 

@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 import torch
 from harness import RankError, RankPools
-from lightning.pytorch import Callback, LightningModule
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-
 from libraries.comparing import (
     BATCH_SIZE,
     SAMPLES,
@@ -22,6 +18,9 @@ from libraries.comparing import (
     trained,
     trainer_of,
 )
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 PIXELS = 48
 

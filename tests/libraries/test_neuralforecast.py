@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from harness import RankPools
-from lightning.pytorch import Callback
-
 from libraries.comparing import (
     BATCH_SIZE,
     QUIET,
@@ -19,10 +16,13 @@ from libraries.comparing import (
     difference,
     trained,
 )
+from lightning.pytorch import Callback
 
 
 def series(strategy: Strategy, callbacks: list[Callback], windows: int | None) -> None:
-    from libraries.alias import alias; alias()
+    from libraries.alias import alias
+
+    alias()
     import pandas as pd
     from neuralforecast import NeuralForecast
     from neuralforecast.models import MLP

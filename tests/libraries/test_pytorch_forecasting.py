@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import RankPools
-from lightning.pytorch import Callback
-
 from libraries.comparing import BATCH_SIZE, STEPS, WORLD_SIZE, Strategy, assert_trains_as_ddp, trainer_of
+from lightning.pytorch import Callback
 
 INPUT, OUTPUT = 6, 2
 SETTINGS = {"optimizer": "sgd", "learning_rate": 0.05, "log_interval": -1}
@@ -20,7 +19,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "DeepAR": {"hidden_size": 8, "rnn_layers": 1, "dropout": 0.0},
     "NBeats": {
         "stack_types": ["generic"], "num_blocks": [1], "num_block_layers": [1], "widths": [8],
-        "expansion_coefficient_lengths": [4], "sharing": [False], "dropout": 0.0,
+        "expansion_coefficient_lengths": [4], "sharing": [False], "dropout": 0.0, "backcast_loss_ratio": 0.1,
     },
 }  # fmt: skip
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from harness import RankError, RankPools
-from lightning.pytorch import Callback
-
 from libraries.comparing import BATCH_SIZE, QUIET, SAMPLES, SEED, WORLD_SIZE, Strategy, difference, trained
+from lightning.pytorch import Callback
 
 EPOCHS = 2
 

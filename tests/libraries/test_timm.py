@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 from harness import RankPools
-from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
-
 from libraries.comparing import (
     BATCH_SIZE,
     SAMPLES,
@@ -20,6 +16,9 @@ from libraries.comparing import (
     trained,
     trainer_of,
 )
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 CLASSES = 4
 ODD_ONES = 6  # samples in a ragged last batch

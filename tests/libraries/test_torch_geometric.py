@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from harness import RankPools
-from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
-
 from libraries.comparing import (
     BATCH_SIZE,
     SAMPLES,
@@ -18,6 +15,8 @@ from libraries.comparing import (
     assert_trains_as_one_process,
     trainer_of,
 )
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
 
 FEATURES = 4
 

@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 from harness import RankPools
-from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from libraries.comparing import (
     BATCH_SIZE,
     SAMPLES,
@@ -19,6 +15,9 @@ from libraries.comparing import (
     assert_trains_as_one_process,
     trainer_of,
 )
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 LENGTH = 12
 IGNORED = -100  # a label that transformers leaves out of the mean
