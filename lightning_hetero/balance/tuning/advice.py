@@ -18,7 +18,7 @@ __all__ = ["Advice", "advise", "enough_global_batch_size", "predicted_efficiency
 
 # Mini-batches that differ by this factor show how a rank's time depends on them.
 _OTHER_SIZE = 1.5
-# A time that changes by less than this part of what a proportional time would change does not depend on the size.
+# A time that follows the size by less than this part of what a proportional time would does not depend on it.
 _CONSTANT = 0.1
 
 
@@ -119,9 +119,10 @@ def advise(
 
 
 def _is_constant(before: WindowTiming, after: WindowTiming) -> bool:
-    """Return whether another mini-batch has taken a rank the same time."""
+    """Return whether a rank's time did not follow its mini-batch, by the part of what a proportional time would do."""
     size, time = after.samples / max(before.samples, 1), after.own_s / max(before.own_s, 1e-12)
-    return max(size, 1.0) >= _OTHER_SIZE * min(size, 1.0) and abs(time - 1.0) < _CONSTANT * abs(size - 1.0)
+    other = max(size, 1.0) >= _OTHER_SIZE * min(size, 1.0)
+    return other and (time - 1.0) / (size - 1.0) < _CONSTANT
 
 
 def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
