@@ -61,17 +61,17 @@ class Siamese(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-class Contrastive(LightningModule):
-    """SimCLR: the other images of the batch are the negatives."""
+class Compared(LightningModule):
+    """A loss that compares the images of a batch, for example SimCLR's, for which the others are the negatives."""
 
-    def __init__(self, gather: bool) -> None:
+    def __init__(self, loss: str, gather: bool) -> None:
         super().__init__()
-        from lightly.loss import NTXentLoss
+        import lightly.loss
         from lightly.models.modules.heads import ProjectionHead
 
         self.backbone = nn.Linear(PIXELS, 16)
         self.projection = ProjectionHead([(16, 16, None, nn.ReLU()), (16, 8, None, None)])
-        self.criterion = NTXentLoss(gather_distributed=gather)
+        self.criterion = getattr(lightly.loss, loss)(gather_distributed=gather)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss: Tensor = self.criterion(*(self.projection(self.backbone(view)) for view in batch[0]))
@@ -86,28 +86,34 @@ def siamese(strategy: Strategy, callbacks: list[Callback]) -> None:
     trainer.fit(Siamese(), DataLoader(TwoViews(), batch_size=BATCH_SIZE, shuffle=True))
 
 
-def contrastive(strategy: Strategy, callbacks: list[Callback], gather: bool) -> None:
+def compared(strategy: Strategy, callbacks: list[Callback], loss: str, gather: bool) -> None:
     trainer = trainer_of(strategy, callbacks)
-    trainer.fit(Contrastive(gather), DataLoader(TwoViews(), batch_size=BATCH_SIZE, shuffle=True))
+    trainer.fit(Compared(loss, gather), DataLoader(TwoViews(), batch_size=BATCH_SIZE, shuffle=True))
 
 
 def test_a_loss_of_each_image(ranks: RankPools) -> None:
     assert_trains_as_ddp(ranks, siamese)
 
 
-def test_a_loss_that_gathers_images_keeps_the_shares_equal(ranks: RankPools) -> None:
-    found = trained(ranks, contrastive, "hetero_ddp", True)
+# which gather embeddings, and sum what has the same shape on all ranks
+of_all_ranks = pytest.mark.parametrize("loss", ["NTXentLoss", "VICRegLoss", "BarlowTwinsLoss"])
+
+
+@of_all_ranks
+def test_a_loss_of_all_ranks_keeps_the_shares_equal(ranks: RankPools, loss: str) -> None:
+    found = trained(ranks, compared, "hetero_ddp", loss, True)
     assert not shares_differ(found)
-    assert "gather" in found[0].said
-    assert difference(found, trained(ranks, contrastive, "ddp", True)) < TOLERANCE
+    assert "shares stay equal" in found[0].said
+    assert difference(found, trained(ranks, compared, "ddp", loss, True)) < TOLERANCE
 
 
-def test_a_loss_that_gathers_images_refuses_unequal_shares(ranks: RankPools) -> None:
+@of_all_ranks
+def test_a_loss_of_all_ranks_refuses_unequal_shares(ranks: RankPools, loss: str) -> None:
     with pytest.raises(RankError, match="UnsupportedFeatureError"):
-        trained(ranks, contrastive, "1:3", True)
+        trained(ranks, compared, "1:3", loss, True)
 
 
 def test_a_loss_over_the_images_of_a_rank_depends_on_the_shares(ranks: RankPools) -> None:
     """As it depends on the number of ranks under ddp; the page on libraries says so."""
-    found, expected = (trained(ranks, contrastive, name, False) for name in ("1:3", "ddp"))
+    found, expected = (trained(ranks, compared, name, "NTXentLoss", False) for name in ("1:3", "ddp"))
     assert difference(found, expected) > TOLERANCE
