@@ -17,16 +17,17 @@ Message = TypeVar("Message")
 Decision = TypeVar("Decision")
 
 
-def all_gather(message: Message) -> list[Message]:
+def all_gather(message: Message, group: dist.ProcessGroup | None = None) -> list[Message]:
     """Return the messages of all ranks, in the order of ranks, on every rank.
 
     Args:
         message: A small picklable value. Every rank must call this at the same point.
+        group: Process group whose ranks exchange messages; None for all ranks.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [message]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, message)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, message, group)
     return cast("list[Message]", gathered)
 
 

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives
 
 __all__ = [
     "LOADER_ITERATOR",
     "BatchNorm",
+    "collective_methods",
     "current_backward_pass",
     "default_store",
+    "functional_resolvers",
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
@@ -85,3 +88,23 @@ def default_store() -> Any:
     Collectives cannot be used when a rank is gone.
     """
     return dist.distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
+
+
+def collective_methods() -> list[str]:
+    """Return the names of the methods of ``ProcessGroup`` that move tensors between ranks.
+
+    Whatever Python code calls, ``torch.distributed``, its autograd functions or a library built on them, ends in one of
+    these. They are not documented, and their names differ between versions of torch.
+    """
+    prefixes = ("all", "_all", "reduce", "_reduce", "broadcast", "gather", "scatter", "send", "recv")
+    return [name for name in vars(dist.ProcessGroup) if name.startswith(prefixes)]
+
+
+def functional_resolvers() -> tuple[Any, dict[str, Any]]:
+    """Return the module of functional collectives, and its functions through which all of them find their group.
+
+    Functional collectives run in C++ and call no method of a process group. torch.compile traces the collectives of
+    ``torch.distributed`` as functional ones.
+    """
+    names = ("_resolve_group", "_resolve_group_name", "_expand_group")
+    return _functional_collectives, {name: f for name in names if (f := getattr(_functional_collectives, name, None))}

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from lightning_hetero.distributed.torch_private import (
     LOADER_ITERATOR,
     BatchNorm,
+    collective_methods,
     current_backward_pass,
     default_store,
+    functional_resolvers,
     queue_after_all_reduce,
     queue_after_backward,
     reduces_after_backward,
@@ -106,3 +108,13 @@ def on_ranks() -> tuple[bool, bool, list[float]]:
 def test_the_store_and_the_first_step_of_a_static_graph(ranks: RankPools) -> None:
     assert default_store() is None
     assert ranks.run(2, on_ranks) == [(True, True, [0.5])] * 2
+
+
+def test_collectives_pass_where_they_are_watched() -> None:
+    """tests/plugin/ddp/test_own_collectives.py shows that they do; here are the names."""
+    assert {"allreduce", "allgather", "broadcast", "reduce_scatter", "alltoall", "send", "recv"} <= {
+        *collective_methods()
+    }
+    functional, resolvers = functional_resolvers()
+    assert resolvers
+    assert all(getattr(functional, name) is resolver for name, resolver in resolvers.items())

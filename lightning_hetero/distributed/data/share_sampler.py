@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -33,6 +34,8 @@ class ShareBatchSampler(Sampler[list[int]]):
         original: The batch sampler that this one replaces.
         stand_in: Whether to yield samples of other ranks if a global batch has none for this rank, so that the rank
             takes part in the step (its slice has 0 samples). Otherwise the rank has one batch less.
+        completion: Function that returns how many samples of the epoch's beginning complete a global batch, given its
+            step and size; None to complete none.
 
     Attributes:
         slices: Slices that the latest iteration has drawn and nobody has taken yet, in the order of batches.
@@ -50,6 +53,7 @@ class ShareBatchSampler(Sampler[list[int]]):
         begin: Callable[[], Cursor],
         original: Any = None,
         stand_in: bool = True,
+        completion: Callable[[int, int], int] | None = None,
     ) -> None:
         # Lightning looks for the sampler whose epoch it sets under these names, and users for what they passed.
         self.sampler = batches.order
@@ -63,6 +67,7 @@ class ShareBatchSampler(Sampler[list[int]]):
         self._plan_of = plan_of
         self._begin = begin
         self._stand_in = stand_in
+        self._completion = completion
 
     def __len__(self) -> int:
         """Return the number of steps, the same on all ranks; without ``stand_in`` a rank may have fewer batches."""
@@ -75,6 +80,8 @@ class ShareBatchSampler(Sampler[list[int]]):
 
     def _draw(self, cursor: Cursor, slices: deque[BatchSlice]) -> Iterator[list[int]]:
         for block in self.batches.since(cursor.block):
+            if self._completion is not None and (lacking := self._completion(cursor.step, len(block))):
+                block = [*block, *islice(self.batches.order, lacking)]  # noqa: PLW2901
             plan = self._plan_of(cursor, len(block))
             batch = [block[position] for position in positions_of_rank(plan, self.rank)]
             # Several iterators may be alive: a callback that looks at a batch creates one of its own.

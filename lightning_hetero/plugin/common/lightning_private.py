@@ -28,6 +28,7 @@ __all__ = [
     "logged_step",
     "logged_values",
     "samplers_stay",
+    "set_batch_size",
     "telling_indices",
     "tells_indices",
     "uses_post_local_sgd",
@@ -62,6 +63,16 @@ def logged_values(trainer: Trainer) -> dict[str, Any]:
     """Return the dict in which ``self.log`` accumulates values, by name; empty if nothing can be logged."""
     values: dict[str, Any] | None = trainer._results
     return {} if values is None else values
+
+
+def set_batch_size(trainer: Trainer, samples: int | None) -> None:
+    """Set the weight of values that ``self.log`` averages from now on; None to take it from the batch.
+
+    Lightning guesses it from the first tensor of a batch. Publicly, every call of ``self.log`` would have to give it.
+    """
+    results: Any = trainer._results
+    if results is not None:
+        results.batch_size = samples
 
 
 def logged_step(loop: Any) -> int:

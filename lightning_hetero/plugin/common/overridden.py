@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["overridden"]
+__all__ = ["overridden", "overridden_method"]
 
 _MISSING = object()
 
@@ -31,3 +31,31 @@ def overridden(obj: Any, name: str, value: Any) -> Iterator[None]:
         obj.__dict__.pop(name, None)
         if before is not _MISSING:
             obj.__dict__[name] = before
+
+
+@contextmanager
+def overridden_method(obj: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Call ``around(method, *args)`` instead of the object's ``method(*args)`` in this context.
+
+    Args:
+        obj: The object whose method is replaced.
+        name: The method's name.
+        around: Function that gets the method itself before the arguments of the call.
+    """
+    with overridden(obj, name, _Around(obj, name, around)):
+        yield
+
+
+class _Around:
+    """Takes the place of a method. A copy of the object has the method itself."""
+
+    def __init__(self, obj: Any, name: str, around: Callable[..., Any]) -> None:
+        self._of = obj, name
+        self._method = getattr(obj, name)
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(self._method, *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, self._of

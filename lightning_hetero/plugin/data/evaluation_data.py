@@ -42,12 +42,18 @@ class EvaluationData:
     Args:
         strategy: The strategy whose loaders are divided.
         training_plan: Function that returns the plan of the next training step, or None if there is no training.
+
+    Attributes:
+        samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
+        stays_equal: Whether the batches of later evaluations are divided equally, because a step gathers them.
     """
 
     def __init__(self, strategy: LoaderOwner, training_plan: Callable[[], BatchPlan | None]) -> None:
         self._training_plan = training_plan
         self._strategy = strategy
         self._steps: Counter[int] = Counter()
+        self.samples_in_batch: int | None = None
+        self.stays_equal = False
 
     def process(self, dataloader: object, *, predicting: bool) -> object:
         """Return the loader to use instead of ``dataloader``; every rank must call this at the same point.
@@ -102,6 +108,8 @@ class EvaluationData:
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
+        if self.stays_equal:
+            return BatchPlan((1,) * strategy.world_size)
         plan = self._training_plan()
         if plan is not None:
             return plan
@@ -125,22 +133,22 @@ class EvaluationData:
                 ' `dataloader_iter`. Take `batch` instead or use strategy="ddp".'
             )
 
-    def part_of_step(self, arguments_of_step: tuple[Any, ...]) -> BatchSlice | None:
-        """Return the current step's part of its global batch; None if it is unknown.
+    def part_of_step(self, loader_index: int) -> BatchSlice | None:
+        """Return the current step's part of its global batch; None if it is unknown. Call it once per step.
 
         Args:
-            arguments_of_step: Arguments that Lightning passes to the user's step. If several loaders are evaluated one
-                after the other, the last argument is the index of the loader.
+            loader_index: Index of the loader, if several are evaluated one after the other; otherwise 0.
 
         Raises:
             UnsupportedFeatureError: Several loaders give a batch to this step, and one of the batches is a stand-in: it
                 cannot be undone without the others.
         """
+        self.samples_in_batch = None
         if self._strategy.world_size == 1:
             return None
         present, mode = evaluation_loaders(self._strategy.trainer)
         if mode == "sequential":
-            present = [present[arguments_of_step[-1] if len(present) > 1 else 0]]
+            present = [present[loader_index]]
         parts = []
         for loader in present:
             if (slices := getattr(loader, _SLICES, None)) is not None:
@@ -155,6 +163,7 @@ class EvaluationData:
                 f"`hetero_ddp` cannot evaluate {len(parts)} loaders at the same time if one of them has no sample"
                 f" for a rank. Evaluate them one after the other, or use `drop_last=True`."
             )
+        self.samples_in_batch = parts[0].samples if len(parts) == 1 else None
         return parts[0] if parts else None
 
 

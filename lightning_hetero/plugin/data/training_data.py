@@ -22,7 +22,7 @@ from lightning_hetero.balance.batch.blocks import (
 )
 from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
-from lightning_hetero.distributed.collectives import BroadcastOrder
+from lightning_hetero.distributed.collectives import BroadcastOrder, all_gather_counts
 from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
@@ -56,6 +56,7 @@ class TrainingData:
 
     Attributes:
         part: This rank's part of the current global batch; None if no loader has noted one.
+        samples_in_batch: Number of samples that this rank has in the current step; None if it is unknown.
     """
 
     def __init__(self, strategy: LoaderOwner) -> None:
@@ -65,8 +66,10 @@ class TrainingData:
         self._mode = ""
         self._slices = StepSlices()
         self._stays_equal = False
+        self._completed_from = 0
         self._resumed = ResumedLoaders()
         self.part: BatchSlice | None = None
+        self.samples_in_batch: int | None = None
 
     # ---- loaders ---------------------------------------------------------------------------------------------------
 
@@ -109,6 +112,7 @@ class TrainingData:
             plan_of=lambda cursor, size: self._plan_of(sampler, cursor, size),
             begin=lambda: self._begin(sampler),
             original=loaders.original_batch_sampler(loader.loader),
+            completion=self._completion,
         )
         return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
 
@@ -185,11 +189,23 @@ class TrainingData:
             return False
         return self._strategy.shares == "auto" or not schedule.at(self._progress.step + 1).is_equal
 
-    def keep_equal(self) -> None:
-        """Keep the plan from now on, because the current step gathers its samples."""
-        if not self._stays_equal and self._strategy.world_size > 1 and self._strategy.trainer.training:
+    def keep_equal(self, reason: str = GATHERED) -> None:
+        """Keep the plan from now on, because the current step gathers its samples; all ranks call this together.
+
+        Args:
+            reason: What the step does, and why that needs equal shares, as part of a sentence.
+        """
+        strategy = self._strategy
+        if not self._stays_equal and strategy.world_size > 1 and strategy.trainer.training:
             self._stays_equal = True
-            warn_of_inexact([GATHERED])
+            self._completed_from = max(all_gather_counts(self.fetched_through, strategy.root_device)) + 1
+            if strategy.shares == "auto":
+                warn_of_inexact([reason])
+
+    def _completion(self, step: int, size: int) -> int:
+        """Return how many samples a ragged batch lacks for equal parts, as DDP repeats some; 0 if they may differ."""
+        complete = self._stays_equal and step >= self._completed_from and self.counts_samples
+        return -size % self._strategy.world_size if complete else 0
 
     @property
     def limits(self) -> BatchLimits:
@@ -340,6 +356,9 @@ class TrainingData:
                 f' Use strategy="ddp" to fetch batches yourself.'
             )
         self.part = merge_slices(parts) if parts else None
+        # a joined loader does not count samples if the loss has terms of its own, and each batch then counts as one
+        counts = self.counts_samples or self._strategy.num_loss_terms is None
+        self.samples_in_batch = parts[0].samples if len(parts) == 1 and counts else None
 
 
 def _is_divided(loader: Any) -> bool:

@@ -211,7 +211,7 @@ class MicroBatches:
         for parameter, gradient in zip(parameters, steps.gradients_of(output, weight, parameters), strict=True):
             parameter.grad = added(parameter.grad, gradient)
 
-    def _counted_once(self, end: int) -> AbstractContextManager[None]:
+    def _counted_once(self, end: int) -> AbstractContextManager[Any]:
         """Discard what a repeated micro-batch adds to metrics if its samples were already counted."""
         repeated = end <= self._progress.finished_samples
         return discarded_metrics(self._steps.module) if repeated else nullcontext()

@@ -15,16 +15,30 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hetero.plugin.step.metrics import discarded_metrics
+from lightning_hetero.distributed.torch_private import BatchNorm
+from lightning_hetero.plugin.step.metrics import DiscardedUpdates, discarded_metrics
 
 __all__ = ["stand_in"]
 
 
 @contextmanager
-def stand_in(module: LightningModule) -> Iterator[None]:
-    """Run a step on a stand-in, and undo what it adds to metrics, logs and synchronised statistics."""
-    with discarded_metrics(module), _left_out_of_statistics(module):
+def stand_in(module: LightningModule) -> Iterator[DiscardedUpdates]:
+    """Run a step on a stand-in, and undo what it adds to metrics, to logged values and to statistics."""
+    with discarded_metrics(module) as updates, _left_out_of_statistics(module), _kept_statistics(module):
+        yield updates
+
+
+@contextmanager
+def _kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Undo what the step in this context adds to the running statistics of this rank's batch normalisation."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm) and layer.training]
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
         yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
 
 
 @contextmanager

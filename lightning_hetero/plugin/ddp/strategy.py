@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -35,9 +37,9 @@ from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
+from lightning_hetero.plugin.ddp.batch_scope import BatchScope
 from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
-from lightning_hetero.plugin.ddp.stand_in import stand_in
 from lightning_hetero.plugin.step.gradients import muted_gradients
 
 __all__ = ["HeteroDDPStrategy"]
@@ -119,8 +121,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self._part_of_step: BatchSlice | None = None
-        self._weight_in_step = 1.0
+        self.scope = BatchScope(self.train_data, self.eval_data, self._before_collective)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -215,6 +216,7 @@ class HeteroDDPStrategy(BaseStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
+        self.scope.insert_into(trainer)
         if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
             add_default_balancer(trainer)
 
@@ -230,6 +232,11 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
         self.micro_batch_limits.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+
+    @override
+    def teardown(self) -> None:
+        self.scope.close()
+        super().teardown()
 
     @override
     def on_train_start(self) -> None:
@@ -271,49 +278,35 @@ class HeteroDDPStrategy(BaseStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # the rank may wait: DDP broadcasts buffers before the forward pass, and counting terms communicates too
         self.timer.pause()
-        self.train_data.begin_step()
         self.loss_weight = self._weight_of_loss(args[0] if args else None)
-        part = self.train_data.part
-        weight = self.loss_weight if part is None or self.num_loss_terms is not None else part.loss_weight
+        if self.num_loss_terms is not None:
+            self.scope.weight = self.loss_weight
         forward = partial(super().training_step, **kwargs)
-        with self._as_part(part, weight), failure_of_peers():
-            return self.micro_batches.training_step(forward, partial(self._backward, super().backward), args, part)
+        backward = partial(self._backward, super().backward)
+        with self.scope.watching(), failure_of_peers():
+            return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
+
+    def _before_collective(self, name: str) -> None:
+        self.micro_batches.refuse_to_communicate(name)
+        self.micro_batches.note_communication()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.scope.ignoring():
+            return super().optimizer_step(*args, **kwargs)
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
         if self.num_loss_terms is not None:
-            terms = 0 if _stands_in(part) else self.num_loss_terms(batch)
+            terms = 0 if self.scope.stands_in else self.num_loss_terms(batch)
             return weight_in_mean(terms, sum(all_gather_counts(terms, self.root_device)), self.world_size)
-        if part is None or (self.loss_reduction == "sum" and not _stands_in(part)):
+        if part is None or (self.loss_reduction == "sum" and not self.scope.stands_in):
             return 1.0
         return part.loss_weight
 
     @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.eval_data.part_of_step(args)
-        with self._as_part(part, 1.0 if part is None else part.loss_weight):
-            return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        part = self.eval_data.part_of_step(args)
-        with self._as_part(part, 1.0 if part is None else part.loss_weight):
-            return super().test_step(*args, **kwargs)
-
-    @contextmanager
-    def _as_part(self, part: BatchSlice | None, weight: float) -> Iterator[None]:
-        """Run a step on this rank's part of a global batch, and weight what it logs accordingly."""
-        assert self.lightning_module is not None
-        self._part_of_step, self._weight_in_step = part, weight
-        try:
-            with stand_in(self.lightning_module) if _stands_in(part) else nullcontext():
-                yield
-        finally:
-            self._part_of_step, self._weight_in_step = None, 1.0
-
-    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with failure_of_peers():
+        with self.scope.ignoring(), failure_of_peers():
             return self.micro_batches.backward(
                 partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
             )
@@ -339,6 +332,8 @@ class HeteroDDPStrategy(BaseStrategy):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         self.micro_batches.refuse_to_communicate("all_gather")
         self.micro_batches.note_communication()
+        if self.scope.epoch_end is not None:
+            self.scope.epoch_end.note_gather()
         with self.timer.waiting():
             self._check_gathered(tensor)
             return super().all_gather(tensor, group, sync_grads)
@@ -353,23 +348,33 @@ class HeteroDDPStrategy(BaseStrategy):
                     f" size. Pad them to one size first, use `drop_last=True` if this is an epoch's last batch, or use"
                     f' strategy="ddp".'
                 )
-        elif self._part_of_step is not None and tensor.shape[:1] == (self._part_of_step.samples,):
+        elif self.scope.part is not None and tensor.shape[:1] == (self.scope.part.samples,):
             self.train_data.keep_equal()
 
     @property
     def _shapes_may_differ(self) -> bool:
         if self.world_size == 1:
             return False
-        part = self._part_of_step or (self.train_data.part if self.trainer.training else None)
+        part = self.scope.part or (self.train_data.part if self.trainer.training else None)
         return part is None or not part.plan.is_equal
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         self.micro_batches.note_communication()
         if isinstance(tensor, Tensor):
-            tensor = to_reduce(tensor, str(reduce_op).lower(), self._weight_in_step, _stands_in(self._part_of_step))
+            if self.scope.epoch_end is not None:
+                self.scope.epoch_end.note_reduce(str(reduce_op).lower())
+            tensor = to_reduce(tensor, str(reduce_op).lower(), self.scope.weight, self.scope.stands_in)
         with self.timer.waiting():
             return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not self.scope.stands_in:
+            return super().reduce_boolean_decision(decision, all)
+        # the ranks that agree are counted, so this one agrees with whatever the others decide
+        agreeing = super().reduce(torch.tensor(int(all), device=self.root_device), reduce_op=dist.ReduceOp.SUM)
+        return bool(agreeing == self.world_size if all else agreeing > 0)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -380,8 +385,3 @@ class HeteroDDPStrategy(BaseStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         with self.timer.waiting():
             super().barrier(*args, **kwargs)
-
-
-def _stands_in(part: BatchSlice | None) -> bool:
-    """Return whether the rank has no sample of its own in the step."""
-    return part is not None and part.samples == 0

@@ -1,35 +1,111 @@
-"""Undo what a step adds to metrics and to logged values."""
+"""Undo what a step changes in metrics and in logged values.
+
+What is private in torchmetrics is used here only. tests/plugin/step/test_metrics.py fails if it changes.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from lightning_hetero.plugin.common.lightning_private import logged_values
 
-__all__ = ["discarded_metrics", "set_step_value", "step_value"]
+__all__ = [
+    "DiscardedUpdates",
+    "discarded_metrics",
+    "is_forward",
+    "is_synchronised",
+    "patched_reductions",
+    "patched_state",
+    "reductions_of",
+    "set_step_value",
+    "step_value",
+    "updates_of",
+]
 
-# What torchmetrics keeps of an update besides the states. It is private, and so is `_defaults`, the states' names and
-# initial values. tests/plugin/step/test_metrics.py fails if one of them changes.
-_BOOKKEEPING = ("_update_count", "_computed", "_forward_cache")
+# What every module has; a step changes none of it.
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class DiscardedUpdates:
+    """The states of all metrics before a step changed them, with which the changes are undone.
+
+    A user may keep metrics anywhere: in the module, in a list, in a callback. They are therefore not searched for. A
+    metric that is updated, reset or computed sets one of its attributes first, and at that moment its state is saved.
+    The same holds for a collection, which decides on its first update which of its metrics share their states.
+    """
+
+    def __init__(self) -> None:
+        self._saved: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+
+    def state_before(self, metric: Metric) -> dict[str, Any]:
+        """Return the attributes of ``metric`` before the step; the current ones if the step has not changed it."""
+        saved = self._saved.get(id(metric))
+        return _attributes(metric) if saved is None else saved[1]
+
+    def save(self, changing: nn.Module) -> None:
+        """Save the state of a metric or a collection that is about to change, unless it is saved already."""
+        set_last = "_update_count" if isinstance(changing, Metric) else "_groups_checked"  # when it is constructed
+        if id(changing) not in self._saved and set_last in vars(changing):
+            self._saved[id(changing)] = (changing, _attributes(changing))
+
+    def restore(self) -> None:
+        """Undo all changes."""
+        for changed, state in self._saved.values():
+            if isinstance(changed, Metric):
+                # a metric that was constructed in the step has states that were not saved
+                state = copy.deepcopy({k: v for k, v in changed._defaults.items() if k not in state}) | state  # noqa: PLW2901
+            _restore(changed, state)
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Save the state of whatever changes in this context before it changes."""
+        with _before_setting(Metric, self.save), _before_setting(MetricCollection, self.save):
+            yield
 
 
 @contextmanager
-def discarded_metrics(module: LightningModule) -> Iterator[None]:
-    """Undo what the step in this context adds to the module's metrics and to its logged values."""
-    logged: dict[str, Metric] = logged_values(module.trainer)
-    saved = [(metric, _state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
-    saved += [(metric, _state(metric)) for metric in logged.values()]
-    known = set(logged)
+def _before_setting(cls: type[nn.Module], notice: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``notice`` with each object of ``cls`` of which an attribute is about to be set.
+
+    No public hook is called before an update: metrics wrap their ``update`` on construction.
+    """
+    known = vars(cls).get("__setattr__")
+    set_attribute: Any = cls.__setattr__
+
+    def noticing(self: nn.Module, name: str, value: Any) -> None:
+        notice(self)
+        set_attribute(self, name, value)
+
+    cls.__setattr__ = noticing  # type: ignore[method-assign]
     try:
         yield
     finally:
+        if known is None:
+            del cls.__setattr__
+        else:
+            cls.__setattr__ = known  # type: ignore[method-assign]
+
+
+@contextmanager
+def discarded_metrics(module: LightningModule) -> Iterator[DiscardedUpdates]:
+    """Undo what the code in this context adds to metrics, wherever they are, and to the module's logged values."""
+    logged: dict[str, Metric] = logged_values(module.trainer)
+    saved = [(metric, _state_of_logged(metric)) for metric in logged.values()]
+    known = set(logged)
+    updates = DiscardedUpdates()
+    try:
+        with updates.noticing():
+            yield updates
+    finally:
+        updates.restore()
         for metric, state in saved:
             _restore(metric, state | _reduced_in_step(metric))
         for key in set(logged) - known:
@@ -44,21 +120,83 @@ def _reduced_in_step(metric: Metric) -> dict[str, Any]:
     return {"_forward_cache": step_value(metric)} if meta is not None and meta.on_step and meta.sync.should else {}
 
 
-def _state(metric: Metric) -> dict[str, Any]:
-    """Copy what an update changes; it may change tensors in place, and appends to lists."""
-    kept = {name: metric.__dict__[name] for name in (*metric._defaults, *_BOOKKEEPING) if name in metric.__dict__}
-    return {
-        name: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value) for name, value in kept.items()
-    }
+def _attributes(changing: nn.Module) -> dict[str, Any]:
+    return {name: _copied(value) for name, value in vars(changing).items() if name not in _OF_MODULES}
 
 
-def _restore(metric: Metric, state: dict[str, Any]) -> None:
+def _state_of_logged(metric: Metric) -> dict[str, Any]:
+    """Copy what an update changes in one of Lightning's own metrics, which hold what is logged."""
+    kept = (*metric._defaults, "_update_count", "_forward_cache")
+    return {name: _copied(metric.__dict__[name]) for name in kept if name in metric.__dict__}
+
+
+def _copied(value: Any) -> Any:
+    """Copy what an update may change in place: it adds to tensors, and appends to lists."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, _copied(entry)) for key, entry in value.items())
+    return copy.copy(value) if isinstance(value, list | deque | set) else value
+
+
+def _restore(changed: nn.Module, state: dict[str, Any]) -> None:
     for name, value in state.items():
-        current = metric.__dict__.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor):
+        current = changed.__dict__.get(name)
+        if isinstance(value, Tensor) and isinstance(current, Tensor):
             # an update may promote a state's type; if it did so on the peers, this rank must follow
             value = value.to(current)  # noqa: PLW2901
-        metric.__dict__[name] = value
+        changed.__dict__[name] = value
+    if isinstance(changed, Metric):
+        changed._computed = None  # the peers have computed nothing since their update, and all ranks compute together
+
+
+# ---- synchronisation -------------------------------------------------------------------------------------------------
+
+
+def updates_of(metric: Metric, state: Mapping[str, Any]) -> int:
+    """Return how often a metric was updated, according to its saved ``state`` if that tells."""
+    return int(state.get("_update_count", metric._update_count))
+
+
+def is_forward(metric: Metric) -> bool:
+    """Return whether a metric computes the value of one batch, in which case its states are those of the batch."""
+    return not metric._should_unsync
+
+
+def is_synchronised(metric: Metric) -> bool:
+    """Return whether the states of a metric are those of all ranks."""
+    return metric._is_synced
+
+
+def reductions_of(metric: Metric) -> dict[str, Any]:
+    """Return how the states of a metric are combined over ranks, by name of the state."""
+    return metric._reductions
+
+
+@contextmanager
+def patched_reductions(metric: Metric, reductions: Mapping[str, Any]) -> Iterator[None]:
+    """Combine some states of a metric in another way in this context."""
+    before = metric._reductions
+    metric._reductions = {**before, **reductions}
+    try:
+        yield
+    finally:
+        metric._reductions = before
+
+
+@contextmanager
+def patched_state(metric: Metric, states: Mapping[str, Any]) -> Iterator[None]:
+    """Give a metric other states in this context, for its peers to see; if it is synchronised then, it keeps these."""
+    before = {name: metric.__dict__[name] for name in states}
+    metric.__dict__.update(states)
+    try:
+        yield
+    finally:
+        # a synchronised metric returns to the states in its cache
+        (metric._cache if metric._is_synced and metric._cache is not None else metric.__dict__).update(before)
+
+
+# ---- the value of a step ---------------------------------------------------------------------------------------------
 
 
 def step_value(metric: Metric) -> Any:

@@ -86,7 +86,7 @@ def test_every_sample_is_evaluated_once(ranks: RankPools, shares: list[float], s
 
 def evaluate_counting_stand_ins() -> list[float]:
     """Return the metrics of four samples, one a rank and step, on three ranks where nothing is taken back."""
-    with mock.patch("lightning_hetero.plugin.ddp.strategy.stand_in", side_effect=lambda _: nullcontext()):
+    with mock.patch("lightning_hetero.plugin.ddp.batch_scope.stand_in", side_effect=lambda _: nullcontext()):
         return [metrics["metric"] for metrics in evaluate([2, 1, 4], 4, 1)[1]]
 
 

@@ -1,0 +1,184 @@
+"""See the collectives that other people's code starts, before they run.
+
+torch must be watched where all Python code passes: at the methods of process groups, whatever function has called them.
+DDP itself communicates in C++ and does not pass here. A step that makes no collective pays nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_hetero.distributed.torch_private import collective_methods, functional_resolvers
+
+__all__ = ["Collective", "CollectiveWatch"]
+
+# They synchronise statistics, metrics, gradients or the states of optimisers, and are right for unequal mini-batches.
+# Lightning's own collectives pass through the strategy.
+_EXEMPT = (
+    "lightning_hetero.",
+    "lightning.pytorch.loops.",
+    "lightning.pytorch.trainer.",
+    "pytorch_lightning.loops.",
+    "pytorch_lightning.trainer.",
+    "torchmetrics.",
+    "torch.nn.modules.",
+    "torch.nn.parallel.",
+    "torch.distributed.optim.",
+    "torch.distributed.algorithms.",
+    "torch.distributed.checkpoint.",
+)
+_LIBRARIES = (
+    "torch.",
+    "lightning.",
+    "lightning_fabric.",
+    "lightning_utilities.",
+    "pytorch_lightning.",
+    "contextlib.",
+    "functools.",
+    "typing_extensions.",
+    *_EXEMPT,
+)
+# The tensors of all ranks must have one shape.
+_OF_ONE_SHAPE = ("allreduce", "allgather", "_allgather", "all_gather", "broadcast", "reduce", "_reduce")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective that is about to run.
+
+    Attributes:
+        name: Name of the function that the user's code has called.
+        line: File and line of that call.
+        group: The process group; None if it is unknown.
+        tensors: The tensors of this rank; empty if they are unknown.
+        needs_one_shape: Whether the tensors of all ranks must have one shape.
+    """
+
+    name: str
+    line: str
+    group: dist.ProcessGroup | None = None
+    tensors: tuple[Tensor, ...] = ()
+    needs_one_shape: bool = False
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether numbers are combined that a gradient or a mean may depend on; counts and texts are integers."""
+        return not self.tensors or any(t.is_floating_point() or t.is_complex() for t in self.tensors)
+
+
+Notice = Callable[[Collective], None]
+
+
+class CollectiveWatch:
+    """Calls a function before each collective that this thread starts while it is watched."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._compiled: list[int] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch the process groups of this process; costs nothing where no collective is made."""
+        functional, resolvers = functional_resolvers()
+        # as the class holds them, because they do not bind as Python's functions do
+        methods = {name: vars(dist.ProcessGroup)[name] for name in collective_methods()}
+        for name, resolver in resolvers.items():
+            setattr(functional, name, self._resolving(resolver))
+        for name in methods:
+            setattr(dist.ProcessGroup, name, self._calling(name, getattr(dist.ProcessGroup, name)))
+        try:
+            yield
+        finally:
+            for name, resolver in resolvers.items():
+                setattr(functional, name, resolver)
+            for name, method in methods.items():
+                setattr(dist.ProcessGroup, name, method)
+
+    @contextmanager
+    def watching(self, notice: Notice | None) -> Iterator[None]:
+        """Call ``notice`` before each collective of this context; None to let them pass."""
+        before = getattr(self._thread, "notice", None)
+        self._thread.notice = notice
+        self._compiled.clear()
+        try:
+            yield
+            if notice is not None and self._compiled:
+                notice(Collective("a collective", "a compiled function"))
+        finally:
+            self._thread.notice = before
+            self._compiled.clear()
+
+    def _calling(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            if getattr(self._thread, "notice", None) is not None:
+                tensors = tuple(_tensors_in((args, kwargs)))
+                self._note(group, tensors, needs_one_shape=method.startswith(_OF_ONE_SHAPE))
+            return original(group, *args, **kwargs)
+
+        return call
+
+    def _resolving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = self._compiled
+
+        @wraps(original)
+        def resolve(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                compiled.append(1)  # the compiler repeats that in every call of what it compiles
+            else:
+                self._note()
+            return original(*args, **kwargs)
+
+        return resolve
+
+    def _note(
+        self,
+        group: dist.ProcessGroup | None = None,
+        tensors: tuple[Tensor, ...] = (),
+        needs_one_shape: bool = False,
+    ) -> None:
+        notice: Notice | None = getattr(self._thread, "notice", None)
+        if notice is None:
+            return
+        called = _user_call(sys._getframe(2))
+        if called is not None:
+            with self.watching(None):  # what `notice` exchanges itself
+                notice(Collective(*called, group, tensors, needs_one_shape))
+
+
+def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
+    """Return the name of the function that the user's code has called, and the line; None if no user has called it."""
+    name, called = "", None
+    while frame is not None:
+        module = f"{frame.f_globals.get('__name__', '')}."
+        if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
+            return called
+        if not module.startswith(_LIBRARIES):
+            if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm):
+                return None  # a subclass of the user's
+            called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        if module.startswith("torch.distributed.") and not module.startswith("torch.distributed.c10d_logger."):
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    return called
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors_in(entry)
