@@ -78,7 +78,7 @@ class Compared(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
+        return torch.optim.SGD(self.parameters(), lr=0.005)
 
 
 def siamese(strategy: Strategy, callbacks: list[Callback]) -> None:
