@@ -21,6 +21,7 @@ from lightning.pytorch import Callback
 
 EPOCHS = 2
 TARGETS = 2
+VALIDATED = 5  # molecules, of which one rank has more
 MISSING = 0.4  # of the targets
 
 
@@ -37,12 +38,14 @@ def fit(
     targets = generator.normal(size=(samples, TARGETS))
     targets[generator.random(targets.shape) < missing] = np.nan
     smiles = ["C" * (1 + i % 7) + "ON"[i % 2] for i in range(samples)]
-    data = MoleculeDataset([MoleculeDatapoint.from_smi(*pair) for pair in zip(smiles, targets, strict=True)])
+    points = [MoleculeDatapoint.from_smi(*pair) for pair in zip(smiles, targets, strict=True)]
     model = MPNN(
         BondMessagePassing(d_h=16, depth=2), MeanAggregation(),
         RegressionFFN(n_tasks=TARGETS, input_dim=16, hidden_dim=16), batch_norm=batch_norm, warmup_epochs=1,
     )  # fmt: skip
-    trainer.fit(model, build_dataloader(data, batch_size=WORLD_SIZE * BATCH_SIZE // devices, seed=0))
+    batch_size = WORLD_SIZE * BATCH_SIZE // devices
+    validation = build_dataloader(MoleculeDataset(points[:VALIDATED]), batch_size=batch_size, shuffle=False)
+    trainer.fit(model, build_dataloader(MoleculeDataset(points), batch_size=batch_size, seed=0), validation)
 
 
 def molecules(strategy: Strategy, callbacks: list[Callback]) -> None:

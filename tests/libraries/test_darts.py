@@ -29,7 +29,7 @@ def series(strategy: Strategy, callbacks: list[Callback]) -> None:
         n_epochs=1, batch_size=BATCH_SIZE, random_state=SEED, optimizer_cls=torch.optim.SGD,
         optimizer_kwargs={"lr": 0.05}, pl_trainer_kwargs={**QUIET, **settings},
     )  # fmt: skip
-    model.fit(data)
+    model.fit(data, val_series=data[:1])
 
 
 def test_series(ranks: RankPools) -> None:

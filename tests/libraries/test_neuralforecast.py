@@ -38,7 +38,7 @@ def series(strategy: Strategy, callbacks: list[Callback], windows: int | None) -
         windows_batch_size=windows, optimizer=torch.optim.SGD, learning_rate=0.05, accelerator="cpu",
         devices=WORLD_SIZE, strategy=strategy, callbacks=callbacks, **QUIET,
     )  # fmt: skip
-    NeuralForecast(models=[model], freq="D").fit(table)
+    NeuralForecast(models=[model], freq="D").fit(table, val_size=4)
 
 
 def test_all_windows_of_the_series(ranks: RankPools) -> None:

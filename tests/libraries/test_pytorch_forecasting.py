@@ -44,7 +44,12 @@ def series(strategy: Strategy, callbacks: list[Callback], network: str) -> None:
         time_varying_known_reals=[] if network == "NBeats" else ["known"],
     )  # fmt: skip
     model = getattr(pytorch_forecasting, network).from_dataset(data, **NETWORKS[network], **SETTINGS)
-    trainer.fit(model, data.to_dataloader(train=True, batch_size=BATCH_SIZE))
+    validation = pytorch_forecasting.TimeSeriesDataSet.from_dataset(data, table, predict=True)
+    trainer.fit(
+        model,
+        data.to_dataloader(train=True, batch_size=BATCH_SIZE),
+        validation.to_dataloader(train=False, batch_size=BATCH_SIZE),
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
