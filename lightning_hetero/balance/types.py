@@ -205,10 +205,12 @@ class BatchLimits:
         max_samples: Maximum mini-batch size of each rank, shape ``(world_size,)``; None for no limit.
         batch_multiple: Number that every mini-batch size is a multiple of, except on one rank, which takes the
             remainder.
+        min_samples: Fewest samples of every rank in plans that are searched for.
     """
 
     max_samples: tuple[int, ...] | None = None
     batch_multiple: int = 1
+    min_samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -241,16 +243,17 @@ class BatchSlice:
         return weight_in_mean(self.samples, self.global_samples, self.plan.world_size)
 
 
-def weight_in_mean(terms: int, all_terms: int, world_size: int) -> float:
+def weight_in_mean(terms: float, all_terms: float, world_size: int) -> float:
     """Return the weight of a mean over ``terms`` with which the mean over ranks is the mean over ``all_terms``.
 
-    Averaging over W ranks divides by W, and the rank holds n of the N terms, so its weight is W * n / N.
+    Averaging over W ranks divides by W, and the rank holds n of the N terms, so its weight is W * n / N; 0 if there are
+    no terms at all.
 
     Example:
-        >>> weight_in_mean(1, 4, world_size=2), weight_in_mean(3, 4, world_size=2)
-        (0.5, 1.5)
+        >>> weight_in_mean(1, 4, world_size=2), weight_in_mean(0.75, 1.0, world_size=2), weight_in_mean(0, 0, 2)
+        (0.5, 1.5, 0.0)
     """
-    return world_size * terms / max(all_terms, 1)
+    return world_size * terms / all_terms if all_terms else 0.0
 
 
 @dataclass(frozen=True)

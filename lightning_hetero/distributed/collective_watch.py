@@ -84,7 +84,8 @@ class CollectiveWatch:
     """Calls a function before each collective that this thread starts while it is watched."""
 
     def __init__(self) -> None:
-        self._thread = threading.local()
+        self._notice: Notice | None = None
+        self._thread = 0  # a data loader or a logger may communicate in another one
         self._compiled: list[int] = []
 
     @contextmanager
@@ -108,21 +109,21 @@ class CollectiveWatch:
     @contextmanager
     def watching(self, notice: Notice | None) -> Iterator[None]:
         """Call ``notice`` before each collective of this context; None to let them pass."""
-        before = getattr(self._thread, "notice", None)
-        self._thread.notice = notice
+        before = self._notice
+        self._notice, self._thread = notice, threading.get_ident()
         self._compiled.clear()
         try:
             yield
             if notice is not None and self._compiled:
                 notice(Collective("a collective", "a compiled function"))
         finally:
-            self._thread.notice = before
+            self._notice = before
             self._compiled.clear()
 
     def _calling(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if getattr(self._thread, "notice", None) is not None:
+            if self._notice is not None:
                 tensors = tuple(_tensors_in((args, kwargs)))
                 self._note(group, tensors, needs_one_shape=method.startswith(_OF_ONE_SHAPE))
             return original(group, *args, **kwargs)
@@ -148,8 +149,8 @@ class CollectiveWatch:
         tensors: tuple[Tensor, ...] = (),
         needs_one_shape: bool = False,
     ) -> None:
-        notice: Notice | None = getattr(self._thread, "notice", None)
-        if notice is None:
+        notice = self._notice
+        if notice is None or self._thread != threading.get_ident():
             return
         called = _user_call(sys._getframe(2))
         if called is not None:

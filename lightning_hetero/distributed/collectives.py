@@ -10,7 +10,15 @@ import torch.distributed as dist
 
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 
-__all__ = ["BroadcastOrder", "SizedOrder", "all_gather", "all_gather_counts", "broadcast_from", "decide_on_rank_zero"]
+__all__ = [
+    "BroadcastOrder",
+    "SizedOrder",
+    "all_gather",
+    "all_gather_counts",
+    "all_gather_numbers",
+    "broadcast_from",
+    "decide_on_rank_zero",
+]
 
 Entry = TypeVar("Entry")
 Message = TypeVar("Message")
@@ -44,6 +52,21 @@ def all_gather_counts(count: int, device: torch.device) -> list[int]:
     counts[dist.get_rank()] = count
     dist.all_reduce(counts)
     return counts.tolist()
+
+
+def all_gather_numbers(number: float, device: torch.device) -> list[float]:
+    """Return the numbers of all ranks, in the order of ranks, on every rank, with one small all-reduce.
+
+    Args:
+        number: The number of this rank, in double precision. Every rank must call this at the same point.
+        device: Device from which the process group communicates.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [number]
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    numbers[dist.get_rank()] = number
+    dist.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def broadcast_from(value: Message, source: int) -> Message:

@@ -21,6 +21,7 @@ __all__ = [
     "current_backward_pass",
     "default_store",
     "functional_resolvers",
+    "node_before_ddp",
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
@@ -75,6 +76,18 @@ def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 def reduces_after_backward(model: Any) -> bool:
     """Return whether DDP combines gradients only after its next backward pass, as in the first of a static graph."""
     return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
+
+
+def node_before_ddp(output: Tensor) -> Any:
+    """Return the node of autograd's graph that computed an output of DDP, which DDP may have copied.
+
+    DDP copies outputs with ``static_graph`` and ``find_unused_parameters``, and nothing public tells a copy from what
+    it was made from.
+    """
+    node = output.grad_fn
+    if node is not None and "_DDPSink" in node.name():
+        return node.next_functions[output.output_nr][0]
+    return node
 
 
 def queue_after_all_reduce(ddp: Any) -> None:

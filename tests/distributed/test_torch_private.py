@@ -16,6 +16,7 @@ from lightning_hetero.distributed.torch_private import (
     current_backward_pass,
     default_store,
     functional_resolvers,
+    node_before_ddp,
     queue_after_all_reduce,
     queue_after_backward,
     reduces_after_backward,
@@ -87,6 +88,25 @@ def test_a_loader_keeps_its_workers_where_a_copy_looks() -> None:
     assert vars(loader)[LOADER_ITERATOR] is None
     list(loader)
     assert vars(loader)[LOADER_ITERATOR] is not None
+
+
+def copied_outputs() -> list[bool]:
+    """Return whether DDP copies its output, and whether the original is found, with and without a search."""
+    found = []
+    for search in (False, True):
+        made: list[torch.Tensor] = []
+        layer = nn.Linear(1, 1)
+        layer.register_forward_hook(lambda module, inputs, output, made=made: made.append(output))
+        ddp = DistributedDataParallel(layer, find_unused_parameters=search)
+        output = ddp(torch.ones(1, 1))
+        found += [output.grad_fn is not made[0].grad_fn, node_before_ddp(output) is made[0].grad_fn]
+        output.sum().backward()
+    return found
+
+
+def test_an_output_of_ddp_is_recognised(ranks: RankPools) -> None:
+    assert ranks.run(2, copied_outputs) == [[False, True, True, True]] * 2
+    assert node_before_ddp(torch.ones(1)) is None
 
 
 def on_ranks() -> tuple[bool, bool, list[float]]:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
-__all__ = ["keeps_limits", "predicted_step_s", "proportional_plan", "solve_batch"]
+__all__ = ["can_divide", "keeps_limits", "predicted_step_s", "proportional_plan", "solve_batch"]
 
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
@@ -49,6 +49,15 @@ def keeps_limits(plan: BatchPlan, limits: BatchLimits) -> bool:
         and all(n <= cap for n, cap in zip(plan.samples, caps, strict=True))
         and carriers <= 1
     )
+
+
+def can_divide(global_batch_size: int, limits: BatchLimits, world_size: int) -> bool:
+    """Return whether ``limits``, ``min_samples`` among them, allow for a plan of ``world_size`` ranks."""
+    try:
+        proportional_plan([1.0] * world_size, global_batch_size, limits, limits.min_samples)
+    except InfeasiblePlanError:
+        return False
+    return True
 
 
 def solve_batch(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lightning_hetero.balance.batch.sharding import plan_for_block
-from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "merge_slices",
     "uneven_steps",
 ]
+
+_NO_LIMITS = BatchLimits()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def common_unit(sizes: Sequence[int]) -> int:
     return math.gcd(*sizes)
 
 
-def divide_together(plan: BatchPlan, sizes: Sequence[int]) -> list[BatchPlan]:
+def divide_together(plan: BatchPlan, sizes: Sequence[int], limits: BatchLimits = _NO_LIMITS) -> list[BatchPlan]:
     """Divide global batches of several sizes so that every rank has the same fraction of each.
 
     The fractions are multiples of 1 / u, where u is the greatest common divisor of the sizes, so they follow ``plan``
@@ -157,9 +159,14 @@ def divide_together(plan: BatchPlan, sizes: Sequence[int]) -> list[BatchPlan]:
     Args:
         plan: Plan whose proportions are followed; its own global batch may have any size.
         sizes: Number of samples in each global batch, at least 1.
+        limits: Limits of the ranks: ``max_samples`` for the samples of all loaders together, ``batch_multiple`` for
+            those of each.
 
     Returns:
         The plan of each global batch, in the order of ``sizes``.
+
+    Raises:
+        InfeasiblePlanError: The fractions that are possible exceed the ranks' limits.
 
     Example:
         >>> [part.samples for part in divide_together(BatchPlan((2, 6)), (8, 12))]
@@ -168,8 +175,14 @@ def divide_together(plan: BatchPlan, sizes: Sequence[int]) -> list[BatchPlan]:
         [(8, 0), (5, 0)]
     """
     units = common_unit(sizes)
-    division = plan_for_block(plan, units)
-    return [BatchPlan(tuple(n * (size // units) for n in division.samples)) for size in sizes]
+    factors = [size // units for size in sizes]
+    caps = limits.max_samples
+    in_units = BatchLimits(
+        None if caps is None else tuple(cap // sum(factors) for cap in caps),
+        math.lcm(*(limits.batch_multiple // math.gcd(limits.batch_multiple, factor) for factor in factors)),
+    )
+    division = plan_for_block(plan, units, in_units, -(-2 // min(factors)))
+    return [BatchPlan(tuple(n * factor for n in division.samples)) for factor in factors]
 
 
 def merge_slices(slices: Sequence[BatchSlice]) -> BatchSlice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_hetero.balance.types import BatchLimits
 
@@ -58,14 +58,14 @@ def limits_of_micro_batches(
     hard = limits.max_samples or (global_batch_size,) * len(micro_batches)
     for count in range(1, global_batch_size + 1):
         caps = tuple(
-            cap if most is None else min(cap, max(most * count, limits.batch_multiple))
+            cap if most is None else min(cap, max(most * count, limits.batch_multiple, limits.min_samples))
             for cap, most in zip(hard, micro_batches, strict=True)
         )
         # in whole multiples; one rank takes the remainder in addition
         whole = sum(cap // limits.batch_multiple * limits.batch_multiple for cap in caps)
         if whole >= global_batch_size or caps == hard:
             break
-    return BatchLimits(caps, limits.batch_multiple)
+    return replace(limits, max_samples=caps)
 
 
 def micro_batch_sizes(samples: int, most: int | None) -> tuple[int, ...]:

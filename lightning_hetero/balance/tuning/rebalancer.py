@@ -163,13 +163,14 @@ class Rebalancer:
         """Decide before every rank has been measured: keep the current shares as far as the limits allow."""
         if keeps_limits(self.current, self._limits):
             return self._decision(self.current, (), 0.0)
-        batch = self.current.global_batch_size
-        return self._change(proportional_plan(self.current.shares, batch, self._limits, min_samples=1), (), 0.0)
+        batch, limits = self.current.global_batch_size, self._limits
+        target = proportional_plan(self.current.shares, batch, limits, limits.min_samples)
+        return self._change(target, (), 0.0)
 
     # ---- decision --------------------------------------------------------------------------------------------------
 
     def _best(self, step_times: Sequence[StepTime]) -> BatchPlan:
-        best = solve_batch(step_times, self.initial.global_batch_size, self._limits, min_samples=1)
+        best = solve_batch(step_times, self.initial.global_batch_size, self._limits, self._limits.min_samples)
         if not keeps_limits(self.initial, self._limits):
             return best
         saved_s = predicted_step_s(step_times, self.initial) - predicted_step_s(step_times, best)

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.plugin.common.lightning_private import uses_post_local_sgd
 
-__all__ = ["GATHERED", "inexact_parts", "warn_of_inexact"]
+__all__ = ["GATHERED", "inexact_parts", "normalises_batches", "warn_of_inexact"]
 
 GATHERED = (
     "`all_gather` of the samples in a training step (in-batch negatives), because it needs mini-batches of equal size,"
@@ -25,11 +25,7 @@ def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
         strategy: The strategy that trains it.
     """
     found = []
-    batch_norm = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
-    ]
+    batch_norm = _batch_normalisation(module)
     if batch_norm:
         others = " and others" if len(batch_norm) > 1 else ""
         found.append(
@@ -42,6 +38,19 @@ def inexact_parts(module: nn.Module, strategy: DDPStrategy) -> list[str]:
             " another communication hook, or equal shares: HeteroDDPStrategy(shares=[1, ...])"
         )
     return found
+
+
+def normalises_batches(module: nn.Module) -> bool:
+    """Return whether a layer takes statistics of each rank's mini-batch."""
+    return bool(_batch_normalisation(module))
+
+
+def _batch_normalisation(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+    ]
 
 
 def warn_of_inexact(parts: list[str]) -> None:

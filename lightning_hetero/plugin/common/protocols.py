@@ -41,7 +41,7 @@ class LoaderOwner(_OnRank, Protocol):
     shares: str | Sequence[float] | Mapping[str, float]
     global_batch_size: int | None
     batch_multiple: int
-    num_loss_terms: Callable[[Any], int] | None
+    num_loss_terms: Callable[[Any], float] | None
     profiles: tuple[DeviceProfile, ...]
     timer: StepTimer
 
@@ -58,7 +58,7 @@ class StepOwner(_OnRank, Protocol):
         loss_weight: Weight of the rank's loss with which the mean over ranks is the mean over the global batch.
     """
 
-    num_loss_terms: Callable[[Any], int] | None
+    num_loss_terms: Callable[[Any], float] | None
     loss_weight: float
     timer: StepTimer
 

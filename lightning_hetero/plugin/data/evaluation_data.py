@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_hetero.balance.batch.batch_solver import proportional_plan
 from lightning_hetero.balance.batch.blocks import Cursor
 from lightning_hetero.balance.batch.sharding import plan_for_block
-from lightning_hetero.balance.types import BatchPlan, BatchSlice
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice
 from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalBatches, ListedBatches
 from lightning_hetero.distributed.data.joined_loader import Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
@@ -36,8 +36,8 @@ _SLICES = "_hetero_slices"
 class EvaluationData:
     """Divides the loaders of validation, test and prediction of a strategy.
 
-    Only the choice of samples must be exact here. If the last batch has fewer samples than there are ranks, it takes
-    some from the batch before it, so that every rank has at least one.
+    Only the choice of samples must be exact here. If the last batch has too few samples for all ranks, it takes some
+    from the batch before it, so that every rank has at least one.
 
     Args:
         strategy: The strategy whose loaders are divided.
@@ -79,7 +79,7 @@ class EvaluationData:
             batch_size=loader.batch_size,
             drop_last=loader.drop_last,
             rank=self._strategy.global_rank,
-            plan_of=lambda _, size: plan_for_block(self._plan(), size),
+            plan_of=lambda _, size: self._plan_of(size),
             begin=Cursor,
             original=loaders.original_batch_sampler(loader.loader),
             stand_in=not predicting,
@@ -93,9 +93,11 @@ class EvaluationData:
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         world_size = self._strategy.world_size
         size = (loader.batch_size or 1) * world_size
+        least = _fewest(world_size, self._strategy.batch_multiple)
+        least = world_size if size < least else least
         if loader.lists is not None:
             return ListedBatches(loader.lists, size, join=world_size)
-        return CutBatches(loader.order, size, drop_last=loader.drop_last, least=world_size)
+        return CutBatches(loader.order, size, drop_last=loader.drop_last, least=least)
 
     def _joined(self, dataloader: Any) -> Any:
         slices = StepSlices()
@@ -105,6 +107,12 @@ class EvaluationData:
         )
         vars(joined)[_SLICES] = slices
         return joined
+
+    def _plan_of(self, size: int) -> BatchPlan:
+        """Return the plan of a batch; every rank has a sample, where there are enough, before multiples matter."""
+        plan, multiple = self._plan(), self._strategy.batch_multiple
+        limits = BatchLimits(batch_multiple=multiple if size >= _fewest(plan.world_size, multiple) else 1)
+        return plan_for_block(plan, size, limits, min_samples=1)
 
     def _plan(self) -> BatchPlan:
         strategy = self._strategy
@@ -165,6 +173,11 @@ class EvaluationData:
             )
         self.samples_in_batch = parts[0].samples if len(parts) == 1 else None
         return parts[0] if parts else None
+
+
+def _fewest(world_size: int, multiple: int) -> int:
+    """Return with how many samples all ranks have some, and all but one a multiple."""
+    return (world_size - 1) * multiple + 1
 
 
 def _samples_or_one(batch: Any) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_hetero.balance.batch.batch_solver import keeps_limits, proportional_plan
+from lightning_hetero.balance.batch.batch_solver import can_divide, keeps_limits, proportional_plan
 from lightning_hetero.balance.batch.blocks import (
     Cursor,
     block_in_step,
@@ -29,7 +30,7 @@ from lightning_hetero.distributed.data.share_loader import share_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
-from lightning_hetero.plugin.common.inexact import GATHERED, warn_of_inexact
+from lightning_hetero.plugin.common.inexact import GATHERED, normalises_batches, warn_of_inexact
 from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
 from lightning_hetero.plugin.common.loop_progress import (
     TrainingProgress,
@@ -119,8 +120,11 @@ class TrainingData:
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         strategy = self._strategy
         if loader.lists is None:
-            size = strategy.global_batch_size or (loader.batch_size or 1) * strategy.world_size
-            return CutBatches(loader.order, size, drop_last=loader.drop_last)
+            one = loader.batch_size or 1
+            size = strategy.global_batch_size or one * strategy.world_size
+            # Libraries avoid a last batch of one sample by dropping it if the data leave 1 when divided by the batch
+            # size. No other data leave a last global batch of one if its size is a multiple of theirs.
+            return CutBatches(loader.order, size, drop_last=loader.drop_last, least=1 if size % one == 0 else 2)
         name = loader.batch_sampler
         if strategy.global_batch_size is None:
             raise UnsupportedFeatureError(
@@ -210,13 +214,22 @@ class TrainingData:
     @property
     def limits(self) -> BatchLimits:
         """The limits that every plan must respect, in the units of the plan schedule."""
-        strategy, samplers = self._strategy, self._resolve()
-        of_ranks = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
-        if of_ranks is None:
-            return BatchLimits(None, strategy.batch_multiple)
-        samples = sum(sampler.batches.size for sampler in samplers)
+        limits, samplers = self._limits_in_samples, self._resolve()
         units = self._units(samplers)
-        return BatchLimits(tuple(cap * units // max(samples, 1) for cap in of_ranks), strategy.batch_multiple)
+        if limits.max_samples is not None:
+            samples = sum(sampler.batches.size for sampler in samplers)
+            limits = replace(limits, max_samples=tuple(cap * units // max(samples, 1) for cap in limits.max_samples))
+        if samplers and normalises_batches(self._strategy.trainer.lightning_module):
+            # in training, batch normalisation refuses a single sample
+            least = replace(limits, min_samples=2)
+            return least if can_divide(units, least, self._strategy.world_size) else limits
+        return limits
+
+    @property
+    def _limits_in_samples(self) -> BatchLimits:
+        strategy = self._strategy
+        caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+        return BatchLimits(None if caps is None else tuple(caps), strategy.batch_multiple)
 
     @property
     def counts_samples(self) -> bool:
@@ -287,7 +300,8 @@ class TrainingData:
             self._schedule = schedule.with_change(step, self._plan(schedule.at(step).shares, global_batch_size))
 
     def _plan(self, shares: Sequence[float], global_batch_size: int) -> BatchPlan:
-        return proportional_plan(shares, global_batch_size, self.limits, min_samples=1)
+        limits = self.limits
+        return proportional_plan(shares, global_batch_size, limits, limits.min_samples)
 
     # ---- drawing ---------------------------------------------------------------------------------------------------
 
@@ -313,9 +327,9 @@ class TrainingData:
         assert self._schedule is not None
         plan = self._schedule.at(cursor.step)
         if len(samplers) < 2:
-            return plan_for_block(plan, size)
+            return plan if size == plan.global_batch_size else plan_for_block(plan, size, self._limits_in_samples)
         sizes = self._sizes_in_step(samplers, cursor.position)
-        plans = divide_together(plan, list(sizes.values()))
+        plans = divide_together(plan, list(sizes.values()), self._limits_in_samples)
         return dict(zip(sizes, plans, strict=True))[sampler]
 
     def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[ShareBatchSampler, int]:
@@ -325,17 +339,19 @@ class TrainingData:
     def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
         """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
         assert self._schedule is not None
-        strategy, plan = self._strategy, self._schedule.at(self._progress.step + 1)
-        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers])
+        strategy, plan, limits = self._strategy, self._schedule.at(self._progress.step + 1), self._limits_in_samples
+        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers], limits)
         for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
-            samples = _samples_of_ranks(plan, sizes)
-            caps = arguments.caps_of_ranks("max_batch_size", strategy.max_batch_size, strategy.profiles)
+            try:
+                samples, fits = _samples_of_ranks(plan, sizes, limits), True
+            except InfeasiblePlanError:
+                samples, fits = _samples_of_ranks(plan, sizes, BatchLimits(None, limits.batch_multiple)), False
             rank = max(range(len(samples)), key=lambda r: samples[r])
             situation = (
                 f"in steps whose batches have {list(sizes)} samples, rank {rank} gets {samples[rank]} of them, because"
                 f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
             )
-            if caps is not None and any(n > cap for n, cap in zip(samples, caps, strict=True)):
+            if not fits:
                 raise InfeasiblePlanError(
                     f"`max_batch_size` must allow for the last batches of several loaders, got"
                     f" {strategy.max_batch_size}, but {situation}. Use `drop_last=True`."
@@ -365,6 +381,6 @@ def _is_divided(loader: Any) -> bool:
     return isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
 
 
-def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int]) -> list[int]:
+def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int], limits: BatchLimits) -> list[int]:
     """Return each rank's number of samples, over all loaders, shape ``(world_size,)``."""
-    return [sum(parts) for parts in zip(*(part.samples for part in divide_together(plan, sizes)), strict=True)]
+    return [sum(parts) for parts in zip(*(p.samples for p in divide_together(plan, sizes, limits)), strict=True)]

@@ -62,6 +62,9 @@ class BatchScope(Callback):
         self.weight = 1.0
         self.epoch_end: EpochEnd | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": ExitStack(), "_batch": ExitStack()}  # a copy is in no run
+
     @property
     def stands_in(self) -> bool:
         """Whether the rank has no sample of its own in the batch."""

@@ -25,9 +25,10 @@ from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.ddp.oom_recovery import BeforeBackward, OutOfMemoryRecovery, StepAttempt
 from lightning_hetero.plugin.ddp.step_runner import StepRunner
 from lightning_hetero.plugin.step.batch_size import samples_in
-from lightning_hetero.plugin.step.gradients import added, put_back, taken_aside
+from lightning_hetero.plugin.step.gradients import added, muted_gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.log_capture import captured_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics
+from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.out_of_memory import is_out_of_memory
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
 
@@ -142,9 +143,9 @@ class MicroBatches:
             RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         self._progress, self._attempt = _Progress(), None
-        # count samples only if the number matters; a stand-in has one sample
+        # count samples only if the number matters; a stand-in, which is small, is cut only if it does not fit
         most = self._limits.most
-        samples = part.samples or 1 if part is not None else (samples_in(args[0]) if most is not None else 0)
+        samples = part.samples if part is not None else (samples_in(args[0]) if most is not None else 0)
         sizes = micro_batch_sizes(samples, most)
         reason = ""
         while True:
@@ -204,12 +205,16 @@ class MicroBatches:
         """Accumulate the gradients of a micro-batch on this rank."""
         steps = self._steps
         if not steps.is_static:
-            with steps.no_sync():
-                backward(loss_of(output) * weight, None)
+            with steps.no_sync(), self._muted(weight):
+                backward(weighted(loss_of(output), weight), None)
             return
         parameters = steps.parameters
         for parameter, gradient in zip(parameters, steps.gradients_of(output, weight, parameters), strict=True):
             parameter.grad = added(parameter.grad, gradient)
+
+    def _muted(self, weight: float) -> AbstractContextManager[None]:
+        """Replace gradients by zeros if the micro-batch has no loss terms, so that its loss may not be a number."""
+        return nullcontext() if weight else muted_gradients(self._steps.parameters)
 
     def _counted_once(self, end: int) -> AbstractContextManager[Any]:
         """Discard what a repeated micro-batch adds to metrics if its samples were already counted."""
@@ -234,7 +239,8 @@ class MicroBatches:
         put_back([] if attempt is None else attempt.early_gradients)
         before = BeforeBackward.of(self._steps.parameters, self._strategy.model)
         try:
-            return backward(loss, *args, **kwargs)
+            with self._muted(1.0 if attempt is None else attempt.weight):
+                return backward(loss, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

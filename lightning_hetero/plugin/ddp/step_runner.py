@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.step.gradients import muted_gradients
 from lightning_hetero.plugin.step.loss_weights import loss_weights
+from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.split_batch import split_batch
 from lightning_hetero.plugin.step.step_output import loss_of
 
@@ -91,7 +92,7 @@ class StepRunner:
     def gradients_of(self, output: Any, weight: float, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
         """Return the gradients of a step's loss, times ``weight``, without running DDP's hooks."""
         strategy = self._strategy
-        loss = loss_of(output) * (weight * strategy.loss_weight)
-        loss = strategy.precision_plugin.pre_backward(loss, self.module)
-        with muted_gradients(parameters) if strategy.loss_weight == 0.0 else nullcontext():
+        weight *= strategy.loss_weight
+        loss = strategy.precision_plugin.pre_backward(weighted(loss_of(output), weight), self.module)
+        with muted_gradients(parameters) if weight == 0.0 else nullcontext():
             return torch.autograd.grad(loss, parameters, allow_unused=True)

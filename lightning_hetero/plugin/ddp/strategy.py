@@ -23,9 +23,8 @@ from lightning_hetero.balance.types import (
     BatchSlice,
     DeviceProfile,
     PlanSchedule,
-    weight_in_mean,
 )
-from lightning_hetero.distributed.collectives import all_gather, all_gather_counts
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
@@ -41,6 +40,8 @@ from lightning_hetero.plugin.ddp.batch_scope import BatchScope
 from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
 from lightning_hetero.plugin.step.gradients import muted_gradients
+from lightning_hetero.plugin.step.loss_weights import weight_of_rank
+from lightning_hetero.plugin.step.no_terms import logging_without_terms, weighted
 
 __all__ = ["HeteroDDPStrategy"]
 
@@ -66,8 +67,9 @@ class HeteroDDPStrategy(BaseStrategy):
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum". A sum is not weighted: as with
             plain DDP, the gradient is that of the sum over the global batch divided by the number of ranks.
         num_loss_terms: Function that takes a batch and returns the number of terms over which the training loss is
-            averaged. Give it if these terms are not the samples but, for example, tokens without padding, or boxes. It
-            costs one small all-reduce per step. In YAML it is an import path, for example my_package.count_tokens.
+            averaged, or the sum of their weights. Give it if these terms are not the samples but, for example, tokens
+            without padding, or boxes. It costs one small all-reduce per step. In YAML it is an import path, for example
+            my_package.count_tokens.
         micro_batch_size: Maximum number of samples that a rank processes at once. Give one number for all ranks, one
             per rank, or one per device name. A larger mini-batch takes several micro-batches, whose gradients are added
             up on the rank, so a fast device with little memory still gets the share that its speed deserves.
@@ -93,7 +95,7 @@ class HeteroDDPStrategy(BaseStrategy):
         max_batch_size: int | list[int] | dict[str, int] | None = None,
         batch_multiple: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
-        num_loss_terms: Callable[[Any], int] | None = None,
+        num_loss_terms: Callable[[Any], float] | None = None,
         micro_batch_size: int | list[int] | dict[str, int] | None = None,
         **ddp_kwargs: Any,
     ) -> None:
@@ -283,7 +285,7 @@ class HeteroDDPStrategy(BaseStrategy):
             self.scope.weight = self.loss_weight
         forward = partial(super().training_step, **kwargs)
         backward = partial(self._backward, super().backward)
-        with self.scope.watching(), failure_of_peers():
+        with self.scope.watching(), self._logging(), failure_of_peers():
             return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
 
     def _before_collective(self, name: str) -> None:
@@ -298,11 +300,16 @@ class HeteroDDPStrategy(BaseStrategy):
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
         if self.num_loss_terms is not None:
-            terms = 0 if self.scope.stands_in else self.num_loss_terms(batch)
-            return weight_in_mean(terms, sum(all_gather_counts(terms, self.root_device)), self.world_size)
+            return weight_of_rank(self.num_loss_terms, batch, self.root_device, stands_in=self.scope.stands_in)
         if part is None or (self.loss_reduction == "sum" and not self.scope.stands_in):
             return 1.0
         return part.loss_weight
+
+    def _logging(self) -> AbstractContextManager[None]:
+        """Keep means over no terms out of what a training step logs."""
+        assert self.lightning_module is not None
+        no_terms = self.num_loss_terms is not None and self.loss_weight == 0.0
+        return logging_without_terms(self.lightning_module) if no_terms else nullcontext()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -317,7 +324,7 @@ class HeteroDDPStrategy(BaseStrategy):
         weight = self.loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
         # to the precision of the loss, it would lose nine digits.
-        loss = loss if weight == 1.0 else loss * weight
+        loss = loss if weight == 1.0 else weighted(loss, weight)
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
             loss = backward(loss, optimizer, *args, **kwargs)

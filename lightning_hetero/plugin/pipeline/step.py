@@ -32,6 +32,7 @@ from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value, step_value
+from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
@@ -157,6 +158,9 @@ class PipelineStep:
                     loss = loss_of(returned)
                     log.note_loss(loss)
                     outputs.append(detached_output(returned))
+                    if not weights[i]:  # a mean over no terms, whose gradient may not be a number
+                        outputs_with_graph = [tensor for tensor in flatten(output)[0] if tensor.requires_grad]
+                        return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
                     return loss * (weights[i] / accumulated_batches)
 
                 self._pipeline.train(_kind(parts[first]), count, inputs, loss_of_part)

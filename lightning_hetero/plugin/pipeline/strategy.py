@@ -69,8 +69,8 @@ class HeteroPipelineStrategy(BaseStrategy):
         schedule: Order of passes. "1f1b" holds the activations of as many micro-batches as stages, "gpipe" of all.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
-            is averaged. Give it if these terms are not the samples but, for example, tokens without padding. In YAML it
-            is an import path, for example my_package.count_tokens.
+            is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
+            tokens without padding. In YAML it is an import path, for example my_package.count_tokens.
         max_memory_bytes: Memory that each rank may use, one number for all or one per rank. By default it is 92 % of
             what a GPU has for this process, and unlimited on processors. Only stages found by timing respect it.
         verbose: Whether to print the stages that were found and the predictions for them.
@@ -105,7 +105,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         num_microbatches: int = 4,
         schedule: Schedule = "1f1b",
         loss_reduction: Literal["mean", "sum"] = "mean",
-        num_loss_terms: Callable[[Any], int] | None = None,
+        num_loss_terms: Callable[[Any], float] | None = None,
         max_memory_bytes: int | list[int] | None = None,
         verbose: bool = True,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_hetero.distributed.torch_private import node_before_ddp
 from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = ["LogCapture", "captured_log", "silent_log"]
@@ -45,20 +46,27 @@ class LogCapture:
         self._log = log
         self._calls: dict[str, list[_Call]] = {}
         self._losses: set[str] = set()
+        self._nodes: dict[str, Any] = {}
         self.samples = 0
         self.weight = 1.0
 
     def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Take the place of ``LightningModule.log``."""
         kept = value.detach() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            self._nodes[name] = value.grad_fn
         self._calls.setdefault(name, []).append(_Call(kept, self.samples, self.weight, args, kwargs))
 
     def note_loss(self, loss: Tensor) -> None:
         """Note the ``loss`` of the current micro-batch: values that were logged from it add up as losses do."""
+        node = node_before_ddp(loss)
         for name, calls in self._calls.items():
             value = calls[-1].value
-            if isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr():
+            if (node is not None and self._nodes.get(name) is node) or (
+                isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr()
+            ):
                 self._losses.add(name)
+        self._nodes.clear()  # they keep parts of the graph
 
     def flush(self) -> None:
         """Log every value once."""
@@ -93,7 +101,9 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
     """Return the weighted sum over the first dimension."""
     if not values.is_floating_point():
         values = values.to(torch.get_default_dtype())
-    return sum((value * weight for value, weight in zip(values, weights, strict=True)), torch.zeros_like(values[0]))
+    # a loss without terms has weight 0 and may not be a number
+    summands = (value * weight for value, weight in zip(values, weights, strict=True) if weight)
+    return sum(summands, torch.zeros_like(values[0]))
 
 
 @contextmanager

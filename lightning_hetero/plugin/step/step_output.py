@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.step.no_terms import weighted
 
 __all__ = ["combined_output", "detached_output", "loss_of"]
 
@@ -43,7 +44,7 @@ def combined_output(outputs: Sequence[Any], sizes: Sequence[int], weights: Seque
         sizes: Number of samples of each micro-batch.
         weights: Weight of the loss of each micro-batch in their sum.
     """
-    losses = [loss_of(output) * weight for output, weight in zip(outputs, weights, strict=True)]
+    losses = [weighted(loss_of(output), weight) for output, weight in zip(outputs, weights, strict=True)]
     loss = losses[-1] + sum(losses[:-1])
     last = outputs[-1]
     if not isinstance(last, Mapping):

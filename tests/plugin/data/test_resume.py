@@ -254,7 +254,7 @@ def test_the_shares_that_were_found_are_kept_and_no_others_are_looked_for(ranks:
     ranks.run(2, train_found, 4, SaveAt(3, path))
     resumed = ranks.run(2, train_found, 10, None, path)
     assert [(sizes, tuned) for sizes, tuned in resumed] == [(sizes[4:], False) for sizes, _ in whole]
-    assert whole[0][0] == [6, 6, 3, 3, 3, 1, 2, 2, 2, 2]  # step 5 is short
+    assert whole[0][0] == [6, 6, 3, 3, 3, 2, 2, 2, 2, 2]  # step 5 is short
 
 
 # ---- loaders that know their position, and streams -------------------------------------------------------------------

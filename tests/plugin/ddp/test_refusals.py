@@ -91,7 +91,7 @@ def fit(kind: str, strategy: Any, **arguments: Any) -> list[float]:
         ("two", {"global_batch_size": 9}, "`global_batch_size` must be None with several training loaders, got 9"),
         (
             "two_odd",
-            {"shares": [1, 3], "max_batch_size": [5, 13]},
+            {"shares": [1, 3], "max_batch_size": [6, 10]},
             "`max_batch_size` must allow for the last batches of",
         ),
         ("mixed", {}, "divides either all training loaders or none, got 1 that it can divide and 1 that it cannot"),
