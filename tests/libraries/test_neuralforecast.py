@@ -42,7 +42,8 @@ def series(strategy: Strategy, callbacks: list[Callback], windows: int | None) -
 
 
 def test_all_windows_of_the_series(ranks: RankPools) -> None:
-    assert_trains_as_ddp(ranks, series, None)
+    # a false alarm: it gathers sums and counts
+    assert_trains_as_ddp(ranks, series, None, warning="gathers values of ranks that do not count the same")
 
 
 def test_a_fixed_number_of_windows_depends_on_the_shares(ranks: RankPools) -> None:

@@ -21,8 +21,8 @@ def cells(strategy: Strategy, callbacks: list[Callback]) -> None:
     scvi.model.SCVI.setup_anndata(data)
     model = scvi.model.SCVI(data, n_hidden=8, n_latent=2)
     model.train(
-        max_epochs=EPOCHS, batch_size=BATCH_SIZE, train_size=0.9, check_val_every_n_epoch=1, accelerator="cpu", devices=WORLD_SIZE,
-        strategy=strategy, callbacks=callbacks, **QUIET,
+        max_epochs=EPOCHS, batch_size=BATCH_SIZE, train_size=0.9, check_val_every_n_epoch=1, accelerator="cpu",
+        devices=WORLD_SIZE, strategy=strategy, callbacks=callbacks, **QUIET,
     )  # fmt: skip
 
 
