@@ -232,6 +232,11 @@ class TrainingData:
         return BatchLimits(None if caps is None else tuple(caps), strategy.batch_multiple)
 
     @property
+    def means_over_samples(self) -> bool:
+        """Whether losses are taken for means over samples, not over terms that the user counts."""
+        return self._strategy.num_loss_terms is None
+
+    @property
     def counts_samples(self) -> bool:
         """Whether a plan's numbers are samples of one loader, not fractions of several loaders."""
         return len(self._resolve()) == 1

@@ -18,6 +18,7 @@ from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.epoch_end import EpochEnd
 from lightning_hetero.plugin.ddp.own_collectives import OwnCollectives
+from lightning_hetero.plugin.ddp.shared_faults import FrozenParameters, LossTerms, is_compiled, warn_of_monitored
 from lightning_hetero.plugin.ddp.stand_in import stand_in
 from lightning_hetero.plugin.ddp.throughput import counting_for_all_ranks
 from lightning_hetero.plugin.step.metric_sync import MetricSync
@@ -58,6 +59,8 @@ class BatchScope(Callback):
         self._batch = ExitStack()
         self._metrics = MetricSync(self.samples_of_ranks)
         self._warned: set[str] = set()
+        self._loss_terms: LossTerms | None = None
+        self._frozen: FrozenParameters | None = None
         self.part: BatchSlice | None = None
         self.weight = 1.0
         self.epoch_end: EpochEnd | None = None
@@ -102,8 +105,27 @@ class BatchScope(Callback):
     # ---- an epoch --------------------------------------------------------------------------------------------------
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # DDP has just wrapped the module
+        self._frozen = FrozenParameters(pl_module) if trainer.world_size > 1 else None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs = 0
+        by_samples = self._train_data.means_over_samples and not is_compiled(pl_module)
+        self._loss_terms = LossTerms() if by_samples and trainer.world_size > 1 else None
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._epochs == 1:
+            warn_of_monitored(trainer)
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_epoch("train")
+        if self._epochs == 1:
+            warn_of_monitored(trainer)
+        self._epochs += 1
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,6 +168,18 @@ class BatchScope(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._train_data.begin_step()
         self._begin_batch(trainer, pl_module, "train", self._train_data.part, self._train_data.samples_in_batch)
+        if batch_idx == 0 and self._frozen is not None:
+            self._frozen.warn()
+        if self._loss_terms is not None and self.part is not None:
+            self._batch.enter_context(self._loss_terms.observed())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loss_terms is not None and self.part is not None:
+            self._loss_terms.warn(self.part.samples)
+            self._loss_terms = None
 
     @override
     def on_validation_batch_start(
