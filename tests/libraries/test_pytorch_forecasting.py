@@ -54,4 +54,4 @@ def series(strategy: Strategy, callbacks: list[Callback], network: str) -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_series(ranks: RankPools, network: str) -> None:
-    assert_trains_as_ddp(ranks, series, network)
+    assert_trains_as_ddp(ranks, series, network, warning="'val_loss' is monitored, but differs between ranks")
