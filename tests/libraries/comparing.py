@@ -17,6 +17,7 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 
+import lightning_hetero
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.testing import SlowDown
 
@@ -27,6 +28,7 @@ STEPS = 16
 SAMPLES = WORLD_SIZE * BATCH_SIZE * STEPS  # no last batch that ddp would fill up
 TOLERANCE = 1e-6  # of parameters in float32, relative or absolute; only the order of sums differs
 MOVED = 1e-3  # parameters that have hardly moved would prove nothing
+OBJECT, NAME = "1:3", "one_to_three_ddp"  # how a library takes a strategy with arguments
 QUIET: Mapping[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -51,8 +53,8 @@ class Watch(Callback):
         self.before = parameters(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if isinstance(trainer.strategy, HeteroDDPStrategy):
-            assert trainer.strategy.training_slice is not None
+        # not by its class, which pytorch_lightning has twice
+        if hasattr(trainer.strategy, "training_slice"):
             self.samples.append(trainer.strategy.training_slice.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,8 +77,12 @@ class Trained:
 
 
 def strategy_of(name: str, **arguments: Any) -> Strategy:
-    """Return the strategy that tests call ``name``: one of the Trainer's names, or ``1:3`` for fixed shares."""
-    return HeteroDDPStrategy(shares=[1, 3], **arguments) if name == "1:3" else name
+    """Return the strategy that tests call ``name``: one of the Trainer's names, or one of these for shares 1:3."""
+    if name == OBJECT:
+        return HeteroDDPStrategy(shares=[1, 3], **arguments)
+    if name == NAME:
+        lightning_hetero.register(name, shares=[1, 3], **arguments)
+    return name
 
 
 def trainer_of(strategy: Strategy, callbacks: list[Callback], devices: int = WORLD_SIZE, **settings: Any) -> Trainer:
@@ -132,14 +138,14 @@ def shares_differ(found: list[Trained]) -> bool:
 
 
 def assert_trains_as_ddp(
-    ranks: RankPools, program: Callable[..., None], *options: Any, warning: str | None = None
+    ranks: RankPools, program: Callable[..., None], *options: Any, unequal: str = OBJECT, warning: str | None = None
 ) -> None:
     """Compare shares that are unequal from the first step, and shares that change, with ``ddp``.
 
-    ``warning`` is a part of the only one; without it there is none.
+    ``unequal`` is the former strategy; ``warning`` is a part of the only one, and without it there is none.
     """
     expected = trained(ranks, program, "ddp", *options)
-    for name in ("1:3", "hetero_ddp"):
+    for name in (unequal, "hetero_ddp"):
         found = trained(ranks, program, name, *options)
         assert shares_differ(found)
         said = found[0].said.splitlines()
@@ -155,11 +161,11 @@ def assert_trains_as_one_process(
     ``program`` takes the number of devices after the strategy and the callbacks.
     """
     expected = trained(ranks, program, "ddp", 1, world_size=1)
-    found = trained(ranks, program, "1:3", WORLD_SIZE, num_loss_terms=num_loss_terms)
+    found = trained(ranks, program, OBJECT, WORLD_SIZE, num_loss_terms=num_loss_terms)
     assert shares_differ(found)
-    assert measured(comparison(program, "1:3, one process"), difference(found, expected)) < TOLERANCE
+    assert measured(comparison(program, OBJECT, "one process"), difference(found, expected)) < TOLERANCE
     plain = trained(ranks, program, "ddp", WORLD_SIZE)
-    assert measured(comparison(program, "ddp, one process"), difference(plain, expected)) > TOLERANCE
+    assert measured(comparison(program, "ddp", "one process"), difference(plain, expected)) > TOLERANCE
 
 
 def comparison(program: Callable[..., None], *names: Any) -> str:

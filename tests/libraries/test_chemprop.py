@@ -8,6 +8,7 @@ import numpy as np
 from harness import RankPools
 from libraries.comparing import (
     BATCH_SIZE,
+    OBJECT,
     SAMPLES,
     WORLD_SIZE,
     Strategy,
@@ -74,6 +75,6 @@ def test_missing_targets(ranks: RankPools) -> None:
 
 
 def test_batch_normalisation_trains_with_a_warning(ranks: RankPools) -> None:
-    found = trained(ranks, normalised, "1:3")
+    found = trained(ranks, normalised, OBJECT)
     assert shares_differ(found)
     assert "batch normalisation" in found[0].said

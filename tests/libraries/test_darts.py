@@ -5,16 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from harness import RankPools
-from libraries.comparing import BATCH_SIZE, QUIET, SEED, STEPS, WORLD_SIZE, Strategy, assert_trains_as_ddp
+from libraries.comparing import BATCH_SIZE, NAME, QUIET, SEED, STEPS, WORLD_SIZE, Strategy, assert_trains_as_ddp
 from lightning.pytorch import Callback
 
 INPUT, OUTPUT = 6, 2
 
 
 def series(strategy: Strategy, callbacks: list[Callback]) -> None:
-    from libraries.alias import alias
-
-    alias()
     from darts import TimeSeries
     from darts.models import NBEATSModel
 
@@ -33,4 +30,4 @@ def series(strategy: Strategy, callbacks: list[Callback]) -> None:
 
 
 def test_series(ranks: RankPools) -> None:
-    assert_trains_as_ddp(ranks, series)
+    assert_trains_as_ddp(ranks, series, unequal=NAME)

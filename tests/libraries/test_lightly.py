@@ -9,6 +9,7 @@ import torch
 from harness import RankError, RankPools
 from libraries.comparing import (
     BATCH_SIZE,
+    OBJECT,
     SAMPLES,
     TOLERANCE,
     Strategy,
@@ -110,10 +111,10 @@ def test_a_loss_of_all_ranks_keeps_the_shares_equal(ranks: RankPools, loss: str)
 @of_all_ranks
 def test_a_loss_of_all_ranks_refuses_unequal_shares(ranks: RankPools, loss: str) -> None:
     with pytest.raises(RankError, match="UnsupportedFeatureError"):
-        trained(ranks, compared, "1:3", loss, True)
+        trained(ranks, compared, OBJECT, loss, True)
 
 
 def test_a_loss_over_the_images_of_a_rank_depends_on_the_shares(ranks: RankPools) -> None:
     """As it depends on the number of ranks under ddp; the page on libraries says so."""
-    found, expected = (trained(ranks, compared, name, "NTXentLoss", False) for name in ("1:3", "ddp"))
+    found, expected = (trained(ranks, compared, name, "NTXentLoss", False) for name in (OBJECT, "ddp"))
     assert difference(found, expected) > TOLERANCE

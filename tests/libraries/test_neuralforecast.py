@@ -7,6 +7,7 @@ import torch
 from harness import RankPools
 from libraries.comparing import (
     BATCH_SIZE,
+    NAME,
     QUIET,
     STEPS,
     TOLERANCE,
@@ -20,9 +21,6 @@ from lightning.pytorch import Callback
 
 
 def series(strategy: Strategy, callbacks: list[Callback], windows: int | None) -> None:
-    from libraries.alias import alias
-
-    alias()
     import pandas as pd
     from neuralforecast import NeuralForecast
     from neuralforecast.models import MLP
@@ -43,10 +41,10 @@ def series(strategy: Strategy, callbacks: list[Callback], windows: int | None) -
 
 def test_all_windows_of_the_series(ranks: RankPools) -> None:
     # a false alarm: it gathers sums and counts
-    assert_trains_as_ddp(ranks, series, None, warning="gathers values of ranks that do not count the same")
+    assert_trains_as_ddp(ranks, series, None, unequal=NAME, warning="`all_gather`")
 
 
 def test_a_fixed_number_of_windows_depends_on_the_shares(ranks: RankPools) -> None:
     """Each rank draws from its own series; the page on libraries says so."""
-    found, expected = (trained(ranks, series, name, 16) for name in ("1:3", "ddp"))
+    found, expected = (trained(ranks, series, name, 16) for name in (NAME, "ddp"))
     assert difference(found, expected) > TOLERANCE

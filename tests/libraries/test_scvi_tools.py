@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from harness import RankError, RankPools
-from libraries.comparing import BATCH_SIZE, QUIET, SAMPLES, SEED, WORLD_SIZE, Strategy, difference, trained
+from libraries.comparing import BATCH_SIZE, OBJECT, QUIET, SAMPLES, SEED, WORLD_SIZE, Strategy, difference, trained
 from lightning.pytorch import Callback
 
 EPOCHS = 2
@@ -34,4 +34,4 @@ def test_nothing_is_balanced_and_nothing_differs(ranks: RankPools) -> None:
 
 def test_shares_are_refused(ranks: RankPools) -> None:
     with pytest.raises(RankError, match="`shares` cannot be honoured for the training loader 'AnnDataLoader'"):
-        trained(ranks, cells, "1:3", find_unused_parameters=True)
+        trained(ranks, cells, OBJECT, find_unused_parameters=True)

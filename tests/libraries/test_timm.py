@@ -8,6 +8,7 @@ import torch
 from harness import RankPools
 from libraries.comparing import (
     BATCH_SIZE,
+    OBJECT,
     SAMPLES,
     WORLD_SIZE,
     Strategy,
@@ -68,12 +69,12 @@ def test_a_vision_transformer(ranks: RankPools) -> None:
 
 def test_batch_normalisation_trains_with_a_warning(ranks: RankPools) -> None:
     """Also a last batch of which one rank would get a single image, which batch normalisation refuses."""
-    found = trained(ranks, resnet, "1:3", False)
+    found = trained(ranks, resnet, OBJECT, False)
     assert shares_differ(found)
     assert "batch normalisation" in found[0].said
 
 
 def test_mixup_gets_pairs(ranks: RankPools) -> None:
-    found = trained(ranks, resnet, "1:3", True, batch_multiple=2)
+    found = trained(ranks, resnet, OBJECT, True, batch_multiple=2)
     assert shares_differ(found)
     assert all(samples % 2 == 0 for rank in found for samples in rank.samples)
