@@ -79,7 +79,7 @@ def test_the_versions_of_the_libraries_are_pinned() -> None:
     pinned = {canonicalize_name(requirement.name): only_version(requirement, "==") for requirement in required}
     assert {canonicalize_name(name) for name in project_file()["dependency-groups"]["libraries"]} <= set(pinned)
     (torch,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert pinned["torch"] == Version(torch)
+    assert pinned[canonicalize_name("torch")] == Version(torch)
 
 
 def test_the_page_on_libraries_names_the_versions_that_are_tested() -> None:
