@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.collective_watch import Collective, CollectiveWatch
+from lightning_hetero.plugin.common.first_listener import listening_first
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
@@ -30,9 +31,9 @@ class BatchScope(Callback):
     """The batch that this rank processes, from the first hook that Lightning calls for it to the last.
 
     Hooks are where metrics are updated and values are logged, as much as in the step. A rank that stands in must leave
-    no trace in any of them, and what is reduced in any of them has the weight of the rank's samples. The strategy
-    inserts this callback before all others. Lightning calls a module's hook for the end of a batch after those of all
-    callbacks, so the scope ends with that hook.
+    no trace in any of them, and what is reduced in any of them has the weight of the rank's samples. The hooks of this
+    object are called before those of all callbacks, and it is none of them. Lightning calls a module's hook for the end
+    of a batch after those of all callbacks, so the scope ends with that hook.
 
     Args:
         train_data: The training loaders.
@@ -77,30 +78,26 @@ class BatchScope(Callback):
         """Return each rank's number of samples in the current epoch; empty if they are unknown."""
         return self._samples.get(self._stage, ())
 
-    def insert_into(self, trainer: Trainer) -> None:
-        """Become the first callback of ``trainer``."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-        callbacks[:] = [self, *(callback for callback in callbacks if not isinstance(callback, BatchScope))]
-
-    def close(self) -> None:
-        """End whatever has begun, at the end of a run or after an error."""
-        self._end_batch()
-        self._run.close()
-
-    # ---- a run -----------------------------------------------------------------------------------------------------
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def open(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begin a run."""
         self.close()
         self._metrics.some_rank_stood_in = False
         if trainer.world_size > 1:
             self._run.enter_context(self._metrics.installed())
             self._run.enter_context(counting_for_all_ranks(trainer, self))
             self._run.enter_context(self._watch.installed())
+            self._run.enter_context(listening_first(trainer, module, self))
+
+    def close(self) -> None:
+        """End whatever has begun, at the end of a run or after an error."""
+        self.end_batch()
+        self._run.close()
+
+    # ---- a run -----------------------------------------------------------------------------------------------------
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._end_batch()  # a checkpoint that is saved now must not hold what a stand-in has changed
+        self.end_batch()  # a checkpoint that is saved now must not hold what a stand-in has changed
 
     # ---- an epoch --------------------------------------------------------------------------------------------------
 
@@ -148,12 +145,12 @@ class BatchScope(Callback):
         self._end_epoch(trainer, pl_module, "test")
 
     def _begin_epoch(self, stage: str) -> None:
-        self._end_batch()
+        self.end_batch()
         self._stage = stage
         self._samples.pop(stage, None)
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        self._end_batch()
+        self.end_batch()
         self._stage = stage
         samples = self.samples_of_ranks()
         if len(set(samples)) > 1:
@@ -200,7 +197,7 @@ class BatchScope(Callback):
     def _begin_batch(
         self, trainer: Trainer, module: LightningModule, stage: str, part: BatchSlice | None, samples: int | None
     ) -> None:
-        self._end_batch()
+        self.end_batch()
         if part is None:
             return
         self._stage = stage
@@ -238,8 +235,9 @@ class BatchScope(Callback):
         try:
             return hook(*args, **kwargs)
         finally:
-            self._end_batch()
+            self.end_batch()
 
-    def _end_batch(self) -> None:
+    def end_batch(self) -> None:
+        """End the scope, and undo what a stand-in has changed."""
         self.part, self.weight, self.epoch_end, self._metrics.stand_in = None, 1.0, None, None
         self._batch.close()

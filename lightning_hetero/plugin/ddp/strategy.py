@@ -218,7 +218,6 @@ class HeteroDDPStrategy(BaseStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         trainer = model.trainer
-        self.scope.insert_into(trainer)
         if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
             add_default_balancer(trainer)
 
@@ -234,6 +233,8 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.caps_of_ranks("max_batch_size", self.max_batch_size, self.profiles)
         micro_batch_sizes = arguments.caps_of_ranks("micro_batch_size", self.micro_batch_size, self.profiles)
         self.micro_batch_limits.limit = None if micro_batch_sizes is None else micro_batch_sizes[self.global_rank]
+        if self.lightning_module is not None:
+            self.scope.open(self.trainer, self.lightning_module)
 
     @override
     def teardown(self) -> None:
