@@ -18,7 +18,7 @@ __all__ = ["Advice", "advise", "enough_global_batch_size", "predicted_efficiency
 
 # Mini-batches that differ by this factor show how a rank's time depends on them.
 _OTHER_SIZE = 1.5
-# A time that follows the size by less than this part of what a proportional time would does not depend on it.
+# Times that follow the sizes by less than this part of what proportional times would do do not depend on them.
 _CONSTANT = 0.1
 
 
@@ -114,15 +114,19 @@ def advise(
             if rounding > min_gain
             else None
         ),
-        constant=bool(before and after) and all(map(_is_constant, before, after)),
+        constant=0 < len(before) == len(after) and _are_constant(before, after),
     )
 
 
-def _is_constant(before: WindowTiming, after: WindowTiming) -> bool:
-    """Return whether a rank's time did not follow its mini-batch, by the part of what a proportional time would do."""
-    size, time = after.samples / max(before.samples, 1), after.own_s / max(before.own_s, 1e-12)
-    other = max(size, 1.0) >= _OTHER_SIZE * min(size, 1.0)
-    return other and (time - 1.0) / (size - 1.0) < _CONSTANT
+def _are_constant(before: Sequence[WindowTiming], after: Sequence[WindowTiming]) -> bool:
+    """Return whether the times of ranks have not followed their mini-batches, all of which have changed."""
+    sizes = [b.samples / max(a.samples, 1) for a, b in zip(before, after, strict=True)]
+    times = [b.own_s / max(a.own_s, 1e-12) for a, b in zip(before, after, strict=True)]
+    if any(max(size, 1.0) < _OTHER_SIZE * min(size, 1.0) for size in sizes):
+        return False
+    # the slope by least squares: 0 for constant times, 1 for proportional ones
+    slope = sum((t - 1.0) * (n - 1.0) for t, n in zip(times, sizes, strict=True)) / sum((n - 1.0) ** 2 for n in sizes)
+    return slope < _CONSTANT
 
 
 def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:
