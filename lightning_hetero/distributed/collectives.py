@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = [
     "BroadcastOrder",
@@ -18,6 +20,7 @@ __all__ = [
     "all_gather_numbers",
     "broadcast_from",
     "decide_on_rank_zero",
+    "length_of",
 ]
 
 Entry = TypeVar("Entry")
@@ -129,51 +132,128 @@ class BroadcastOrder(Generic[Entry]):
     drawn different amounts. With mini-batches of different size, a single dropout layer is enough for that. Ranks that
     divide different orders lose some samples and repeat others.
 
-    The ranks communicate on construction and when the epoch changes, which all of them do at the same point. They do
-    not communicate when one of them iterates: some read ahead, and a callback may iterate on one rank only.
+    The ranks communicate when an order is drawn, which all of them do at the same point. They do not communicate when
+    one of them iterates: some read ahead, and a callback may iterate on one rank only.
 
     Args:
         sampler: Sampler of samples or of batches; it is iterated once per epoch.
         epoch: Epoch of the first order.
         resumed: The ``random_state`` of rank zero when an earlier run drew that order; None for a new order.
+        lazily: Whether an order is drawn only by :meth:`draw`, if the sampler has a length, and not on construction and
+            when the epoch changes. What its owner changes at the beginning of an epoch then counts for that epoch.
+
+        common: Whether the first order must be the same on all ranks without this class.
 
     Attributes:
-        entries: Order of the current epoch.
-        random_state: Random state of this rank before it drew that order; see :func:`random_state`.
+        random_state: Random state of this rank before it drew the latest order; see :func:`random_state`.
     """
 
-    def __init__(self, sampler: Iterable[Entry], epoch: int, resumed: Any = None) -> None:
+    def __init__(
+        self, sampler: Iterable[Entry], epoch: int, resumed: Any = None, *, lazily: bool = False, common: bool = False
+    ) -> None:
         self.sampler = sampler
         self._epoch = epoch
+        self._common = common
+        self._lazily = lazily and length_of(sampler) is not None
+        self._compared = False
+        self._entries: list[Entry] | None = None
+        self._seen: list[Entry] | None = None
         now = random_state(sampler)
         known = resumed is not None and restore_random_state(sampler, resumed)
         self.random_state = resumed if known else now
-        self.entries: list[Entry] = self._agree()
+        if known or not self._lazily:
+            self._set_epochs()
+            self._entries = self._agree()
         if known:
             restore_random_state(sampler, now)
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The order of the current epoch; before it is drawn, the order as it looks to this rank alone."""
+        if self._entries is not None:
+            return self._entries
+        if self._seen is None:
+            now = random_state(self.sampler)
+            self._seen = list(self.sampler)
+            restore_random_state(self.sampler, now)
+        return self._seen
+
     def __len__(self) -> int:
-        """Return the number of entries."""
-        return len(self.entries)
+        """Return the number of entries; before the order is drawn, what the sampler says."""
+        return len(self.entries if self._entries is not None else cast("Sized", self.sampler))
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of another epoch; every rank must call this at the same point."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.random_state = random_state(self.sampler)
-            self.entries = self._agree()
+        """Begin another epoch; every rank must call this at the same point."""
+        changed = epoch != self._epoch
+        self._epoch = epoch
+        self._set_epochs()
+        if changed:
+            self._entries = self._seen = None
+            if not self._lazily:
+                self.draw()
 
-    def _agree(self) -> list[Entry]:
+    def draw(self) -> None:
+        """Draw the order of the epoch if it is not drawn; every rank must call this at the same point."""
+        if self._entries is None:
+            self.random_state = random_state(self.sampler)
+            self._entries = self._agree()
+            self._seen = None
+
+    def _set_epochs(self) -> None:
         # A batch sampler leaves the epoch to the sampler inside it.
         for drawn in (self.sampler, getattr(self.sampler, "sampler", None)):
             set_epoch = getattr(drawn, "set_epoch", None)
-            if callable(set_epoch):
+            if callable(set_epoch) and getattr(drawn, "epoch", None) != self._epoch:  # Lightning may have set it
                 set_epoch(self._epoch)
+
+    def _agree(self) -> list[Entry]:
         # Every rank draws, so that all generators advance equally.
-        order: list[Any] = [list(self.sampler)]
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast_object_list(order, src=0)
+        own = list(self.sampler)
+        if not (dist.is_available() and dist.is_initialized()):
+            return own
+        order: list[Any] = [own]
+        dist.broadcast_object_list(order, src=0)
+        if not self._compared:
+            self._compared = True
+            if any(all_gather(_samples(own) != _samples(order[0]))) and dist.get_rank() == 0:
+                warnings.warn(
+                    f"`hetero_ddp`: the sampler {_name_of(self.sampler)!r} yields other samples on each rank. As under"
+                    f" `ddp`, what it yields is divided among the ranks again, so samples are never seen; here they are"
+                    f" those of rank 0. Yield the same samples on all ranks, or divide them yourself and pass"
+                    f" Trainer(use_distributed_sampler=False).",
+                    stacklevel=2,
+                )
+        if self._common and not all(all_gather(own == order[0])):
+            raise UnsupportedFeatureError(
+                f"`global_batch_size` takes each batch of {_name_of(self.sampler)!r} as a global batch, so they must be"
+                f" the same on every rank, got others. If it divides the data itself, leave out `global_batch_size`; if"
+                f" it draws random numbers, seed them equally: `seed_everything(...)`."
+            )
+        self._common = False  # its random numbers may differ later
         return cast("list[Entry]", order[0])
+
+
+def _name_of(sampler: Any) -> str:
+    inner = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning's wrapper
+    return type(getattr(inner, "batches", inner)).__name__
+
+
+def _samples(order: Sequence[Any]) -> set[Any]:
+    """Return which samples an order has; none if it repeats some, because such orders are drawn and differ anyway."""
+    entries = [index for entry in order for index in (entry if isinstance(entry, list | tuple) else [entry])]
+    try:
+        samples = set(entries)
+    except TypeError:  # no indices
+        return set()
+    return samples if len(samples) == len(entries) else set()
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the number of batches of a loader or of entries of a sampler, or None if it is unknown."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None

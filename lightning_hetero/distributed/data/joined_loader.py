@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from lightning_hetero.balance.batch.blocks import Cursor
 from lightning_hetero.balance.types import BatchPlan, BatchSlice
-from lightning_hetero.distributed.collectives import all_gather, all_gather_counts, broadcast_from
-from lightning_hetero.distributed.data.changed_loader import changed_loader
-from lightning_hetero.distributed.data.skipping import SkippingSampler, can_skip, is_stateful, length_of
-from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.distributed.collectives import all_gather, all_gather_counts, broadcast_from, length_of
+from lightning_hetero.distributed.data.changed_loader import changed_loader, follow_original
+from lightning_hetero.distributed.data.pairing import Drawn, Note, NotedLoader, iterates_itself
+from lightning_hetero.distributed.data.skipping import SkippingSampler, can_skip, is_stateful
+from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
 
 __all__ = ["JoinedLoader", "Joint", "join_loader"]
 
@@ -36,7 +36,7 @@ class Joint(NamedTuple):
     Attributes:
         device: Device from which the process group communicates.
         samples_in: Function that counts the samples of a batch; called if the loader does not make its batches from
-            samples.
+            samples, or if its class does not yield them as it draws them.
         begin: Function that returns where to begin; ``block`` batches are skipped. It is called when the first batch is
             requested.
         after_fetch: Function that is called before each batch is yielded, with the batch's slice.
@@ -77,7 +77,9 @@ def join_loader(loader: Any, joint: Joint) -> Any:
         own["collate_fn"] = _CountingCollate.of(loader.collate_fn)
     if not is_stateful(loader) and can_skip(loader):
         own["batch_sampler"] = SkippingSampler(loader.batch_sampler)
-    return changed_loader(loader, _StatefulJoinedDataLoader if is_stateful(loader) else _JoinedDataLoader, **own)
+    own["_compares"] = iterates_itself(loader)
+    joined = _StatefulJoinedDataLoader if is_stateful(loader) else _JoinedDataLoader
+    return changed_loader(loader, joined, _NotedCounts, **own)
 
 
 class JoinedLoader:
@@ -102,7 +104,7 @@ class JoinedLoader:
         return self._longest
 
     def _iterate(self, start: Callable[[], Iterator[Any]], *, joined: bool) -> Iterator[Any]:
-        return _JoinedIterator(start, self._joint, self) if joined else (_batch_of(item) for item in start())
+        return _JoinedIterator(start, self._joint, self) if joined else iter(start())
 
     def _skip(self, batches: int) -> int:
         """Begin the next iteration ``batches`` later; return how many batches are still to be read and discarded."""
@@ -110,6 +112,13 @@ class JoinedLoader:
 
     def _before_read(self) -> None:
         """Prepare for the joined iteration to read a batch."""
+
+
+class _NotedCounts(NotedLoader):
+    """Notes the number of samples of each batch that is drawn."""
+
+    def _noting(self) -> Note:
+        return lambda item: (item.samples, item.batch) if isinstance(item, _Counted) else (None, item)
 
 
 class _JoinedDataLoader(DataLoader[Any], JoinedLoader):
@@ -173,6 +182,9 @@ class _JoinedIterator:
         self._joint = joint
         self._loader = loader
         self._batches: Iterator[Any] | None = None
+        self._drawn: Drawn | None = None
+        self._counts_drawn = True
+        self._ended = False
         self._cursor = Cursor()
         self._exhausted: set[int] = set()
         self._stand_in: Any = None
@@ -183,9 +195,10 @@ class _JoinedIterator:
     def __next__(self) -> Any:
         samples, batch, error = _EXHAUSTED, None, None
         try:
-            samples, batch = self._read()
+            if not self._ended:
+                samples, batch = self._read()
         except StopIteration:
-            pass
+            self._ended = True  # some iterators wait for ever if they are asked again
         except Exception as raised:
             samples, error = _FAILED, raised
         counts = all_gather_counts(samples, self._joint.device)
@@ -207,12 +220,27 @@ class _JoinedIterator:
         if self._batches is None:
             self._cursor = self._joint.begin()
             to_discard = self._loader._skip(self._cursor.block)
-            self._batches = islice(self._start(), to_discard, None)
+            if isinstance(self._loader, DataLoader):
+                follow_original(self._loader)
+            vars(self._loader)["_drawn"] = None
+            self._batches = iter(self._start())
+            for _ in range(to_discard):
+                self._next()
         self._loader._before_read()
-        item = next(self._batches)
-        if isinstance(item, _Counted):
-            return item.samples, item.batch
-        return self._joint.samples_in(item), item
+        return self._next()
+
+    def _next(self) -> tuple[int, Any]:
+        assert self._batches is not None
+        batch = next(self._batches)
+        if self._drawn is None and self._counts_drawn:
+            self._drawn = vars(self._loader).get("_drawn")
+        samples = None
+        if self._drawn is not None:
+            try:
+                samples = self._drawn.take(batch, surely=True)
+            except UnsupportedFeatureError:  # the user's class makes batches of its own
+                self._drawn, self._counts_drawn = None, False
+        return (self._joint.samples_in(batch) if samples is None else samples), batch
 
     def _supplied(self, batch: Any, counts: list[int]) -> Any:
         """Return the batch, or a stand-in if this rank has run out."""
@@ -253,10 +281,6 @@ def _division(counts: list[int]) -> BatchPlan:
     samples = tuple(max(count, 0) for count in counts)
     # a loader may yield batches without samples on purpose; if all are empty, every batch counts the same
     return BatchPlan(samples if any(samples) else tuple(int(count >= 0) for count in counts))
-
-
-def _batch_of(item: Any) -> Any:
-    return item.batch if isinstance(item, _Counted) else item
 
 
 def _rank() -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_hetero.balance.types import BatchSlice
-from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.changed_loader import changed_loader, follow_original
+from lightning_hetero.distributed.data.pairing import Drawn, Note, NotedLoader, iterates_itself
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 from lightning_hetero.distributed.data.skipping import is_stateful
 
@@ -22,6 +22,7 @@ def share_loader(
     before_fetch: Callable[[], None],
     after_fetch: Callable[[BatchSlice], None],
     batch_sampler: Sampler[list[int]] | Iterable[list[int]] | None = None,
+    called_by_loop: Callable[[], bool] = lambda: False,
 ) -> DataLoader[Any]:
     """Return a copy of ``loader`` that draws its batches from ``shares``; see :func:`changed_loader`.
 
@@ -31,6 +32,8 @@ def share_loader(
         before_fetch: Function that is called when a batch is requested.
         after_fetch: Function that is called before each batch is yielded, with the batch's slice.
         batch_sampler: A wrapper around ``shares`` over which the loader iterates instead; None for ``shares`` itself.
+        called_by_loop: Function that tells the calling ``__iter__`` whether a training loop has called it, which all
+            ranks do at the same point. Then the ranks agree on a new epoch's order when the first batch is requested.
 
     Returns:
         The copy.
@@ -38,21 +41,41 @@ def share_loader(
     return changed_loader(
         loader,
         _StatefulShareLoader if is_stateful(loader) else _ShareLoader,
+        _NotedShares,
         batch_sampler=shares if batch_sampler is None else batch_sampler,
         in_order=True,  # batches that overtake each other could not be paired with their slices
         _shares=shares,
         _before_fetch=before_fetch,
         _after_fetch=after_fetch,
+        _called_by_loop=called_by_loop,
+        _compares=iterates_itself(loader),
     )
+
+
+class _NotedShares(NotedLoader):
+    """Notes the slice of each batch that is drawn."""
+
+    _shares: ShareBatchSampler
+    _in_loop = False
+
+    def _begin(self) -> None:
+        if self._in_loop:
+            self._shares.begin_epoch()
+
+    def _noting(self) -> Note:
+        slices = self._shares.slices  # those of the iteration that has just begun
+        return lambda batch: (slices.popleft(), batch)
 
 
 class _ShareLoader(DataLoader[Any]):
     _shares: ShareBatchSampler
     _before_fetch: Callable[[], None]
     _after_fetch: Callable[[BatchSlice], None]
+    _called_by_loop: Callable[[], bool]
+    _drawn: Drawn | None
 
     def __iter__(self) -> Any:
-        return _ObservedIterator(super().__iter__, self._shares, self._before_fetch, self._after_fetch)
+        return _ObservedIterator(self, super().__iter__, in_loop=self._called_by_loop())
 
 
 class _StatefulShareLoader(_ShareLoader):
@@ -66,34 +89,38 @@ class _StatefulShareLoader(_ShareLoader):
 
 
 class _ObservedIterator:
-    """Pairs each batch with its slice; loaders yield batches in the order in which the sampler drew them.
+    """Pairs each batch with its slice.
 
     The loader begins to read when the first batch is requested. A training loop may call ``iter()`` long before that,
     when neither the epoch is known nor the step at which a resumed run continues.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], Iterator[Any]],
-        shares: ShareBatchSampler,
-        before_fetch: Callable[[], None],
-        after_fetch: Callable[[BatchSlice], None],
-    ) -> None:
+    def __init__(self, loader: _ShareLoader, start: Callable[[], Iterator[Any]], *, in_loop: bool) -> None:
+        self._loader = loader
         self._start = start
-        self._shares = shares
-        self._before_fetch = before_fetch
-        self._after_fetch = after_fetch
+        self._in_loop = in_loop
         self._batches: Iterator[Any] | None = None
-        self._slices: deque[BatchSlice] = deque()
+        self._drawn: Drawn | None = None
 
     def __iter__(self) -> _ObservedIterator:
         return self
 
     def __next__(self) -> Any:
-        self._before_fetch()
+        loader = self._loader
+        loader._before_fetch()
         if self._batches is None:
-            self._batches = self._start()
-            self._slices = self._shares.slices
-        batch = next(self._batches)
-        self._after_fetch(self._slices.popleft())
+            follow_original(loader)
+            vars(loader).update(_drawn=None, _in_loop=self._in_loop)
+            self._batches = iter(self._start())
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._checked(lambda drawn: drawn.end())
+            raise
+        loader._after_fetch(self._checked(lambda drawn: drawn.take(batch)))
         return batch
+
+    def _checked(self, check: Callable[[Drawn], Any]) -> Any:
+        if self._drawn is None:  # a generator begins to draw only when it is asked for its first batch
+            self._drawn = self._loader._drawn or Drawn(type(self._loader).__name__, compares=True)
+        return check(self._drawn)

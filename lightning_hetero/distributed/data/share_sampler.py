@@ -69,6 +69,18 @@ class ShareBatchSampler(Sampler[list[int]]):
         self._stand_in = stand_in
         self._completion = completion
 
+    def __getattr__(self, name: str) -> Any:
+        # users call methods of the batch sampler that they have passed, for example to set its epoch
+        if name.startswith("_") or name == "original" or self.original is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.original, name)
+
+    def begin_epoch(self) -> None:
+        """Draw the order of a new epoch if that is still to be done; every rank must call this at the same point."""
+        draw = getattr(self.batches.order, "draw", None)
+        if callable(draw):
+            draw()
+
     def __len__(self) -> int:
         """Return the number of steps, the same on all ranks; without ``stand_in`` a rank may have fewer batches."""
         return len(self.batches)

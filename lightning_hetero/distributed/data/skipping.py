@@ -8,7 +8,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["SkippingSampler", "can_skip", "is_stateful", "length_of"]
+from lightning_hetero.distributed.collectives import length_of
+
+__all__ = ["SkippingSampler", "can_skip", "is_stateful"]
 
 
 class SkippingSampler:
@@ -41,14 +43,6 @@ class SkippingSampler:
 def can_skip(loader: Any) -> bool:
     """Return whether batches of a loader can be skipped without loading them, since its batch sampler has a length."""
     return isinstance(loader, DataLoader) and length_of(loader.batch_sampler) is not None
-
-
-def length_of(loader: Any) -> int | None:
-    """Return the number of batches of a loader, or None if it is unknown."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def is_stateful(loader: Any) -> bool:

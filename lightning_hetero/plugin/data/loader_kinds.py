@@ -70,7 +70,15 @@ class Own:
     reason: str
 
 
-def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None) -> Divisible | Unbatched | Own:
+def examine(
+    dataloader: object,
+    world_size: int,
+    epoch: int,
+    resumed: Any = None,
+    *,
+    lazily: bool = False,
+    confirmed: bool = False,
+) -> Divisible | Unbatched | Own:
     """Determine how a loader can be divided; every rank must call this at the same point.
 
     Args:
@@ -79,25 +87,35 @@ def examine(dataloader: object, world_size: int, epoch: int, resumed: Any = None
         epoch: The epoch with which the loader will begin; not the first one if a run is resumed.
         resumed: Random state of the order in the run that is resumed; see
             :class:`~lightning_hetero.distributed.collectives.BroadcastOrder`.
+        lazily: Whether the order of an epoch is drawn when its first batch is requested, as under plain DDP.
+        confirmed: Whether the user says that each batch of a batch sampler is a global batch, even of one
+            that Lightning has not given an order of its own (``use_distributed_sampler=False``).
     """
     if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
         return Own("each rank reads a stream of its own")
     batch_sampler = original_batch_sampler(dataloader)
     if batch_sampler is None:
         order = _whole_order(dataloader.sampler, world_size, epoch, resumed)
-        return _not_divided_by_lightning() if order is None else Unbatched(dataloader, order)
+        return _own_sampler(dataloader.sampler) if order is None else Unbatched(dataloader, order)
     # torchdata replaces torch's class by its own, which can save its position
     torchs = type(batch_sampler).__name__ == "BatchSampler" and type(batch_sampler).__module__.startswith("torch")
     if not torchs and world_size == 1:
         return Own("its batch sampler is the user's, and there is nothing to divide")
     sampler = batch_sampler.sampler if torchs else _sampler_inside(batch_sampler)
-    order = _whole_order(sampler, world_size, epoch, resumed if torchs else None)
+    order = _whole_order(sampler, world_size, epoch, resumed if torchs else None, lazily=lazily or not torchs)
+    common = order is None and confirmed and not torchs and not isinstance(sampler, DistributedSampler)
+    lists = None
+    if not torchs and (order is not None or common):
+        by_rank_zero = BroadcastOrder(
+            _Lists(batch_sampler, sampler), epoch, resumed, lazily=lazily and not common, common=common
+        )
+        lists, order = by_rank_zero, by_rank_zero if order is None else order
     if order is None:
-        return _not_divided_by_lightning()
+        return _own_sampler(sampler if torchs else batch_sampler)
     return Divisible(
         loader=dataloader,
         order=order,
-        lists=None if torchs else BroadcastOrder(_Lists(batch_sampler, sampler), epoch, resumed),
+        lists=lists,
         batch_size=getattr(batch_sampler, "batch_size", None),
         drop_last=getattr(batch_sampler, "drop_last", False),
         batch_sampler=type(batch_sampler).__name__,
@@ -116,33 +134,33 @@ def deal_batches(unbatched: Unbatched, rank: int, world_size: int) -> DataLoader
     return changed_loader(unbatched.loader, None, sampler=_EveryNth(unbatched.order, rank, world_size))
 
 
-def _not_divided_by_lightning() -> Own:
-    return Own("its sampler is not Lightning's (`use_distributed_sampler=False`)")
+def _own_sampler(sampler: Any) -> Own:
+    name = type(sampler).__name__
+    if isinstance(sampler, DistributedSampler):
+        how = (
+            "in a way of its own" if type(sampler) is not DistributedSampler else f"among {sampler.num_replicas} ranks"
+        )
+        return Own(f"its sampler {name!r} is a `DistributedSampler` that divides the data {how}")
+    return Own(f"its sampler {name!r} is not Lightning's (`use_distributed_sampler=False`)")
 
 
-def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any) -> SizedOrder | None:
+def _whole_order(sampler: Any, world_size: int, epoch: int, resumed: Any, *, lazily: bool = False) -> SizedOrder | None:
     """Return the order of the whole epoch, equal on all ranks; None if ``sampler`` is not known to give it."""
-    if isinstance(sampler, (BroadcastOrder, _Head)):
+    if isinstance(sampler, (BroadcastOrder, _Undivided)):
         return sampler
     if isinstance(sampler, _EveryNth):
         return sampler.order
     if not isinstance(sampler, DistributedSampler):
         return None
-    # Lightning sets the epoch only after workers have begun to read
-    sampler.set_epoch(epoch)
+    if not lazily:  # Lightning sets the epoch only after workers have begun to read
+        sampler.set_epoch(epoch)
     if sampler.num_replicas == 1:
         # Lightning wraps the user's own sampler; only torch's samplers are known to give all ranks the same order
         inner = getattr(sampler.dataset, "_sampler", None)
         known = type(sampler) is DistributedSampler or isinstance(inner, SequentialSampler)
-        return sampler if known else BroadcastOrder(sampler, epoch, resumed)
+        return sampler if known else BroadcastOrder(sampler, epoch, resumed, lazily=lazily)
     if type(sampler) is DistributedSampler and sampler.num_replicas == world_size:
-        # the user's own DistributedSampler, which divides equally: use the same order undivided
-        whole: DistributedSampler[Any] = DistributedSampler(
-            sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
-        )
-        whole.set_epoch(epoch)
-        # samples that it drops to make the parts equal are dropped here, too
-        return _Head(whole, sampler.total_size) if sampler.drop_last else whole
+        return _Undivided(sampler)  # the user's own, which divides equally
     return None
 
 
@@ -152,21 +170,31 @@ def _sampler_inside(batch_sampler: Any) -> Any:
     return inside[0] if len(inside) == 1 else getattr(batch_sampler, "sampler", None)
 
 
-class _Head:
-    """The first entries of an order."""
+class _Undivided:
+    """The whole order of which a DistributedSampler of the user's gives each rank an equal part.
 
-    def __init__(self, order: DistributedSampler[Any], length: int) -> None:
-        self.order = order
-        self.length = length
+    It follows the sampler, whose epoch and seed its owner may change.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self.sampler = sampler
 
     def __len__(self) -> int:
-        return self.length
+        sampler = self.sampler
+        # samples that it drops to make the parts equal are dropped here, too
+        return sampler.total_size if sampler.drop_last else len(sampler.dataset)  # type: ignore[arg-type]
 
     def __iter__(self) -> Any:
-        return islice(self.order, self.length)
+        sampler = self.sampler
+        whole: DistributedSampler[Any] = DistributedSampler(
+            sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
+        )
+        whole.set_epoch(sampler.epoch)
+        return islice(whole, len(self))
 
     def set_epoch(self, epoch: int) -> None:
-        self.order.set_epoch(epoch)
+        if self.sampler.epoch != epoch:  # Lightning sets it itself, and its owner may since have set another
+            self.sampler.set_epoch(epoch)
 
 
 class _EveryNth:
@@ -195,6 +223,9 @@ class _Lists:
 
     batches: Any
     sampler: Any
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Any:
         return iter(self.batches)

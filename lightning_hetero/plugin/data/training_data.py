@@ -82,7 +82,8 @@ class TrainingData:
         strategy = self._strategy
         within_epoch = self._progress.resumed_position > 0
         order = self._resumed.next_order() if within_epoch else None
-        loader = loaders.examine(dataloader, strategy.world_size, self._progress.epoch, order)
+        epoch, confirmed = self._progress.epoch, strategy.global_batch_size is not None
+        loader = loaders.examine(dataloader, strategy.world_size, epoch, order, lazily=True, confirmed=confirmed)
         if isinstance(loader, loaders.Divisible):
             return self._divided(loader)
         if strategy.world_size == 1:
@@ -115,7 +116,9 @@ class TrainingData:
             original=loaders.original_batch_sampler(loader.loader),
             completion=self._completion,
         )
-        return share_loader(loader.loader, sampler, strategy.timer.resume, partial(self._slices.note, id(sampler)))
+        note = partial(self._slices.note, id(sampler))
+        resume = strategy.timer.resume
+        return share_loader(loader.loader, sampler, resume, note, called_by_loop=called_by_lightning_loop)
 
     def _global_batches(self, loader: loaders.Divisible) -> GlobalBatches:
         strategy = self._strategy
@@ -208,8 +211,10 @@ class TrainingData:
 
     def _completion(self, step: int, size: int) -> int:
         """Return how many samples a ragged batch lacks for equal parts, as DDP repeats some; 0 if they may differ."""
-        complete = self._stays_equal and step >= self._completed_from and self.counts_samples
-        return -size % self._strategy.world_size if complete else 0
+        return -size % self._strategy.world_size if self._gathers(step) else 0
+
+    def _gathers(self, step: int) -> bool:
+        return self._stays_equal and step >= self._completed_from and self.counts_samples
 
     @property
     def limits(self) -> BatchLimits:
@@ -332,7 +337,10 @@ class TrainingData:
         assert self._schedule is not None
         plan = self._schedule.at(cursor.step)
         if len(samplers) < 2:
-            return plan if size == plan.global_batch_size else plan_for_block(plan, size, self._limits_in_samples)
+            if size == plan.global_batch_size:
+                return plan
+            # a stand-in would be gathered with the samples; under plain DDP, too, a rank may have one sample
+            return plan_for_block(plan, size, self._limits_in_samples, 1 if self._gathers(cursor.step) else 2)
         sizes = self._sizes_in_step(samplers, cursor.position)
         plans = divide_together(plan, list(sizes.values()), self._limits_in_samples)
         return dict(zip(sizes, plans, strict=True))[sampler]

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_hetero.balance.batch.blocks import blocks_before
-from lightning_hetero.distributed.data.skipping import length_of
+from lightning_hetero.distributed.collectives import length_of
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress, resume_exactly, training_loaders
 from lightning_hetero.plugin.pipeline.rank_zero_batches import RankZeroBatches, TrainingBatches

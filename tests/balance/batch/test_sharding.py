@@ -92,7 +92,7 @@ def test_a_ragged_block_keeps_the_limits_and_leaves_no_rank_with_one_sample(
         if sum(samples) == size and keeps(samples, plan, limits)
     ]
     fewest = min(lone(samples, limits, least) for samples in possible)
-    assert lone(found, limits, least) == fewest or fewest > 0
+    assert lone(found, limits, least) == fewest or fewest > 0 or size < least  # a single sample is rank 0's
     best = [samples for samples in possible if not lone(samples, limits, least)]
     if best and plan.samples[0] and any(samples[0] for samples in best):
         assert found[0], "what is logged on rank 0 does not come from real data"

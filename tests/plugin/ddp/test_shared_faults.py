@@ -11,7 +11,7 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from training import Numbered, SmallModule, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy
@@ -159,3 +159,38 @@ def test_means_over_tokens_are_named(ranks: RankPools) -> None:
     assert "the loss looks like a mean over terms that are not the samples" in message
     assert "num_loss_terms" in message
     assert of_one_length == counted == []
+
+
+class OfRank(Sampler[int]):
+    """Divides the samples itself, and is divided again."""
+
+    def __init__(self, by_rank: bool) -> None:
+        self.by_rank = by_rank
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Any:
+        first = 8 * dist.get_rank() if self.by_rank else 0
+        return iter(range(first, first + 8))
+
+
+class Seeded(OfRank):
+    """Draws another order on each rank, of all samples."""
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(8, generator=torch.Generator().manual_seed(dist.get_rank())).tolist())
+
+
+def sample() -> list[list[str]]:
+    return [
+        fit(SmallModule(), DataLoader(Numbered(16), batch_size=2, sampler=sampler), [], limit_val_batches=0)
+        for sampler in (OfRank(by_rank=True), OfRank(by_rank=False), Seeded(by_rank=False))
+    ]
+
+
+def test_samplers_that_divide_by_rank_are_named(ranks: RankPools) -> None:
+    (divided, common, seeded), *_ = ranks.run(2, sample)
+    (message,) = divided
+    assert "the sampler 'OfRank' yields other samples on each rank" in message
+    assert common == seeded == []
