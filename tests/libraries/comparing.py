@@ -97,7 +97,7 @@ def train(program: Callable[..., None], name: str, arguments: Mapping[str, Any],
     watch = Watch()
     callbacks: list[Callback] = [watch]
     if name == "hetero_ddp":
-        slow = SlowDown([3, 1], seconds_per_sample=0.002)
+        slow = SlowDown([3, 1], seconds_per_sample=0.005)
         callbacks += [slow, LoadBalancer(tune_steps=8, verbose=False, record=False)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
