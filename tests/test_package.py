@@ -94,6 +94,15 @@ def test_the_page_on_libraries_names_the_versions_that_are_tested() -> None:
         assert re.search(rf"^{name}=={re.escape(version)}\.", constraints, re.MULTILINE), name
 
 
+def test_both_packages_of_lightning_have_the_same_versions() -> None:
+    content = project_file()
+    declared = [Requirement(r) for r in (*content["project"]["dependencies"], *content["dependency-groups"]["test"])]
+    one, other = ([r for r in declared if r.name == name] for name in ("lightning", "pytorch-lightning"))
+    assert [r.specifier for r in one] == [r.specifier for r in other]
+    installed = [importlib.metadata.version(name) for name in ("lightning", "pytorch-lightning")]
+    assert installed[0] == installed[1]
+
+
 def test_every_declared_python_has_a_test_environment() -> None:
     prefix = "Programming Language :: Python :: 3."
     declared = [c.removeprefix(prefix) for c in project_file()["project"]["classifiers"] if c.startswith(prefix)]

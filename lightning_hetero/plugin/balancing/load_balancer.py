@@ -32,6 +32,7 @@ from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
 from lightning_hetero.distributed.collectives import all_gather_counts, decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.balancing.reporter import RunReporter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
@@ -45,6 +46,7 @@ _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 
 
+@with_either_trainer
 class LoadBalancer(Callback):
     """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and adapts them to drift.
 
@@ -84,6 +86,8 @@ class LoadBalancer(Callback):
             balancer = LoadBalancer(tune_steps=10, watch_steps=0)
             trainer = Trainer(strategy="hetero_ddp", devices=2, callbacks=[balancer])
     """
+
+    finds_shares = True
 
     def __init__(
         self,
