@@ -169,7 +169,8 @@ class LoadBalancer(Callback):
         if strategy is None or strategy.plan_schedule is None or not self.step_times:
             return None
         plan = strategy.plan_schedule.plans[-1]
-        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
+        windows = self.windows_before, self.windows_after
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain, *windows)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 

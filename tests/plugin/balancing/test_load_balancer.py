@@ -179,6 +179,27 @@ def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
     assert outcome.sizes[-1] >= 2 * BATCH_SIZE - 3
 
 
+class DrawsItsSamples(SmallModule):
+    """Does the same work in each step, whatever its mini-batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep((0.06, 0.02)[self.global_rank])
+        return super().training_step(batch, batch_idx)
+
+
+def advice_where_steps_draw() -> Advice | None:
+    balancer = LoadBalancer(tune_steps=8)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=20)
+    trainer.fit(DrawsItsSamples(), DataLoader(Numbered(64 * 20), batch_size=32))
+    return balancer.advice
+
+
+def test_work_that_does_not_depend_on_the_mini_batch_is_named(ranks: RankPools) -> None:
+    for advice in ranks.run(2, advice_where_steps_draw):
+        assert advice is not None
+        assert advice.constant
+
+
 def test_equal_devices_keep_equal_shares(ranks: RankPools) -> None:
     for outcome in ranks.run(2, balanced_run, [1.0, 1.0], 0.002):
         assert (outcome.changes, outcome.finished) == ([], True)
