@@ -226,7 +226,8 @@ class TrainingData:
         if limits.max_samples is not None:
             samples = sum(sampler.batches.size for sampler in samplers)
             limits = replace(limits, max_samples=tuple(cap * units // max(samples, 1) for cap in limits.max_samples))
-        if samplers and normalises_batches(self._strategy.trainer.lightning_module):
+        module = self._strategy.lightning_module
+        if samplers and module is not None and normalises_batches(module):
             # in training, batch normalisation refuses a single sample
             least = replace(limits, min_samples=2)
             return least if can_divide(units, least, self._strategy.world_size) else limits

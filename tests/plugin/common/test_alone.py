@@ -19,7 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
 from training import Numbered, SmallModule, assert_close, flat, make_trainer
 
-from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy
+from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
+from lightning_hetero.balance.types import BatchLimits
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment
 
 OURS = [HeteroDDPStrategy, HeteroPipelineStrategy]
@@ -168,6 +169,11 @@ def stages_of_a_trainer(strategy: Any, folder: str, kind: str) -> list[Any]:
     trainer.strategy.barrier()
     found.append(torch.load(path)["value"])
     found.append(trainer.strategy.all_gather(torch.tensor([1.0])).tolist())
+    for balancer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(balancer, LoadBalancer):
+            strategy = trainer.strategy
+            assert (balancer.advice is None) == (not balancer.step_times)
+            assert strategy.limits == BatchLimits()
     return found
 
 
