@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_hetero.plugin.common.overridden import overridden_method
 
-__all__ = ["listening_first"]
+__all__ = ["listening_first", "logging_through"]
 
 
 @contextmanager
@@ -33,6 +33,24 @@ def listening_first(trainer: Trainer, module: LightningModule, listener: Callbac
             if callable(hook) and hasattr(Callback, name) and hasattr(first, name) and not name.startswith("_"):
                 stack.enter_context(overridden_method(first, name, partial(_preceded, getattr(listener, name), given)))
         yield
+
+
+@contextmanager
+def logging_through(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Let the ``log`` of each callback call that of the module in this context, also where that is overridden.
+
+    Lightning gives callbacks the method that the module has when a run begins.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if hasattr(callback, "log"):
+                stack.enter_context(overridden_method(callback, "log", partial(_logged, module)))
+        yield
+
+
+def _logged(module: LightningModule, _: Any, *args: Any, **kwargs: Any) -> None:
+    module.log(*args, **kwargs)
 
 
 def _preceded(listen: Any, given: tuple[Any, ...], hook: Any, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ __all__ = [
     "called_by_lightning_loop",
     "combined_loaders",
     "connect_through",
+    "current_hook",
     "evaluation_loop",
     "inner_batch_sampler",
     "logged_step",
@@ -63,6 +64,11 @@ def logged_values(trainer: Trainer) -> dict[str, Any]:
     """Return the dict in which ``self.log`` accumulates values, by name; empty if nothing can be logged."""
     values: dict[str, Any] | None = trainer._results
     return {} if values is None else values
+
+
+def current_hook(module: LightningModule) -> str | None:
+    """Return the name of the hook that Lightning is calling, under which it keeps what ``self.log`` is given."""
+    return module._current_fx_name
 
 
 def set_batch_size(trainer: Trainer, samples: int | None) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.collective_watch import Collective, CollectiveWatch
-from lightning_hetero.plugin.common.first_listener import listening_first
+from lightning_hetero.plugin.common.first_listener import listening_first, logging_through
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
@@ -86,6 +86,7 @@ class BatchScope(Callback):
             self._run.enter_context(self._metrics.installed())
             self._run.enter_context(counting_for_all_ranks(trainer, self))
             self._run.enter_context(self._watch.installed())
+            self._run.enter_context(logging_through(trainer, module))
         self._run.enter_context(listening_first(trainer, module, self))
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from lightning_hetero.plugin.ddp.oom_recovery import BeforeBackward, OutOfMemory
 from lightning_hetero.plugin.ddp.step_runner import StepRunner
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.gradients import added, muted_gradients, put_back, taken_aside
-from lightning_hetero.plugin.step.log_capture import captured_log
+from lightning_hetero.plugin.step.log_capture import LogCapture, captured_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics
 from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.out_of_memory import is_out_of_memory
@@ -67,6 +67,7 @@ class MicroBatches:
         self._is_alone = False
         self._progress = _Progress()
         self._attempt: StepAttempt | None = None
+        self._log: LogCapture | None = None
         self._runner: StepRunner | None = None
 
     def begin(self) -> None:
@@ -142,7 +143,7 @@ class MicroBatches:
         Raises:
             RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
-        self._progress, self._attempt = _Progress(), None
+        self._progress, self._attempt, self._log = _Progress(), None, None
         # count samples only if the number matters; a stand-in, which is small, is cut only if it does not fit
         most = self._limits.most
         samples = part.samples if part is not None else (samples_in(args[0]) if most is not None else 0)
@@ -185,10 +186,12 @@ class MicroBatches:
                 log.note_loss(loss_of(output))
                 progress.finished_samples = max(progress.finished_samples, end)
                 if not last:
-                    self._early_backward(backward, output, weight / steps.accumulated_batches)
+                    with log.backward_pass():
+                        self._early_backward(backward, output, weight / steps.accumulated_batches)
                 outputs.append(output if last else detached_output(output))
         weight = weights[-1] / steps.accumulated_batches
         self._attempt = StepAttempt((parts[-1], *rest), sizes[-1], weight, early_gradients)
+        self._log = log
         return combined_output(outputs, sizes, weights)
 
     def _forward(self, forward: Forward, *args: Any) -> Any:
@@ -236,10 +239,12 @@ class MicroBatches:
             RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         attempt, self._attempt = self._attempt, None
+        log, self._log = self._log, None
         put_back([] if attempt is None else attempt.early_gradients)
         before = BeforeBackward.of(self._steps.parameters, self._strategy.model)
         try:
-            with self._muted(1.0 if attempt is None else attempt.weight):
+            muted = self._muted(1.0 if attempt is None else attempt.weight)
+            with muted, nullcontext() if log is None else log.completed_in(self._steps.module):
                 return backward(loss, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_hetero.distributed.torch_private import node_before_ddp
-from lightning_hetero.plugin.common.overridden import overridden
+from lightning_hetero.plugin.common.lightning_private import current_hook
+from lightning_hetero.plugin.common.overridden import overridden, overridden_method
 
 __all__ = ["LogCapture", "captured_log", "silent_log"]
 
@@ -34,16 +36,23 @@ class LogCapture:
 
     A value that is logged once is also synchronised over ranks once, however many micro-batches each rank has.
 
+    Hooks of backward passes log too. Their values are kept until the backward pass of the last micro-batch, which the
+    ranks make together: see :meth:`completed_in`.
+
     Args:
         log: The module's own ``log`` method.
+        hook_of: Function that returns the name of the hook that is being called.
 
     Attributes:
         samples: Number of samples of the current micro-batch.
         weight: Weight of its loss in the sum over all micro-batches.
     """
 
-    def __init__(self, log: Callable[..., None]) -> None:
+    def __init__(self, log: Callable[..., None], hook_of: Callable[[], str | None] = lambda: None) -> None:
         self._log = log
+        self._hook_of = hook_of
+        self._in_backward = False
+        self._of_hooks: dict[tuple[str | None, str], list[_Call]] = {}
         self._calls: dict[str, list[_Call]] = {}
         self._losses: set[str] = set()
         self._nodes: dict[str, Any] = {}
@@ -52,10 +61,39 @@ class LogCapture:
 
     def __call__(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Take the place of ``LightningModule.log``."""
-        kept = value.detach() if isinstance(value, Tensor) else value
+        call = self._call(value, args, kwargs)
+        if self._in_backward:
+            self._of_hooks.setdefault((self._hook_of(), name), []).append(call)
+            return
         if isinstance(value, Tensor) and value.grad_fn is not None:
             self._nodes[name] = value.grad_fn
-        self._calls.setdefault(name, []).append(_Call(kept, self.samples, self.weight, args, kwargs))
+        self._calls.setdefault(name, []).append(call)
+
+    def _call(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        return _Call(value.detach() if isinstance(value, Tensor) else value, self.samples, self.weight, args, kwargs)
+
+    @contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Keep what the hooks of a backward pass log in this context."""
+        self._in_backward = True
+        try:
+            yield
+        finally:
+            self._in_backward = False
+
+    @contextmanager
+    def completed_in(self, module: LightningModule) -> Iterator[None]:
+        """Complete what hooks log in this context, the last backward pass, with what they have logged before.
+
+        It is logged at the same moment as on the ranks that have one micro-batch, because the ranks communicate.
+        """
+
+        def complete(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            calls = self._of_hooks.pop((self._hook_of(), name), [])
+            self._log_once(log, name, [*calls, self._call(value, args, kwargs)])
+
+        with overridden_method(module, "log", complete) if self._of_hooks else nullcontext():
+            yield
 
     def note_loss(self, loss: Tensor) -> None:
         """Note the ``loss`` of the current micro-batch: values that were logged from it add up as losses do."""
@@ -71,11 +109,14 @@ class LogCapture:
     def flush(self) -> None:
         """Log every value once."""
         for name, calls in self._calls.items():
-            args, kwargs = calls[-1].args, calls[-1].kwargs
-            if kwargs.get("batch_size") is not None:
-                kwargs = {**kwargs, "batch_size": sum(call.kwargs["batch_size"] for call in calls)}
-            reduce_fx = args[_REDUCE_FX] if len(args) > _REDUCE_FX else kwargs.get("reduce_fx", "mean")
-            self._log(name, _combined(calls, reduce_fx, name in self._losses), *args, **kwargs)
+            self._log_once(self._log, name, calls)
+
+    def _log_once(self, log: Callable[..., None], name: str, calls: list[_Call]) -> None:
+        args, kwargs = calls[-1].args, calls[-1].kwargs
+        if kwargs.get("batch_size") is not None:
+            kwargs = {**kwargs, "batch_size": sum(call.kwargs["batch_size"] for call in calls)}
+        reduce_fx = args[_REDUCE_FX] if len(args) > _REDUCE_FX else kwargs.get("reduce_fx", "mean")
+        log(name, _combined(calls, reduce_fx, name in self._losses), *args, **kwargs)
 
 
 def _combined(calls: list[_Call], reduce_fx: Any, is_loss: bool) -> Any:
@@ -109,7 +150,7 @@ def _sum(values: Tensor, weights: list[float]) -> Tensor:
 @contextmanager
 def captured_log(module: LightningModule) -> Iterator[LogCapture]:
     """Collect what ``module`` logs in this context, and log it at the end unless the context ends in an error."""
-    log = LogCapture(module.log)
+    log = LogCapture(module.log, partial(current_hook, module))
     with overridden(module, "log", log):
         yield log
     log.flush()
