@@ -31,7 +31,7 @@ _EXEMPT = (
     "lightning.pytorch.trainer.",
     "pytorch_lightning.loops.",
     "pytorch_lightning.trainer.",
-    "torchmetrics.",
+    "torchmetrics.metric.",
     "torch.nn.modules.",
     "torch.nn.parallel.",
     "torch.distributed.optim.",
@@ -46,6 +46,7 @@ _LIBRARIES = (
     "pytorch_lightning.",
     "contextlib.",
     "functools.",
+    "torchmetrics.",
     "typing_extensions.",
     *_EXEMPT,
 )
@@ -63,6 +64,7 @@ class Collective:
         group: The process group; None if it is unknown.
         tensors: The tensors of this rank; empty if they are unknown.
         needs_one_shape: Whether the tensors of all ranks must have one shape.
+        moves_tensors: Whether the ranks exchange tensors, and do not only wait for each other.
     """
 
     name: str
@@ -70,6 +72,12 @@ class Collective:
     group: dist.ProcessGroup | None = None
     tensors: tuple[Tensor, ...] = ()
     needs_one_shape: bool = False
+    moves_tensors: bool = True
+
+    @property
+    def is_of_all_ranks(self) -> bool:
+        """Whether all ranks take part, as far as is known."""
+        return self.needs_one_shape and self.group is not None and self.group.size() == dist.get_world_size()
 
     @property
     def is_floating(self) -> bool:
@@ -125,7 +133,7 @@ class CollectiveWatch:
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if self._notice is not None:
                 tensors = tuple(_tensors_in((args, kwargs)))
-                self._note(group, tensors, needs_one_shape=method.startswith(_OF_ONE_SHAPE))
+                self._note(group, tensors, method.startswith(_OF_ONE_SHAPE), method != "barrier")
             return original(group, *args, **kwargs)
 
         return call
@@ -148,6 +156,7 @@ class CollectiveWatch:
         group: dist.ProcessGroup | None = None,
         tensors: tuple[Tensor, ...] = (),
         needs_one_shape: bool = False,
+        moves_tensors: bool = True,
     ) -> None:
         notice = self._notice
         if notice is None or self._thread != threading.get_ident():
@@ -155,7 +164,7 @@ class CollectiveWatch:
         called = _user_call(sys._getframe(2))
         if called is not None:
             with self.watching(None):  # what `notice` exchanges itself
-                notice(Collective(*called, group, tensors, needs_one_shape))
+                notice(Collective(*called, group, tensors, needs_one_shape, moves_tensors))
 
 
 def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
@@ -166,8 +175,8 @@ def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
         if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
             return called
         if not module.startswith(_LIBRARIES):
-            if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm):
-                return None  # a subclass of the user's
+            if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm | torch.optim.Optimizer):
+                return None  # of the user's: it synchronises statistics, or parameters that are equal on all ranks
             called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
         if module.startswith("torch.distributed.") and not module.startswith("torch.distributed.c10d_logger."):
             name = frame.f_code.co_name

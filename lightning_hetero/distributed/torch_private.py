@@ -104,12 +104,12 @@ def default_store() -> Any:
 
 
 def collective_methods() -> list[str]:
-    """Return the names of the methods of ``ProcessGroup`` that move tensors between ranks.
+    """Return the names of the methods of ``ProcessGroup`` in which ranks communicate.
 
     Whatever Python code calls, ``torch.distributed``, its autograd functions or a library built on them, ends in one of
     these. They are not documented, and their names differ between versions of torch.
     """
-    prefixes = ("all", "_all", "reduce", "_reduce", "broadcast", "gather", "scatter", "send", "recv")
+    prefixes = ("all", "_all", "reduce", "_reduce", "broadcast", "gather", "scatter", "send", "recv", "barrier")
     return [name for name in vars(dist.ProcessGroup) if name.startswith(prefixes)]
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from lightning_hetero.plugin.common.overridden import overridden_method
 
@@ -18,8 +19,9 @@ __all__ = ["listening_first", "logging_through"]
 def listening_first(trainer: Trainer, module: LightningModule, listener: Callback) -> Iterator[None]:
     """Call the hooks of ``listener`` first in this context.
 
-    ``trainer.callbacks`` is the user's list: scripts take callbacks from it by their position. The hooks of the first
-    callback are therefore preceded by those of the listener; without callbacks, the hooks of the module.
+    ``trainer.callbacks`` is the user's list: scripts take callbacks from it by their position, and change it while they
+    run. The hooks of every callback and of the module are therefore preceded by those of the listener, which are called
+    for the first of them only. Lightning calls the module's hooks after those of the callbacks.
 
     Args:
         trainer: The Trainer that calls the hooks.
@@ -27,12 +29,41 @@ def listening_first(trainer: Trainer, module: LightningModule, listener: Callbac
         listener: Object whose overridden hooks are called.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-    first, given = (callbacks[0], ()) if callbacks else (module, (trainer, module))
     with ExitStack() as stack:
         for name, hook in vars(type(listener)).items():
-            if callable(hook) and hasattr(Callback, name) and hasattr(first, name) and not name.startswith("_"):
-                stack.enter_context(overridden_method(first, name, partial(_preceded, getattr(listener, name), given)))
+            if not callable(hook) or name.startswith("_") or not hasattr(Callback, name):
+                continue
+            once = _Once(getattr(listener, name), (trainer, module), has_last=hasattr(module, name))
+            for callback in callbacks:
+                # Lightning calls these after the module's
+                monitors = name == "on_train_epoch_end" and isinstance(callback, EarlyStopping | Checkpoint)
+                if not monitors:
+                    stack.enter_context(overridden_method(callback, name, once.before_callback))
+            if hasattr(module, name):
+                stack.enter_context(overridden_method(module, name, once.before_module))
         yield
+
+
+class _Once:
+    """Calls a hook of the listener once, before the first of the hooks that Lightning calls together."""
+
+    def __init__(self, listen: Any, of_module: tuple[Any, ...], has_last: bool) -> None:
+        self._listen = listen
+        self._of_module = of_module
+        self._has_last = has_last
+        self._called = False
+
+    def before_callback(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._called:
+            self._called = self._has_last
+            self._listen(*args, **kwargs)
+        return hook(*args, **kwargs)
+
+    def before_module(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        called, self._called = self._called, False
+        if not called:
+            self._listen(*self._of_module, *args, **kwargs)
+        return hook(*args, **kwargs)
 
 
 @contextmanager
@@ -51,8 +82,3 @@ def logging_through(trainer: Trainer, module: LightningModule) -> Iterator[None]
 
 def _logged(module: LightningModule, _: Any, *args: Any, **kwargs: Any) -> None:
     module.log(*args, **kwargs)
-
-
-def _preceded(listen: Any, given: tuple[Any, ...], hook: Any, *args: Any, **kwargs: Any) -> Any:
-    listen(*given, *args, **kwargs)
-    return hook(*args, **kwargs)

@@ -24,6 +24,7 @@ __all__ = [
     "connect_through",
     "current_hook",
     "evaluation_loop",
+    "has_comm_hook",
     "inner_batch_sampler",
     "logged_step",
     "logged_values",
@@ -131,6 +132,11 @@ def uses_post_local_sgd(strategy: DDPStrategy) -> bool:
     The class of the hook's state is compared by name, because importing its module would import half of torch.
     """
     return type(strategy._ddp_comm_state).__name__ == "PostLocalSGDState" or strategy._model_averager is not None
+
+
+def has_comm_hook(strategy: DDPStrategy) -> bool:
+    """Return whether the user has given DDP another way to combine gradients."""
+    return strategy._ddp_comm_hook is not None
 
 
 def wrap_checkpoint_io(wrapper: CheckpointIO | None, inner: CheckpointIO) -> bool:

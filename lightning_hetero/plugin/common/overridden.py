@@ -51,7 +51,7 @@ class _Around:
     """Takes the place of a method. A copy of the object has the method itself."""
 
     def __init__(self, obj: Any, name: str, around: Callable[..., Any]) -> None:
-        self._of = obj, name
+        self._of = (obj, name) if name not in vars(obj) else None
         self._method = getattr(obj, name)
         self._around = around
         update_wrapper(self, self._method, updated=())  # torch.compile asks for the name
@@ -60,4 +60,8 @@ class _Around:
         return self._around(self._method, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return getattr, self._of
+        return (getattr, self._of) if self._of is not None else (_itself, (self._method,))
+
+
+def _itself(method: Any) -> Any:
+    return method

@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.collective_watch import Collective, CollectiveWatch
+from lightning_hetero.plugin.common.calling_line import called_by_library, calling_line
 from lightning_hetero.plugin.common.first_listener import listening_first, logging_through
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
@@ -60,6 +62,8 @@ class BatchScope(Callback):
         self._batch = ExitStack()
         self._metrics = MetricSync(self.samples_of_ranks)
         self._warned: set[str] = set()
+        self._is_first = False
+        self._epochs = 0
         self._loss_terms: LossTerms | None = None
         self._frozen: FrozenParameters | None = None
         self.part: BatchSlice | None = None
@@ -83,6 +87,7 @@ class BatchScope(Callback):
         self.close()
         self._metrics.some_rank_stood_in = False
         if trainer.world_size > 1:
+            self._metrics.before_sync = self._before_metric
             self._run.enter_context(self._metrics.installed())
             self._run.enter_context(counting_for_all_ranks(trainer, self))
             self._run.enter_context(self._watch.installed())
@@ -109,7 +114,7 @@ class BatchScope(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epochs = 0
+        self._epochs, self._is_first = 0, trainer.world_size > 1
         by_samples = self._train_data.means_over_samples and not is_compiled(pl_module)
         self._loss_terms = LossTerms() if by_samples and trainer.world_size > 1 else None
 
@@ -178,6 +183,10 @@ class BatchScope(Callback):
         if self._loss_terms is not None and self.part is not None:
             self._loss_terms.warn(self.part.samples)
             self._loss_terms = None
+        if self._is_first and self.part is not None:
+            self._is_first = False
+            with self.ignoring():
+                self._own_collectives.after_first_batch()
 
     @override
     def on_validation_batch_start(
@@ -227,9 +236,28 @@ class BatchScope(Callback):
         plan = self.part.plan
         if self._stage == "train":
             self._before_collective(collective.name)
+        if not collective.moves_tensors:
+            return
+        if self._stage == "train":
             self._own_collectives.in_training(plan, collective)
         else:
             self._own_collectives.in_evaluation(plan.samples, collective)
+
+    def _before_metric(self) -> None:
+        if self.part is not None and self._stage == "train":
+            self._before_collective("Metric.compute")
+
+    def note_reduce(self, tensor: Any, operation: str) -> None:
+        """Note that a tensor is reduced over ranks through the strategy."""
+        if self.epoch_end is not None:
+            self.epoch_end.note_reduce(operation)
+        elif operation not in ("mean", "avg") and tensor.requires_grad and not called_by_library(1):
+            self.note_collective("reduce", tensor)
+
+    def note_collective(self, name: str, tensor: Any) -> None:
+        """Note that the user's code calls a collective of the strategy with a tensor of one shape on all ranks."""
+        if self.part is not None:
+            self._note_collective(Collective(name, calling_line(), dist.group.WORLD, (tensor,), needs_one_shape=True))
 
     def _last(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the last hook of a scope, and end the scope."""

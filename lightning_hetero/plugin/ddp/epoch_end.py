@@ -82,7 +82,7 @@ class EpochEnd:
 
     def note_reduce(self, reduce_op: str) -> None:
         """Note that the strategy's ``reduce`` was called, and warn if the user takes a mean over ranks."""
-        if reduce_op in ("mean", "avg") and not called_by_library(1):
+        if reduce_op in ("mean", "avg") and not called_by_library(2):
             self._warn_once("`strategy.reduce`", "averages over ranks")
 
     def note_gather(self) -> None:

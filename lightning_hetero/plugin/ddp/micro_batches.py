@@ -28,7 +28,6 @@ from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.gradients import added, muted_gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.log_capture import LogCapture, captured_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics
-from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.out_of_memory import is_out_of_memory
 from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
 
@@ -87,6 +86,11 @@ class MicroBatches:
     def note_communication(self) -> None:
         """Note that the ranks communicate in the current step, so it cannot be repeated on one of them."""
         self._progress.communicated = True
+
+    def before_collective(self, what: str) -> None:
+        """Prepare for the ranks to communicate in the current step; raise as :meth:`refuse_to_communicate` does."""
+        self.refuse_to_communicate(what)
+        self.note_communication()
 
     def refuse_to_communicate(self, what: str) -> None:
         """Raise if the ranks may have different numbers of micro-batches.
@@ -177,7 +181,8 @@ class MicroBatches:
         weights = steps.weights(parts, sizes)
         ends = list(accumulate(sizes))
         outputs: list[Any] = []
-        with self.alone(), taken_aside(steps.parameters) as early_gradients, captured_log(steps.module) as log:
+        # what was logged is logged when the ranks may communicate again
+        with captured_log(steps.module) as log, self.alone(), taken_aside(steps.parameters) as early_gradients:
             for part, size, weight, end in zip(parts, sizes, weights, ends, strict=True):
                 log.samples, log.weight = size, weight
                 last = end == ends[-1]
@@ -209,7 +214,7 @@ class MicroBatches:
         steps = self._steps
         if not steps.is_static:
             with steps.no_sync(), self._muted(weight):
-                backward(weighted(loss_of(output), weight), None)
+                backward(steps.weighted_loss(output, weight), None)
             return
         parameters = steps.parameters
         for parameter, gradient in zip(parameters, steps.gradients_of(output, weight, parameters), strict=True):

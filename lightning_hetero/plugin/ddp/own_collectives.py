@@ -31,6 +31,7 @@ class OwnCollectives:
         self._train_data = train_data
         self._eval_data = eval_data
         self._warned: set[str] = set()
+        self._reason = ""
 
     def in_training(self, plan: BatchPlan, collective: Collective) -> None:
         """Note a collective in a batch of the training.
@@ -41,7 +42,9 @@ class OwnCollectives:
         batch_shaped = any(n in tensor.shape for tensor in collective.tensors for n in plan.samples if n > 1)
         if plan.is_equal:
             if collective.is_floating or batch_shaped:
-                self._train_data.keep_equal(_reason(collective))
+                self._reason = self._reason or _reason(collective)
+                if collective.is_of_all_ranks:
+                    self._train_data.keep_equal(self._reason)
             return
         if not collective.is_floating and not _shapes_differ(collective):
             return  # counts, seeds, texts
@@ -51,6 +54,12 @@ class OwnCollectives:
             f" shares, for example HeteroDDPStrategy(shares={[1] * plan.world_size}), with `drop_last=True` if this is"
             f' an epoch\'s last batch, or strategy="ddp".'
         )
+
+    def after_first_batch(self) -> None:
+        """Let all ranks know what some of them have called, in a group of their own; all ranks call this together."""
+        reasons = [reason for reason in all_gather(self._reason) if reason]
+        if reasons:
+            self._train_data.keep_equal(reasons[0])
 
     def in_evaluation(self, samples: Sequence[int], collective: Collective) -> None:
         """Note a collective in a batch of an evaluation, or at the end of an epoch.

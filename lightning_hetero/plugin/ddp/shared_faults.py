@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -65,8 +66,10 @@ class LossTerms:
     def _observe(self, loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         target = args[1] if len(args) > 1 else kwargs.get("target")
         is_mean = kwargs.get("reduction", "mean") == "mean"
-        if is_mean and isinstance(target, Tensor) and not target.is_floating_point():
-            self._terms += int((target != kwargs.get("ignore_index", -100)).sum())
+        if is_mean and isinstance(target, Tensor) and not torch.compiler.is_compiling():
+            with suppress(RuntimeError):  # numbers cannot be read in torch.func's transformations
+                if not target.is_floating_point():
+                    self._terms += int((target != kwargs.get("ignore_index", -100)).sum())
         return loss(*args, **kwargs)
 
     def warn(self, samples: int) -> None:
@@ -93,13 +96,21 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def _monitor_of(callback: Any) -> Any:
+    try:
+        return getattr(callback, "monitor", None)
+    except Exception:  # a property of the user's, which nobody else may ask for now
+        return None
+
+
 def warn_of_monitored(trainer: Trainer) -> None:
     """Warn if a value that callbacks or schedulers monitor differs between ranks; all ranks call this together."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-    monitors = {getattr(callback, "monitor", None) for callback in callbacks}
-    monitors |= {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    monitors = [_monitor_of(callback) for callback in callbacks]
+    monitors += [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
     metrics = trainer.callback_metrics
-    values = {name: float(metrics[name]) for name in sorted(n for n in monitors if isinstance(n, str) and n in metrics)}
+    names = {name for name in monitors if isinstance(name, str) and name in metrics}
+    values = {name: float(metrics[name]) for name in sorted(names)}
     of_ranks = all_gather(values)
     for name in values:
         found = [rank.get(name, math.nan) for rank in of_ranks]

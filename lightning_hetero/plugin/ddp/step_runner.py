@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.step.gradients import muted_gradients
 from lightning_hetero.plugin.step.loss_weights import loss_weights
-from lightning_hetero.plugin.step.no_terms import weighted
+from lightning_hetero.plugin.step.no_terms import with_weighted_gradient
 from lightning_hetero.plugin.step.split_batch import split_batch
 from lightning_hetero.plugin.step.step_output import loss_of
 
@@ -89,10 +89,15 @@ class StepRunner:
         with self._strategy.precision_plugin.train_step_context():
             return self.module.training_step(*args)
 
+    def weighted_loss(self, output: Any, weight: float) -> Tensor:
+        """Return a step's loss as Lightning's hooks are given it, with the gradient of the loss times ``weight``."""
+        accumulated = self.accumulated_batches
+        return with_weighted_gradient(loss_of(output) / accumulated, weight * accumulated)
+
     def gradients_of(self, output: Any, weight: float, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
         """Return the gradients of a step's loss, times ``weight``, without running DDP's hooks."""
         strategy = self._strategy
         weight *= strategy.loss_weight
-        loss = strategy.precision_plugin.pre_backward(weighted(loss_of(output), weight), self.module)
+        loss = strategy.precision_plugin.pre_backward(self.weighted_loss(output, weight), self.module)
         with muted_gradients(parameters) if weight == 0.0 else nullcontext():
             return torch.autograd.grad(loss, parameters, allow_unused=True)

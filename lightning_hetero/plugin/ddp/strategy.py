@@ -34,7 +34,7 @@ from lightning_hetero.plugin.balancing.default_balancer import add_default_balan
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
-from lightning_hetero.plugin.common.lightning_private import trainer_of
+from lightning_hetero.plugin.common.lightning_private import has_comm_hook, trainer_of
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.batch_scope import BatchScope
@@ -42,7 +42,7 @@ from lightning_hetero.plugin.ddp.micro_batches import MicroBatches
 from lightning_hetero.plugin.ddp.reduction import to_reduce
 from lightning_hetero.plugin.step.gradients import muted_gradients
 from lightning_hetero.plugin.step.loss_weights import weight_of_rank
-from lightning_hetero.plugin.step.no_terms import logging_without_terms, weighted
+from lightning_hetero.plugin.step.no_terms import logging_without_terms, with_weighted_gradient
 
 __all__ = ["HeteroDDPStrategy"]
 
@@ -128,7 +128,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self.scope = BatchScope(self.train_data, self.eval_data, self._before_collective)
+        self.scope = BatchScope(self.train_data, self.eval_data, self.micro_batches.before_collective)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -292,15 +292,6 @@ class HeteroDDPStrategy(BaseStrategy):
         with self.scope.watching(), self._logging(), failure_of_peers():
             return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
 
-    def _before_collective(self, name: str) -> None:
-        self.micro_batches.refuse_to_communicate(name)
-        self.micro_batches.note_communication()
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.scope.ignoring():
-            return super().optimizer_step(*args, **kwargs)
-
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
         if self.num_loss_terms is not None:
@@ -317,7 +308,9 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        with self.scope.ignoring(), failure_of_peers():
+        # a hook combines gradients, which are weighted
+        watching = self.scope.ignoring() if has_comm_hook(self) else nullcontext()
+        with watching, failure_of_peers():
             return self.micro_batches.backward(
                 partial(self._backward, super().backward), closure_loss, optimizer, *args, **kwargs
             )
@@ -328,7 +321,7 @@ class HeteroDDPStrategy(BaseStrategy):
         weight = self.loss_weight
         # DDP averages over ranks; the weight turns that into the mean over samples. It stays a Python float: rounded
         # to the precision of the loss, it would lose nine digits.
-        loss = loss if weight == 1.0 else weighted(loss, weight)
+        loss = with_weighted_gradient(loss, weight)
         self.timer.watch_backward(loss)
         with self._muted() if weight == 0.0 else nullcontext():
             loss = backward(loss, optimizer, *args, **kwargs)
@@ -341,8 +334,7 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        self.micro_batches.refuse_to_communicate("all_gather")
-        self.micro_batches.note_communication()
+        self.micro_batches.before_collective("all_gather")
         if self.scope.epoch_end is not None:
             self.scope.epoch_end.note_gather()
         with self.timer.waiting():
@@ -361,6 +353,8 @@ class HeteroDDPStrategy(BaseStrategy):
                 )
         elif self.scope.part is not None and tensor.shape[:1] == (self.scope.part.samples,):
             self.train_data.keep_equal()
+            return
+        self.scope.note_collective("all_gather", tensor)
 
     @property
     def _shapes_may_differ(self) -> bool:
@@ -372,11 +366,11 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self.micro_batches.note_communication()
+        self.micro_batches.before_collective("reduce")
         if isinstance(tensor, Tensor):
-            if self.scope.epoch_end is not None:
-                self.scope.epoch_end.note_reduce(str(reduce_op).lower())
-            tensor = to_reduce(tensor, str(reduce_op).lower(), self.scope.weight, self.scope.stands_in)
+            operation = str(reduce_op).lower()
+            self.scope.note_reduce(tensor, operation)
+            tensor = to_reduce(tensor, operation, self.scope.weight, self.scope.stands_in)
         with self.timer.waiting():
             return super().reduce(tensor, group, reduce_op)
 
@@ -390,10 +384,12 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self.micro_batches.refuse_to_communicate("broadcast")
         with self.timer.waiting():
             return super().broadcast(obj, src)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self.micro_batches.refuse_to_communicate("barrier")
         with self.timer.waiting():
             super().barrier(*args, **kwargs)

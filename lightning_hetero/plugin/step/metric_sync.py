@@ -23,6 +23,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.plugin.step.metrics import (
     DiscardedUpdates,
+    gathers_states,
     is_forward,
     is_synchronised,
     patched_reductions,
@@ -45,6 +46,7 @@ class MetricSync:
         samples_of_ranks: Function that returns each rank's number of samples in the current epoch.
 
     Attributes:
+        before_sync: Function that is called before the ranks synchronise a metric.
         some_rank_stood_in: Whether a rank has run a step on a stand-in, the same on all ranks.
         stand_in: What this rank's current stand-in has changed; None if it does not run on one.
     """
@@ -52,6 +54,7 @@ class MetricSync:
     def __init__(self, samples_of_ranks: Callable[[], Sequence[int]]) -> None:
         self._samples_of_ranks = samples_of_ranks
         self.some_rank_stood_in = False
+        self.before_sync: Callable[[], None] = _nothing
         self.stand_in: DiscardedUpdates | None = None
 
     @contextmanager
@@ -69,6 +72,8 @@ class MetricSync:
             available = distributed_available or metric.distributed_available_fn
             ready = should_sync and not is_synchronised(metric) and callable(available) and available()
             run = partial(original, metric, should_sync=should_sync, distributed_available=distributed_available)
+            if ready:
+                self.before_sync()
             if ready and self._needs_exchange(metric):
                 self._sync(metric, run, dist_sync_fn or gather_all_tensors, process_group)
             else:
@@ -81,13 +86,17 @@ class MetricSync:
             Metric.sync = original  # type: ignore[method-assign]
 
     def _needs_exchange(self, metric: Metric) -> bool:
+        if not gathers_states(metric):
+            return False
         if self.some_rank_stood_in:
             return True
         if len(set(self._samples_of_ranks())) < 2:
             return False
         return any(
-            reduction is dim_zero_mean or (reduction is not dim_zero_cat and isinstance(getattr(metric, name), list))
+            # torchmetrics concatenates lists of any length, but not tensors
+            reduction is dim_zero_mean or isinstance(getattr(metric, name), list) == (reduction is not dim_zero_cat)
             for name, reduction in reductions_of(metric).items()
+            if reduction in (dim_zero_mean, dim_zero_cat) or isinstance(getattr(metric, name), list)
         )
 
     def _sync(self, metric: Metric, run: Callable[..., None], gather: Callable[..., Any], group: Any) -> None:
@@ -115,6 +124,10 @@ class MetricSync:
                 for name in reductions:
                     if isinstance(state := getattr(metric, name), list):
                         state[:] = [entry for entry in state if not isinstance(entry, _Padding)]
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,8 @@ class _Alike:
     def filled(self, name: str, state: Any, reduction: Any) -> Any:
         """Return the state to gather instead of this rank's ``state``."""
         shapes = [rank.shapes[name] for rank in self._of_ranks if rank.counted]
+        if isinstance(state, Tensor) and reduction is dim_zero_cat and isinstance(shapes[0], _Shape):
+            return [state if self._counted else self._empty(shapes[0])]
         if isinstance(state, list):
             if not all(isinstance(shape, tuple) for shape in shapes):
                 return state

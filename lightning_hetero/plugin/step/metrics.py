@@ -20,6 +20,7 @@ from lightning_hetero.plugin.common.lightning_private import logged_values
 __all__ = [
     "DiscardedUpdates",
     "discarded_metrics",
+    "gathers_states",
     "is_forward",
     "is_synchronised",
     "patched_reductions",
@@ -156,6 +157,11 @@ def _restore(changed: nn.Module, state: dict[str, Any]) -> None:
 def updates_of(metric: Metric, state: Mapping[str, Any]) -> int:
     """Return how often a metric was updated, according to its saved ``state`` if that tells."""
     return int(state.get("_update_count", metric._update_count))
+
+
+def gathers_states(metric: Metric) -> bool:
+    """Return whether torchmetrics gathers the states of a metric; a user's class may do that in its own way."""
+    return type(metric)._sync_dist.__module__.startswith("torchmetrics.")
 
 
 def is_forward(metric: Metric) -> bool:

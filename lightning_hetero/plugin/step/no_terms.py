@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hetero.plugin.common.overridden import overridden
 
-__all__ = ["logging_without_terms", "weighted"]
+__all__ = ["logging_without_terms", "weighted", "with_weighted_gradient"]
 
 
 @contextmanager
@@ -38,3 +38,24 @@ def logging_without_terms(module: LightningModule) -> Iterator[None]:
 def weighted(loss: Tensor, weight: float) -> Tensor:
     """Return ``loss * weight``; 0 for weight 0, even if the loss is not finite, in the same graph."""
     return (loss if weight else torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)) * weight
+
+
+def with_weighted_gradient(loss: Tensor, weight: float) -> Tensor:
+    """Return a loss of the same value whose gradient is that of ``weighted(loss, weight)``.
+
+    Hooks of the backward pass are given the loss, and log it.
+    """
+    if weight == 1.0:
+        return loss
+    return _WeightedGradient.apply(loss, weight) if weight else weighted(loss, weight)  # type: ignore[no-untyped-call]
+
+
+class _WeightedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.weight, None
