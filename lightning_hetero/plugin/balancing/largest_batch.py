@@ -84,9 +84,9 @@ class LargestBatchFinder(Callback):
             return
         strategy = trainer.strategy
         assert is_balanced(strategy)
-        strategy.timer.pause()  # ranks wait for the one that searches longest
-        own = self._largest(strategy, trainer, pl_module)
-        self.found = tuple(all_gather(own))
+        with strategy.timer.waiting():  # ranks wait for the one that searches longest
+            own = self._largest(strategy, trainer, pl_module)
+            self.found = tuple(all_gather(own))
         strategy.micro_batch_limits.limit = min(own, strategy.micro_batch_limits.limit or own)
         if self.verbose:
             say(trainer, f"hetero_ddp: the largest micro-batches that fit, in samples per rank, are {list(self.found)}")

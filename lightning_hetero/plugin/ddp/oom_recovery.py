@@ -138,6 +138,7 @@ class OutOfMemoryRecovery:
             RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         module, strategy = self._runner.module, self._strategy
+        strategy.timer.backward_interrupted()
         if attempt is None or not module.automatic_optimization:
             raise self.failure("a backward pass", "only automatic optimisation can be repeated", reason)
         # the interrupted graph still holds memory, and Lightning holds the loss

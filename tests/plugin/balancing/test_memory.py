@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from batch_norm_kernels import synchronised_on_cpu
 from harness import RankPools
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -68,6 +69,16 @@ class Allocating(SmallModule):
         return super().training_step(batch, batch_idx)
 
 
+class CountHooks(Callback):
+    """Counts the hooks that trained parameters carry in each step."""
+
+    def __init__(self) -> None:
+        self.hooks: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.hooks.append(sum(len(p._backward_hooks or {}) for p in pl_module.parameters()))
+
+
 def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list[BatchPlan], int, int, list[float]]:
     """Train with rank 1 twice as fast as rank 0.
 
@@ -121,6 +132,23 @@ def test_a_global_batch_larger_than_all_memories_trains(ranks: RankPools) -> Non
     for plans, _, _, parameters in ranks.run(2, train, [5 * GB, 6 * GB], True, {}):
         assert_exact(parameters)
         assert sum(plans[-1].samples) == 64
+
+
+def hooks_after(trial: str) -> list[int]:
+    """Train with a finder, or with memory that runs out in the first step; return the hooks of each step."""
+    finder, hooks = [LargestBatchFinder()] if trial == "search" else [], CountHooks()
+    strategy = Scripted([24 * GB, 24 * GB if trial == "search" else 9 * GB], False)
+    trainer = make_trainer(strategy, 2, [hooks, *finder, LoadBalancer()], max_steps=8)
+    trainer.fit(Allocating(), DataLoader(Numbered(2 * BATCH_SIZE * 9), batch_size=BATCH_SIZE, shuffle=True))
+    assert trial == "search" or strategy.micro_batch_limits.times_out_of_memory == dist.get_rank()
+    return hooks.hooks
+
+
+@pytest.mark.parametrize("trial", ["search", "shortage"])
+def test_trials_and_repetitions_do_not_look_like_nested_passes(ranks: RankPools, trial: str) -> None:
+    for hooks in ranks.run(2, hooks_after, trial):
+        assert hooks[-3:] == [0, 0, 0], "an ordinary step runs Python for no parameter"
+        assert max(hooks) == 4
 
 
 def search(totals: list[int]) -> tuple[tuple[int, ...], list[float], int, BatchPlan]:
