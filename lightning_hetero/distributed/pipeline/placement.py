@@ -6,7 +6,7 @@ checkpoints see the names, order and groups of parameters of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
 
-__all__ = ["TensorPlacement", "gather_on_rank_zero"]
+__all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
 
 
 class TensorPlacement:
@@ -116,7 +116,7 @@ class TensorPlacement:
     def _send(self, tensor: Tensor, source: int, target: int, optimizers: Sequence[Optimizer]) -> None:
         if self._rank == source:
             dist.send(tensor.detach().contiguous(), dst=target)
-            states = [{k: _on_cpu(v) for k, v in o.state.get(tensor, {}).items()} for o in optimizers]
+            states = [_each(o.state.get(tensor, {}), lambda value, _: value.detach().cpu()) for o in optimizers]
             dist.send_object_list([states], dst=target, device=self._device)
         elif self._rank == target:
             value = torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
@@ -126,10 +126,7 @@ class TensorPlacement:
             dist.recv_object_list(received, src=source, device=self._device)
             for optimizer, state in zip(optimizers, received[0], strict=True):
                 if state:
-                    # A step count stays on the CPU, where optimisers keep it.
-                    optimizer.state[tensor] = {
-                        k: v.to(self._device) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()
-                    }
+                    optimizer.state[tensor] = state_on(self._device, tensor, state, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the whole module on rank 0, and an empty dict elsewhere; every rank must call this."""
@@ -196,6 +193,18 @@ class TensorPlacement:
         yield from self._module.buffers()
 
 
+def state_on(device: torch.device, parameter: Tensor, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimiser's state of a parameter on the devices on which torch puts a state that it loads.
+
+    That is the parameter's device, except for step counts, which only fused and capturable optimisers keep there.
+    """
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    steps_on_device = group.get("fused") or group.get("capturable")
+    moved = _each(state, lambda value, key: value if key == "step" and not steps_on_device else value.to(device))
+    assert isinstance(moved, dict)
+    return moved
+
+
 def gather_on_rank_zero(value: Any) -> list[Any] | None:
     """Return the values of all ranks on rank 0, and None on other ranks."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -226,6 +235,15 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
+
+
+def _each(value: Any, change: Callable[[Tensor, Any], Tensor], key: Any = None) -> Any:
+    """Change every tensor in nested containers; ``change`` also gets the key under which it is kept."""
+    if isinstance(value, Tensor):
+        return change(value, key)
+    if isinstance(value, dict):
+        return {k: _each(v, change, k) for k, v in value.items()}
+    return type(value)(_each(v, change, key) for v in value) if type(value) in (list, tuple) else value
 
 
 def _on_cpu(value: Any) -> Any:
