@@ -158,17 +158,18 @@ class TensorPlacement:
 
     def complete(self) -> None:
         """Copy the parameters and buffers of all stages to every rank's CPU; every rank must call this."""
-        copies = []
+        copy: Tensor | None = None
         for tensor in self._tensors():
-            copies.append(self._broadcast(tensor))
+            copy = None  # released before the next one takes memory of the device
+            copy = self._broadcast(tensor)
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, copies[-1].cpu()))
+                _swap(tensor, _like(tensor, copy.cpu()))
             else:
                 tensor.data = tensor.data.cpu()
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         dist.barrier()
-        copies.clear()
+        del copy
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor of the module on every rank."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import RankPools
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement, state_on
 
 CPU = torch.device("cpu")
@@ -100,3 +107,95 @@ def move_while_training(fused: bool) -> float:
 @pytest.mark.parametrize("fused", [False, True])
 def test_training_goes_on_after_a_move(ranks: RankPools, fused: bool) -> None:
     assert ranks.run(2, move_while_training, fused, timeout_s=60.0) == [0.0, 0.0]
+
+
+# ---- what is borrowed ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ledger(owner: Callable[[], Any]) -> Iterator[list[int]]:
+    """Note at each broadcast how many tensors are alive that were broadcast for another ``owner`` before."""
+    borrowed: list[tuple[Any, weakref.ref[Tensor]]] = []
+    alive: list[int] = []
+    broadcast = dist.broadcast
+
+    def noting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        now = owner()
+        deadline = time.monotonic() + 5.0  # a thread of gloo may hold a tensor for a moment
+        while True:
+            others = sum(whose != now and ref() is not None for whose, ref in borrowed)
+            if not others or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        alive.append(others)
+        borrowed.append((now, weakref.ref(tensor)))
+        return broadcast(tensor, *args, **kwargs)
+
+    gc.collect()
+    gc.disable()  # nothing may wait for it
+    dist.broadcast = noting
+    try:
+        yield alive
+    finally:
+        dist.broadcast = broadcast
+        gc.enable()
+
+
+def completed() -> tuple[list[int], bool]:
+    module = model()
+    expected = [parameter.detach().clone() for parameter in module.parameters()]
+    placement = TensorPlacement(module, list(module), StagePlan((1, 0), (1, 4)), CPU)
+    with ledger(object) as alive:
+        placement.complete()
+    return alive, all(torch.equal(a, b) for a, b in zip(module.parameters(), expected, strict=True))
+
+
+def test_completing_a_model_borrows_one_tensor_at_a_time(ranks: RankPools) -> None:
+    for alive, complete in ranks.run(2, completed, timeout_s=100.0):
+        assert alive == [0] * 8
+        assert complete
+
+
+def profiled(width: int, autocast: bool) -> tuple[list[int], LayerProfile]:
+    module = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+    layers = list(module)
+    placement = TensorPlacement(module, layers, StagePlan((1, 0), (1, 3)), CPU)
+    number = -1
+    borrow = placement.broadcast_layer
+
+    def noting(layer: int) -> dict[str, Tensor]:
+        nonlocal number
+        number = layer
+        return borrow(layer)
+
+    placement.broadcast_layer = noting  # type: ignore[method-assign, assignment]
+    head = nn.Linear(width, width) if dist.get_rank() == 0 else None
+
+    def loss(output: Any) -> Tensor:
+        assert head is not None
+        return head(output).square().mean()  # type: ignore[no-any-return]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), ledger(lambda: number) as alive:
+        profile = profile_layers(placement, layers, (torch.ones(2, width),), loss if head else None, CPU)
+    placement.complete()
+    return alive, profile
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_profile_borrows_one_layer_and_counts_casts_once(ranks: RankPools, autocast: bool) -> None:
+    """Autocast keeps the cast of a parameter for all micro-batches, so it is no activation."""
+    width, samples = 256, 2
+    of_input = samples * width * (2 if autocast else 4)
+    cast = width * width * 2 if autocast else 0
+    for rank, (alive, profile) in enumerate(ranks.run(2, profiled, width, autocast, timeout_s=100.0)):
+        assert alive == [0] * 6
+        assert profile.parameter_bytes == (4 * (width * width + width),) * 3
+        activations, constants = list(profile.activations_bytes), list(profile.constant_bytes)
+        if rank == 0:  # the head and its loss
+            assert of_input <= activations[2] - activations[1] <= 4 * of_input
+            assert 0 <= constants[2] - constants[1] - (cast or 4 * width * width) <= 4 * width
+        else:
+            assert (activations[2], constants[2]) == (of_input, cast)
+        # the input of the first layer needs no gradient, so its backward pass does not need the weight
+        assert activations[:2] == [of_input, of_input]
+        assert constants[:2] == [0, cast]
