@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 
 BATCH_SIZE = 10
 
@@ -270,3 +272,47 @@ def test_arguments_that_do_not_match_the_number_of_ranks(arguments: dict[str, An
     """Known when the Trainer is constructed, before any process is launched."""
     with pytest.raises(ConfigurationError, match=message):
         Trainer(accelerator="cpu", devices=2, strategy=HeteroPipelineStrategy(**arguments))
+
+
+def set_up_with_a_gpu(device: str) -> str:
+    """Set up a pipeline whose layers are on ``device``, which this machine does not have, over gloo."""
+
+    class OnGpu(HeteroPipelineStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device(device)
+
+        @root_device.setter
+        def root_device(self, device: torch.device) -> None: ...
+
+    try:
+        make_trainer(OnGpu(), dist.get_world_size(), max_steps=1).fit(Collecting(), loader())
+    except UnsupportedFeatureError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_gloo_is_refused_where_layers_are_on_gpus(ranks: RankPools, device: str) -> None:
+    """Its send would take a pointer to the memory of the device for one to that of the host."""
+    for message in ranks.run(2, set_up_with_a_gpu, device, timeout_s=60.0):
+        assert f"cannot send tensors of {device}" in message
+        assert "process_group_backend" in message
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "refused"),
+    [
+        ("cuda", "cpu:gloo,cuda:gloo", True),
+        ("xpu", "cpu:gloo,xpu:gloo", True),
+        ("cuda", "cpu:gloo,cuda:nccl", False),
+        ("cuda", "cuda:nccl", False),
+        ("cpu", "cpu:gloo,cuda:gloo", False),
+    ],
+)
+def test_backends_of_devices(monkeypatch: pytest.MonkeyPatch, device: str, config: str, refused: bool) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    with pytest.raises(UnsupportedFeatureError) if refused else nullcontext():
+        refuse_backend(torch.device(device))
