@@ -40,6 +40,7 @@ class LayerProfile:
         constant_bytes: Bytes of each layer's other parameters and buffers, and of what its backward pass needs once for
             all micro-batches, such as autocast's casts of parameters.
         activations_bytes: Bytes that each layer keeps for the backward pass of each micro-batch.
+        boundary_bytes: Bytes of each layer's output.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
 
@@ -48,21 +49,22 @@ class LayerProfile:
     parameter_bytes: tuple[int, ...]
     constant_bytes: tuple[int, ...]
     activations_bytes: tuple[int, ...]
+    boundary_bytes: tuple[int, ...]
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
         """Return all values in one list, the transfer time last."""
-        rows = (self.forward_s, self.backward_s, self.parameter_bytes, self.constant_bytes, self.activations_bytes)
-        return [*(value for row in rows for value in row), self.transfer_s]
+        counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
+        return [*(value for row in (self.forward_s, self.backward_s, *counts) for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
-        n = len(values) // 5
-        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(5))
-        parameters, constants, activations = (tuple(int(value) for value in row) for row in counts)
-        return cls(forward_s, backward_s, parameters, constants, activations, transfer_s)
+        n = len(values) // 6
+        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(6))
+        parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in counts)
+        return cls(forward_s, backward_s, parameters, constants, activations, boundaries, transfer_s)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def profile_layers(
         parameter_bytes=tuple(trained for trained, _ in sizes),
         constant_bytes=tuple(n + t.shared_bytes for (_, n), t in zip(sizes, timings, strict=True)),
         activations_bytes=tuple(t.kept_bytes for t in timings),
+        boundary_bytes=tuple(boundaries),
         transfer_s=_transfer_s(int(median(boundaries)), device),
     )
 

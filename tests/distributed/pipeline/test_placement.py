@@ -189,6 +189,8 @@ def test_a_profile_borrows_one_layer_and_counts_casts_once(ranks: RankPools, aut
     cast = width * width * 2 if autocast else 0
     for rank, (alive, profile) in enumerate(ranks.run(2, profiled, width, autocast, timeout_s=100.0)):
         assert alive == [0] * 6
+        assert LayerProfile.from_numbers(profile.to_numbers()) == profile
+        assert profile.boundary_bytes == (of_input,) * 3
         assert profile.parameter_bytes == (4 * (width * width + width),) * 3
         activations, constants = list(profile.activations_bytes), list(profile.constant_bytes)
         if rank == 0:  # the head and its loss
