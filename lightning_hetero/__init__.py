@@ -1,10 +1,20 @@
 """PyTorch Lightning on mixed hardware: every device gets work in proportion to its speed.
 
-Importing this package registers its strategies, so ``Trainer(strategy="hetero_ddp")`` finds them.
+Importing this package registers its strategies, so ``Trainer(strategy="hetero_ddp")`` finds them. Both the Trainer of
+``lightning.pytorch`` and that of ``pytorch_lightning`` do, whichever package is imported first.
 """
 
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_hetero import exceptions as exceptions
+from lightning_hetero.lightning_packages import CLASSES, activate, package_in_use, register
+
+if TYPE_CHECKING:
+    from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
+    from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
+    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+    from lightning_hetero.plugin.pipeline.recorder import PipelineRecorder
+    from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = [
     "HeteroDDPStrategy",
@@ -13,18 +23,21 @@ __all__ = [
     "LoadBalancer",
     "PipelineRecorder",
     "__version__",
+    "register",
 ]
 
 __version__ = "0.1.0"
 
 
-# The command `lightning-hetero` does not need Lightning, whose import takes seconds.
-if Path(sys.argv[0] if sys.argv else "").name != "lightning-hetero":
-    from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
-    from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
-    from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
-    from lightning_hetero.plugin.pipeline.recorder import PipelineRecorder
-    from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
-    from lightning_hetero.plugin.registry import register_strategies
+def __getattr__(name: str) -> Any:
+    """Return a public class, for the package of Lightning that the process uses."""
+    if name in CLASSES:
+        return package_in_use().public(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    register_strategies()
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+activate()

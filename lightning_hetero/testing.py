@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_hetero.balance.types import StepTime
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.exceptions import ConfigurationError
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.pipeline.layers import layers_of
 
@@ -25,6 +26,7 @@ __all__ = ["SlowDown", "SlowLayers"]
 _FORWARD_PART = 1 / 3
 
 
+@with_either_trainer
 class SlowDown(Callback):
     """Makes the training steps of each rank take ``factors[rank]`` times as long, under any strategy.
 
@@ -136,6 +138,7 @@ class SlowDown(Callback):
         self._hooks = []
 
 
+@with_either_trainer
 class SlowLayers(Callback):
     """Makes each layer of a pipeline take ``factors[rank]`` times as long on each rank, under ``hetero_pipeline``.
 

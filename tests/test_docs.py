@@ -27,8 +27,8 @@ GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 CLASSES = {
     name: value
     for module in (lightning_hetero, lightning_hetero.testing)
-    for name, value in vars(module).items()
-    if inspect.isclass(value) and value.__module__.startswith("lightning_hetero.")
+    for name in module.__all__
+    if inspect.isclass(value := getattr(module, name))
 }
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -73,6 +73,36 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert bounds == {(canonicalize_name(r.name), only_version(r, "==")) for r in pinned}
 
 
+def test_the_versions_of_the_libraries_are_pinned() -> None:
+    lines = (ROOT / "constraints-libraries.txt").read_text(encoding="utf-8").splitlines()
+    required = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {canonicalize_name(requirement.name): only_version(requirement, "==") for requirement in required}
+    assert {canonicalize_name(name) for name in project_file()["dependency-groups"]["libraries"]} <= set(pinned)
+    (torch,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned[canonicalize_name("torch")] == Version(torch)
+
+
+def test_the_page_on_libraries_names_the_versions_that_are_tested() -> None:
+    constraints = (ROOT / "constraints-libraries.txt").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how_to" / "libraries.md").read_text(encoding="utf-8")
+    named: dict[str, str] = {
+        canonicalize_name(name.replace("PyTorch", "torch").replace(" ", "-")): version
+        for name, version in re.findall(r"^\| \[([\w -]+)\]\(#[\w-]+\) ([\d.]+) ", page, re.MULTILINE)
+    }
+    assert set(named) == {canonicalize_name(name) for name in project_file()["dependency-groups"]["libraries"]}
+    for name, version in named.items():
+        assert re.search(rf"^{name}=={re.escape(version)}\.", constraints, re.MULTILINE), name
+
+
+def test_both_packages_of_lightning_have_the_same_versions() -> None:
+    content = project_file()
+    declared = [Requirement(r) for r in (*content["project"]["dependencies"], *content["dependency-groups"]["test"])]
+    one, other = ([r for r in declared if r.name == name] for name in ("lightning", "pytorch-lightning"))
+    assert [r.specifier for r in one] == [r.specifier for r in other]
+    installed = [importlib.metadata.version(name) for name in ("lightning", "pytorch-lightning")]
+    assert installed[0] == installed[1]
+
+
 def test_every_declared_python_has_a_test_environment() -> None:
     prefix = "Programming Language :: Python :: 3."
     declared = [c.removeprefix(prefix) for c in project_file()["project"]["classifiers"] if c.startswith(prefix)]

@@ -6,12 +6,15 @@ import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_hetero
-from lightning_hetero import HeteroDDPStrategy
+from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy
+from lightning_hetero.exceptions import ConfigurationError
 
 
 def run_python(code: str) -> str:
@@ -70,19 +73,70 @@ def test_a_name_means_what_it_means_for_ddp(name: str) -> None:
     assert StrategyRegistry.get(f"hetero_{name}")._start_method == theirs["init_params"]["start_method"]
 
 
-IMPORTS = ["import pytorch_lightning as pl", "import lightning_hetero"]
+def test_a_registered_name_carries_arguments() -> None:
+    lightning_hetero.register("api_one_to_three", shares=[1, 3])
+    lightning_hetero.register("api_spawned", "hetero_ddp_spawn_find_unused_parameters_true", batch_multiple=4)
+    lightning_hetero.register("api_stages", "hetero_pipeline", splits=[2])
+    try:
+        one, spawned, stages = (StrategyRegistry.get(f"api_{n}") for n in ("one_to_three", "spawned", "stages"))
+        assert (one.shares, one._start_method) == ([1, 3], "popen")
+        assert (spawned.batch_multiple, spawned._start_method) == (4, "spawn")
+        assert spawned._ddp_kwargs == {"find_unused_parameters": True}
+        assert isinstance(stages, HeteroPipelineStrategy)
+        assert stages.splits == [2]
+        assert StrategyRegistry.get("api_one_to_three") is not one  # every Trainer gets its own
+        trainer = Trainer(strategy="api_one_to_three", accelerator="cpu", devices=2, logger=False)
+        assert isinstance(trainer.strategy, HeteroDDPStrategy)
+        assert trainer.strategy.shares == [1, 3]
+        lightning_hetero.register("api_one_to_three", shares=[2, 3])  # a notebook's cell runs again
+        assert StrategyRegistry.get("api_one_to_three").shares == [2, 3]
+    finally:
+        for name in [name for name in StrategyRegistry if name.startswith("api_")]:
+            StrategyRegistry.remove(name)
 
 
-@pytest.mark.parametrize("imports", [IMPORTS, IMPORTS[::-1]], ids=["before", "after"])
-def test_the_other_lightning_package_answers_clearly(imports: list[str]) -> None:
-    code = """
-try:
-    pl.Trainer(strategy="hetero_ddp", accelerator="cpu", devices=2)
-except lightning_hetero.exceptions.UnsupportedFeatureError as error:
-    print(error)
-"""
-    printed = run_python("\n".join(["import warnings; warnings.filterwarnings('ignore')", *imports, code]))
-    assert "Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`" in printed
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ddp",), "`name` must be a new name, got 'ddp', which Trainers know already"),
+        (("fsdp",), "`name` must be a new name"),
+        (("hetero_ddp_spawn",), "`name` must be a new name"),
+        (("hetero_pipeline",), "`name` must be a new name"),
+        (("auto",), "`name` must be a new name"),
+        (("Mine",), "`name` must be a name in lower case"),
+        (("",), "`name` must be a name in lower case"),
+        ((3,), "`name` must be a name in lower case"),
+        (("mine", "ddp"), "`strategy` must be one of 'hetero_ddp', "),
+        (("mine", ["hetero_ddp"]), "`strategy` must be one of 'hetero_ddp', "),
+    ],
+)
+def test_a_name_that_cannot_be_registered_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    before = {name: dict(StrategyRegistry[name]) for name in StrategyRegistry}
+    with pytest.raises(ConfigurationError, match=message):
+        lightning_hetero.register(*arguments)
+    assert {name: dict(StrategyRegistry[name]) for name in StrategyRegistry} == before
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        ("hetero_ddp", {"shares": [1, -3]}, r"`shares\[1\]` must be a finite positive number"),
+        ("hetero_ddp", {"share": [1, 3]}, "Did you mean `shares`"),
+        ("hetero_ddp", {"splits": [1]}, "`splits` must be an argument of HeteroDDPStrategy"),
+        ("hetero_pipeline", {"shares": [1, 3]}, "`shares` must be an argument of HeteroPipelineStrategy"),
+        ("hetero_pipeline", {"splits": [2, 1]}, "`splits` must be positive and strictly increasing"),
+    ],
+)
+def test_arguments_are_checked_when_they_are_registered(strategy: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        lightning_hetero.register("mine", strategy, **arguments)
+    assert "mine" not in StrategyRegistry
+
+
+def test_the_package_shows_its_names() -> None:
+    assert set(lightning_hetero.__all__) <= set(dir(lightning_hetero))
+    with pytest.raises(AttributeError, match="has no attribute 'HeteroDDP'"):
+        lightning_hetero.HeteroDDP  # noqa: B018
 
 
 def test_a_package_that_is_run_as_a_module_gets_all_names(tmp_path: Path) -> None:

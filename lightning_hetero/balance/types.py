@@ -45,6 +45,11 @@ class DeviceProfile:
     name: str
     nominal_speed: float | None = None
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device works behind its host."""
+        return self.device != "cpu"
+
     def to_dict(self) -> dict[str, str | float | None]:
         """Return the fields by name."""
         return asdict(self)

@@ -10,6 +10,11 @@ If a backward pass runs others inside it (reentrant checkpointing), ranks wait f
 on the parameters mark the last gradient.  The first step, which is not counted, shows whether that is so.
 
 On CUDA the marks are events in the current stream.  They are read when the timings are requested, steps later.
+
+A host that launches a step's work more slowly than its device does it leaves gaps between the kernels.  How much of
+them lies in a rank's own time depends on how far its host has run ahead, and so on how long the rank has waited for
+others: own times of ranks could not be compared.  A step whose host begins only when the device has ended the step
+before (:meth:`StepTimer.wait_for_device`) holds all gaps, as the slowest rank's does.
 """
 
 from __future__ import annotations
@@ -30,7 +35,13 @@ __all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
 
 
 class Clock(Protocol):
-    """Marks moments and measures the time between two of them."""
+    """Marks moments and measures the time between two of them.
+
+    Attributes:
+        is_asynchronous: Whether the device works behind the host.
+    """
+
+    is_asynchronous: bool
 
     def mark(self) -> Any:
         """Return a mark of the current moment; must not wait for the device."""
@@ -40,9 +51,15 @@ class Clock(Protocol):
         """Return the seconds between two marks; may wait until the device has passed the second one."""
         ...
 
+    def wait(self, mark: Any) -> None:
+        """Wait until the device has passed ``mark``."""
+        ...
+
 
 class HostClock:
     """A clock that reads the processor's monotonic time."""
+
+    is_asynchronous = False
 
     def mark(self) -> float:
         """Return the current reading in seconds."""
@@ -52,9 +69,14 @@ class HostClock:
         """Return the seconds between two readings."""
         return end - start
 
+    def wait(self, mark: float) -> None:
+        """Return at once: the processor has passed it."""
+
 
 class CudaClock:
     """A clock that records events in the current stream of the current device."""
+
+    is_asynchronous = True
 
     def mark(self) -> torch.cuda.Event:
         """Record an event and return it."""
@@ -66,6 +88,10 @@ class CudaClock:
         """Wait until the device has passed both events, and return the seconds between them."""
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """Wait until the device has passed ``mark``."""
+        mark.synchronize()
 
 
 _Span = tuple[Any, Any]
@@ -99,6 +125,11 @@ class StepTimer:
         self._waits = 0
         self._last_gradient: Any = None
         self._gradient_hooks: list[RemovableHandle] = []
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the rank's device works behind its host."""
+        return self._clock.is_asynchronous
 
     @property
     def enabled(self) -> bool:
@@ -215,6 +246,11 @@ class StepTimer:
         if end is not None and not self._nested:
             self._nested = False
             self._remove_hooks()
+
+    def wait_for_device(self) -> None:
+        """Wait until the device has ended its work, so that the host does not run ahead in the next step."""
+        if self._enabled:
+            self._clock.wait(self._clock.mark())
 
     def take(self) -> list[StepTiming]:
         """Return the steps measured since the last call; on CUDA this waits for the latest of them."""

@@ -19,6 +19,8 @@ from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTi
 class ScriptedClock:
     """A clock whose readings are given."""
 
+    is_asynchronous = False
+
     def __init__(self, readings: list[float]) -> None:
         self._readings: Iterator[float] = iter(readings)
 
@@ -27,6 +29,9 @@ class ScriptedClock:
 
     def seconds(self, start: float, end: float) -> float:
         return end - start
+
+    def wait(self, mark: float) -> None:
+        """Take no reading."""
 
 
 def test_own_time_runs_from_the_last_all_reduce_to_the_last_gradient() -> None:

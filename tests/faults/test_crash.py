@@ -75,6 +75,7 @@ def test_stages_are_killed_and_come_back(tmp_path: Path, ranks: tuple[int, ...])
     assert_whole_pipeline(tmp_path, 2)
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_another_number_of_stages_goes_on(tmp_path: Path) -> None:
     fault = Fault(1, "kill", "step", 15)

@@ -40,13 +40,16 @@ def test_a_rank_that_fails_saves_where_it_was(tmp_path: Path) -> None:
     faults = [
         Fault(0, "raise", "step", 6),
         Fault(1, "raise", "step", 11),  # the first of an epoch
-        Fault(0, "kill", "step", 14),  # 12 was saved in a run that began from an exception's checkpoint
         Fault(1, "kill", "step", 18),  # rank 0 saves, whose peer is gone
-        Fault(0, "raise", "step", 21),  # the last of an epoch
         Fault(1, "raise", "validation", 30),
     ]
+    began = [0, 6, 11, 18]  # and one that has no step of its epoch left
+    if THOROUGH:
+        faults.insert(2, Fault(0, "kill", "step", 14))  # 12 was saved after an exception
+        faults.insert(4, Fault(0, "raise", "step", 21))  # the last of an epoch
+        began = [0, 6, 11, 12, 18, 21]
     (ended,) = run(tmp_path, [one_node(2, job(tmp_path, 2, *faults, save_on_exception=True), restarts=6)])
     assert ended.status == 0, ended.text
     assert all(f"rank {fault.rank}: {fault.what} in {fault.when}" in ended.text for fault in faults)
-    assert attempts(tmp_path) == [0, 6, 11, 12, 18, 21]  # and one that has no step of its epoch left
+    assert attempts(tmp_path) == began
     assert_whole(tmp_path, 2)

@@ -47,7 +47,7 @@ def _best(folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("here", "there"), [(1, 1), (3, 1)])
+@pytest.mark.parametrize(("here", "there"), [pytest.param(1, 1, marks=thorough), (3, 1)])
 def test_two_nodes_train_as_one(tmp_path: Path, here: int, there: int) -> None:
     port, ranks = free_port(), here + there
     settings: dict[str, Any] = {"nodes": 2, "factors": [1, 3, 1, 2][:ranks]}

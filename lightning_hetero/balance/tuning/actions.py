@@ -17,6 +17,7 @@ __all__ = [
     "ShowSpeedUp",
     "StartTimer",
     "StopTimer",
+    "WaitForDevice",
 ]
 
 
@@ -41,6 +42,11 @@ class CloseStep:
 
     keep: bool
     window_begins: bool = False
+
+
+@dataclass(frozen=True)
+class WaitForDevice:
+    """Let the host wait for its device before the next step, which is measured."""
 
 
 @dataclass(frozen=True)
@@ -117,4 +123,5 @@ Action = (
     | ChangePlan
     | KeepPlan
     | ShowSpeedUp
+    | WaitForDevice
 )

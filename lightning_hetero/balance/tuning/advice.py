@@ -11,10 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, proportional_plan, solve_batch
-from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 from lightning_hetero.exceptions import InfeasiblePlanError
 
 __all__ = ["Advice", "advise", "enough_global_batch_size", "predicted_efficiency", "rounding_loss"]
+
+# Mini-batches that differ by this factor show how a rank's time depends on them.
+_OTHER_SIZE = 1.5
+# Times that follow the sizes by less than this part of what proportional times would do do not depend on them.
+_CONSTANT = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Advice:
         rounding: Fraction of a step that is lost because samples come in whole multiples.
         enough_global_batch_size: Global batch size at which rounding loses at most ``min_gain``; None if it does so
             already.
+        constant: Whether no rank's own time depends on the size of its mini-batch, as far as it was measured.
     """
 
     step_s: float
@@ -39,10 +45,16 @@ class Advice:
     speed_up_without: float
     rounding: float
     enough_global_batch_size: int | None
+    constant: bool = False
 
     def sentences(self) -> list[str]:
         """Return notes for the user on what to change; empty if there is nothing to change."""
         found = []
+        if self.constant:
+            found.append(
+                "a step takes each rank the same time whatever the size of its mini-batch, so no shares make it faster;"
+                ' if the module computes a fixed amount in each step, use strategy="ddp"'
+            )
         if self.ranks_to_drop:
             names = ", ".join(map(str, self.ranks_to_drop))
             ranks, each = ("rank", "it") if len(self.ranks_to_drop) == 1 else ("ranks", "each of them")
@@ -65,6 +77,8 @@ def advise(
     limits: BatchLimits,
     communication_s: float = 0.0,
     min_gain: float = 0.05,
+    before: Sequence[WindowTiming] = (),
+    after: Sequence[WindowTiming] = (),
 ) -> Advice:
     """Predict how good ``plan`` is, and whether fewer ranks or a larger global batch would be better.
 
@@ -74,6 +88,8 @@ def advise(
         limits: Limits that every plan must respect.
         communication_s: Seconds that a step takes in addition to the slowest rank's own time.
         min_gain: Smallest gain that is worth mentioning, as a fraction of the samples per second.
+        before: One window per rank under the first plan; empty if there is none.
+        after: One window per rank under the plan that was found; empty if there is none.
 
     Example:
         >>> times = [StepTime(0.0, 0.001), StepTime(0.0, 0.002), StepTime(0.5, 0.001)]
@@ -98,7 +114,19 @@ def advise(
             if rounding > min_gain
             else None
         ),
+        constant=0 < len(before) == len(after) and _are_constant(before, after),
     )
+
+
+def _are_constant(before: Sequence[WindowTiming], after: Sequence[WindowTiming]) -> bool:
+    """Return whether the times of ranks have not followed their mini-batches, all of which have changed."""
+    sizes = [b.samples / max(a.samples, 1) for a, b in zip(before, after, strict=True)]
+    times = [b.own_s / max(a.own_s, 1e-12) for a, b in zip(before, after, strict=True)]
+    if any(max(size, 1.0) < _OTHER_SIZE * min(size, 1.0) for size in sizes):
+        return False
+    # the slope by least squares: 0 for constant times, 1 for proportional ones
+    slope = sum((t - 1.0) * (n - 1.0) for t, n in zip(times, sizes, strict=True)) / sum((n - 1.0) ** 2 for n in sizes)
+    return slope < _CONSTANT
 
 
 def predicted_efficiency(step_times: Sequence[StepTime], plan: BatchPlan, communication_s: float = 0.0) -> float:

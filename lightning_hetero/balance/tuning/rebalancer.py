@@ -57,10 +57,12 @@ class Window:
     Attributes:
         skipped_steps: Number of steps before the first measured one.
         measured_steps: Number of measured steps.
+        synchronised: Whether the hosts wait for their devices before each measured step.
     """
 
     skipped_steps: int
     measured_steps: int
+    synchronised: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ class Rebalancer:
     def set_limits(self, limits: BatchLimits) -> None:
         """Respect ``limits`` from the next decision on; a plan that breaks them is left at once."""
         self._limits = limits
+
+    @property
+    def limits(self) -> BatchLimits:
+        """The limits that every plan must respect."""
+        return self._limits
 
     def first_window(self) -> Window:
         """Return the first window to measure."""

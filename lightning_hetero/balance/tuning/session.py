@@ -11,7 +11,7 @@ A session has no clock, sends nothing and prints nothing, so a simulation drives
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -27,12 +27,14 @@ from lightning_hetero.balance.tuning.actions import (
     ShowSpeedUp,
     StartTimer,
     StopTimer,
+    WaitForDevice,
 )
 from lightning_hetero.balance.tuning.change_reason import change_reason
 from lightning_hetero.balance.tuning.memory_model import MemoryModel
 from lightning_hetero.balance.tuning.rank_report import RankReport, check_agreement
 from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer, Window
 from lightning_hetero.balance.tuning.saved_balance import SavedBalance
+from lightning_hetero.balance.tuning.window_judge import WindowJudge
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule, StepTime, WindowTiming
 
 __all__ = ["Phase", "StepFacts", "TuningSession", "TuningSettings", "WindowResult"]
@@ -148,6 +150,7 @@ class TuningSession:
         self._measure_from = self._elapsed_steps = self._kept_steps = 0
         self._timing = False
         self._suggestion: BatchPlan | None = None
+        self._judge = WindowJudge(asynchronous=False)
         self._has_changed = False
         self._times_at_last_change: tuple[StepTime, ...] = ()
 
@@ -169,7 +172,12 @@ class TuningSession:
     # ---- beginning and end -----------------------------------------------------------------------------------------
 
     def begin(
-        self, first_step: int, schedule: PlanSchedule, limits: BatchLimits, suggestion: BatchPlan | None = None
+        self,
+        first_step: int,
+        schedule: PlanSchedule,
+        limits: BatchLimits,
+        suggestion: BatchPlan | None = None,
+        asynchronous: bool = False,
     ) -> tuple[Action, ...]:
         """Begin to tune, or to watch if an earlier fit or run has tuned the same global batch size.
 
@@ -179,7 +187,9 @@ class TuningSession:
             limits: The limits that every plan must respect.
             suggestion: The plan that the devices' nominal speeds suggest, or None. It is adopted after the first step,
                 because that step may show that the shares must stay equal.
+            asynchronous: Whether a rank's device works behind its host; the same on all ranks.
         """
+        self._judge = WindowJudge(asynchronous)
         current = schedule.at(first_step)
         saved = self._saved_balance
         if saved is not None and sum(saved["initial"]) != current.global_batch_size:
@@ -197,7 +207,7 @@ class TuningSession:
         )
         self._memory_model = MemoryModel(current.world_size)
         self._suggestion = None if self.is_tuned or suggestion == current else suggestion
-        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._first_window())
         self._timing = True
         return (StartTimer(),)
 
@@ -236,7 +246,10 @@ class TuningSession:
         close = CloseStep(keep, window_begins=facts.step + 1 == self._measure_from)
         if self._kept_steps and self._elapsed_steps >= self._window.measured_steps:
             return (close, ExchangeReports())
-        return (close,)
+        return (close, *self._before_step(facts.step + 1))
+
+    def _before_step(self, step: int) -> tuple[Action, ...]:
+        return (WaitForDevice(),) if self._window.synchronised and step >= self._measure_from else ()
 
     def _counts(self, facts: StepFacts) -> bool:
         """Return whether a step counts as measured.
@@ -247,6 +260,10 @@ class TuningSession:
         assert self.plan is not None
         whole = facts.global_samples == self.plan.global_batch_size
         return whole and (facts.step_in_epoch > 0 or facts.steps_in_epoch < _SHORT_EPOCH_STEPS)
+
+    def _first_window(self) -> Window:
+        assert self._rebalancer is not None
+        return replace(self._rebalancer.first_window(), synchronised=self._judge.asynchronous)
 
     def _start_window(self, first_step: int, window: Window) -> None:
         self._window = window
@@ -264,7 +281,7 @@ class TuningSession:
         assert self._rebalancer is not None
         self._rebalancer.current = self.plan = plan
         self.changes.append((first_step, plan))
-        self._start_window(first_step + self.settings.warmup_steps, self._rebalancer.first_window())
+        self._start_window(first_step + self.settings.warmup_steps, self._first_window())
         reason = "a first guess, from the devices' cores and clocks"
         return (ChangePlan(first_step, plan, reason, self.settings.tune_steps),)
 
@@ -296,7 +313,8 @@ class TuningSession:
             limits = limits_of_micro_batches(limits, largest, self._rebalancer.current.global_batch_size)
         self._rebalancer.set_limits(limits)
         windows = [report.window for report in reports]
-        decision = self._rebalancer.update([window if window.steps else None for window in windows])
+        measured = [window if window.steps else None for window in windows]
+        decision = self._judge.judge(self._rebalancer, measured, self._window.synchronised)
         shown = all(window.steps for window in windows) and (not self.windows_before or self._owes_speed_up)
         return WindowResult(decision, first_step_after(reports), tuple(windows) if shown else (), predicted)
 
@@ -329,7 +347,7 @@ class TuningSession:
         elif decision.window.skipped_steps > _SHORT_PAUSE_STEPS:
             self._timing = False
             actions.append(StopTimer())
-        return tuple(actions)
+        return (*actions, *self._before_step(result.first_step))
 
     def _change(self, result: WindowResult, left: BatchPlan) -> ChangePlan:
         decision = result.decision

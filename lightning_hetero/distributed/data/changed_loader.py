@@ -33,20 +33,31 @@ def changed_loader(
         **attributes: Attributes of the copy, including those that a DataLoader refuses to change; it reads them again
             at each ``iter()``.
     """
-    cls = type(loader)
-    changed_class = cls
-    if mixin is not None and not issubclass(cls, mixin):
-        bases: tuple[type, ...] = (mixin, cls)
-        if below is not None:
-            library = library_class(loader)
-            inner = type(library.__name__, (below, library), {"__module__": library.__module__})
-            bases = (mixin, inner) if cls is library else (mixin, cls, inner)
-        changed_class = type(cls.__name__, bases, {"__module__": cls.__module__})
-    changed: DataLoader[Any] = object.__new__(changed_class)
+    changed = _empty(mixin, type(loader), below, library_class(loader))
     vars(changed).update(vars(copy.copy(loader)))
     own = {LOADER_ITERATOR: None, **attributes}
     vars(changed).update({**own, _ORIGINAL: _Original(loader, dict(vars(loader)), frozenset(own))})
     return changed
+
+
+def _empty(
+    mixin: type | None, cls: type[DataLoader[Any]], below: type | None, library: type[DataLoader[Any]]
+) -> DataLoader[Any]:
+    changed_class = cls
+    if mixin is not None and not issubclass(cls, mixin):
+
+        def reduce(self: DataLoader[Any], protocol: int) -> Any:
+            # no module has the class, so a copy, also one in another process, makes it again
+            reduced: Any = super(changed_class, self).__reduce_ex__(protocol)
+            return _empty, (mixin, cls, below, library), *reduced[2:]
+
+        bases: tuple[type, ...] = (mixin, cls)
+        if below is not None:
+            inner = type(library.__name__, (below, library), {"__module__": library.__module__})
+            bases = (mixin, inner) if cls is library else (mixin, cls, inner)
+        changed_class = type(cls.__name__, bases, {"__module__": cls.__module__, "__reduce_ex__": reduce})
+    loader: DataLoader[Any] = object.__new__(changed_class)
+    return loader
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def share_loader(
     before_fetch: Callable[[], None],
     after_fetch: Callable[[BatchSlice], None],
     batch_sampler: Sampler[list[int]] | Iterable[list[int]] | None = None,
-    called_by_loop: Callable[[], bool] = lambda: False,
+    called_by_loop: Callable[[], bool] | None = None,
 ) -> DataLoader[Any]:
     """Return a copy of ``loader`` that draws its batches from ``shares``; see :func:`changed_loader`.
 
@@ -47,7 +47,7 @@ def share_loader(
         _shares=shares,
         _before_fetch=before_fetch,
         _after_fetch=after_fetch,
-        _called_by_loop=called_by_loop,
+        _called_by_loop=called_by_loop or bool,  # by default no; a lambda could not be pickled
         _compares=iterates_itself(loader),
     )
 

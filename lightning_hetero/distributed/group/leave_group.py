@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 __all__ = ["leave_group_at_exit", "stay_in_group"]
 
+# Releases of Python 3.12 start no thread at exit, at least early ones.
+_START_BEFORE_EXIT = sys.version_info[:2] == (3, 12)
 # A group whose peers are gone may wait for them until its time-out, which must not delay the end of this process.
 _PATIENCE_S = 5.0
 
@@ -24,8 +26,7 @@ _PATIENCE_S = 5.0
 def leave_group_at_exit() -> None:
     """Close gloo's group when this process exits, since its training has succeeded; may be called more than once."""
     atexit.unregister(_leave)
-    # early releases of Python 3.12 start no thread at exit, so it is started now
-    atexit.register(_leave, *_waiting_thread(os.getpid()))
+    atexit.register(_leave, *_waiting_thread(os.getpid()) if _START_BEFORE_EXIT else ())
 
 
 def stay_in_group() -> None:
@@ -50,8 +51,10 @@ def _waiting_thread(pid: int) -> tuple[threading.Thread, threading.Event]:
     return thread, exiting
 
 
-def _leave(thread: threading.Thread, exiting: threading.Event) -> None:
+def _leave(thread: threading.Thread | None = None, exiting: threading.Event | None = None) -> None:
     failed = hasattr(sys, "last_type")
     if dist.is_initialized() and dist.get_backend() == "gloo" and not failed:
+        if thread is None or exiting is None:
+            thread, exiting = _waiting_thread(os.getpid())
         exiting.set()
         thread.join(_PATIENCE_S)

@@ -15,7 +15,8 @@ __all__ = ["add_default_balancer"]
 def add_default_balancer(trainer: Trainer) -> None:
     """Add a LoadBalancer with default settings to the callbacks of ``trainer`` unless they already have one."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
-    if not any(isinstance(callback, LoadBalancer) for callback in callbacks):
+    # one that was made for the other package of Lightning counts too
+    if not any(getattr(callback, "finds_shares", False) for callback in callbacks):
         # Lightning keeps checkpoint callbacks last
         first_checkpoint = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
         callbacks.insert(first_checkpoint, LoadBalancer())

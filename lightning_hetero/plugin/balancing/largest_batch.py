@@ -17,6 +17,7 @@ from lightning_hetero.balance.batch.search import Search
 from lightning_hetero.distributed.collective_watch import refused_collectives
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.common.lightning_private import before_batch_transfer
@@ -30,6 +31,7 @@ from lightning_hetero.plugin.step.step_output import loss_of
 __all__ = ["LargestBatchFinder"]
 
 
+@with_either_trainer
 class LargestBatchFinder(Callback):
     """Finds how many samples each rank can process at once, and makes the strategy respect that limit.
 

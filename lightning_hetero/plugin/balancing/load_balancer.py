@@ -23,6 +23,7 @@ from lightning_hetero.balance.tuning.actions import (
     ShowSpeedUp,
     StartTimer,
     StopTimer,
+    WaitForDevice,
 )
 from lightning_hetero.balance.tuning.advice import Advice, advise, predicted_efficiency
 from lightning_hetero.balance.tuning.rank_report import RankReport, fingerprint_of, run_window
@@ -32,6 +33,7 @@ from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
 from lightning_hetero.distributed.collectives import all_gather_counts, decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.balancing.reporter import RunReporter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
@@ -45,6 +47,7 @@ _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
 _NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 
 
+@with_either_trainer
 class LoadBalancer(Callback):
     """Finds the shares of ``hetero_ddp`` from the timings of the first training steps, and adapts them to drift.
 
@@ -84,6 +87,8 @@ class LoadBalancer(Callback):
             balancer = LoadBalancer(tune_steps=10, watch_steps=0)
             trainer = Trainer(strategy="hetero_ddp", devices=2, callbacks=[balancer])
     """
+
+    finds_shares = True
 
     def __init__(
         self,
@@ -154,9 +159,8 @@ class LoadBalancer(Callback):
     @property
     def measured_speed_up(self) -> float | None:
         """The samples/s under the found plan over those under the first one; None before both are measured."""
-        if not (self.windows_before and self.windows_after):
-            return None
-        return measured_speed_up(self.windows_before, self.windows_after)
+        known = self.windows_before and self.windows_after
+        return measured_speed_up(self.windows_before, self.windows_after) if known else None
 
     @property
     def advice(self) -> Advice | None:
@@ -164,8 +168,8 @@ class LoadBalancer(Callback):
         strategy = self._strategy
         if strategy is None or strategy.plan_schedule is None or not self.step_times:
             return None
-        plan = strategy.plan_schedule.plans[-1]
-        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain)
+        plan, windows = strategy.plan_schedule.plans[-1], (self.windows_before, self.windows_after)
+        return advise(self.step_times, plan, strategy.limits, self.communication_s, self.min_gain, *windows)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +189,8 @@ class LoadBalancer(Callback):
         schedule = strategy.plan_schedule
         if schedule is None or trainer.world_size == 1 or self.session.has_nothing_to_do:
             return
-        batch = schedule.plans[-1].global_batch_size
-        self.reporter = RunReporter(trainer, strategy.profiles, batch, self.record, self.verbose)
+        samples = schedule.plans[-1].global_batch_size
+        self.reporter = RunReporter(trainer, strategy.profiles, samples, self.record, self.verbose)
         self._begin(TrainingProgress(trainer).step + 1, strategy.nominal_plan())
         # the forward pass itself begins after DDP's communication before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
@@ -236,9 +240,9 @@ class LoadBalancer(Callback):
 
     def _stop(self) -> None:
         self.session.stop()
+        self._remove_hook()
         if self._strategy is not None:
             self._strategy.timer.disable()
-        self._remove_hook()
 
     def _remove_hook(self) -> None:
         if self._forward_hook is not None:
@@ -260,7 +264,8 @@ class LoadBalancer(Callback):
     def _begin(self, first_step: int, suggestion: BatchPlan | None = None) -> None:
         strategy = self._balanced
         assert strategy.plan_schedule is not None
-        actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion)
+        behind = any(profile.is_asynchronous for profile in strategy.profiles)
+        actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion, behind)
         if not self.finished:
             self._reporter.tuning(self.session.settings, strategy.plan_schedule.at(first_step))
         self._perform(actions)
@@ -280,6 +285,8 @@ class LoadBalancer(Callback):
                 strategy.timer.disable()
             case CloseStep():
                 self._close_step(action)
+            case WaitForDevice():
+                strategy.timer.wait_for_device()
             case BeginAgain():
                 self._begin(action.first_step)
             case AdoptSuggestion():
@@ -315,8 +322,8 @@ class LoadBalancer(Callback):
 
     def _exchange_reports(self) -> None:
         """Exchange the measurements, and follow rank zero's decision; every rank does so after the same step."""
-        strategy = self._balanced
-        schedule, progress = strategy.plan_schedule, TrainingProgress(strategy.trainer)
+        strategy, progress = self._balanced, TrainingProgress(self._balanced.trainer)
+        schedule = strategy.plan_schedule
         assert schedule is not None
         plan = schedule.at(progress.step)
         report = RankReport(
@@ -335,8 +342,7 @@ class LoadBalancer(Callback):
 
         result = decide_on_rank_zero(report.to_numbers(), decide, strategy.root_device)
         strategy.micro_batch_limits.predicted = result.predicted_micro_batches[strategy.global_rank]
-        tuning = not self.finished
-        actions = self.session.follow(result)
+        tuning, actions = not self.finished, self.session.follow(result)  # in this order
         if self.progress_bar and self.step_times:
             self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
         if reports:  # on rank zero
@@ -348,11 +354,10 @@ class LoadBalancer(Callback):
 
     def _read_memory(self, samples: int) -> MemoryReading:
         strategy = self._balanced
-        use = strategy.memory.read() if strategy.memory is not None and strategy.counts_samples else None
-        if use is None:
+        memory = strategy.memory
+        if memory is None or not strategy.counts_samples or (use := memory.read()) is None:
             return _NOTHING_READ
-        assert strategy.memory is not None
-        strategy.memory.restart()  # the next window may follow at once
+        memory.restart()  # the next window may follow at once
         largest = max(micro_batch_sizes(samples, strategy.micro_batch_limits.most), default=0)
         budget_bytes = self.memory_fraction * use.available_bytes
         return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)

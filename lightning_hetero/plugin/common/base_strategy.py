@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
@@ -20,16 +23,18 @@ from lightning_hetero.distributed.group.attempt_store import attempt_store, may_
 from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
 from lightning_hetero.exceptions import RankFailedError
+from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
-from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment
-from lightning_hetero.plugin.common.lightning_private import connect_through, is_attached, wrap_checkpoint_io
+from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
+from lightning_hetero.plugin.common.lightning_private import connect_through, trainer_of, wrap_checkpoint_io
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 
 __all__ = ["BaseStrategy"]
 
-_log = logging.getLogger(__name__)
+Self = TypeVar("Self", bound="BaseStrategy")
 
+_log = logging.getLogger(__name__)
 
 _LOADERS_KEY = "lightning_hetero"
 # arguments of DDPStrategy that control how gradients are averaged
@@ -41,6 +46,7 @@ class BaseStrategy(DDPStrategy):
 
     strategy_name = ""
     _failed = False
+    _last_trainer: weakref.ref[Trainer] | None = None
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
         """Check the arguments that Lightning's DDPStrategy and torch's DistributedDataParallel receive.
@@ -62,7 +68,8 @@ class BaseStrategy(DDPStrategy):
     @override
     def set_world_ranks(self) -> None:
         # The Trainer's constructor calls this before it makes the launcher, which asks the environment.
-        if type(self.cluster_environment) is TorchElasticEnvironment:
+        environment = self.cluster_environment
+        if type(environment) is TorchElasticEnvironment and differs_from_torchrun(self.num_processes, self.num_nodes):
             self.cluster_environment = UnevenTorchrunEnvironment()
         super().set_world_ranks()
         known = self.cluster_environment is not None
@@ -70,6 +77,50 @@ class BaseStrategy(DDPStrategy):
 
     def check_world_size(self, world_size: int) -> None:
         """Check the arguments that depend on the number of ranks, before any process is launched."""
+
+    # ---- Trainers: none, one, or one after the other ----------------------------------------------------------------
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        # the first thing that a Trainer does to a strategy
+        if is_foreign(accelerator, Accelerator):
+            become_native(self)
+            self.accelerator = accelerator
+        self._accelerator = accelerator
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        trainer = trainer_of(model)
+        if trainer is None:  # libraries save modules that were never trained
+            return
+        if self._last_trainer is not None and self._last_trainer() is not trainer:
+            self.renew()
+        self._last_trainer = weakref.ref(trainer)
+        self.begin_with(trainer, model)
+
+    def begin_with(self, trainer: Trainer, model: LightningModule) -> None:
+        """Prepare for what ``trainer`` runs next."""
+
+    def renew(self) -> None:
+        """Forget what was found with another Trainer, or in the strategy that this one was copied from."""
+
+    def __copy__(self: Self) -> Self:
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        other.renew()  # the parts of the original know only the original
+        return other
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last_trainer": None}
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @property
     @override
@@ -103,6 +154,8 @@ class BaseStrategy(DDPStrategy):
         self.load_loaders_state(of_strategies.get(self.strategy_name) if isinstance(of_strategies, dict) else None)
         return checkpoint
 
+    # ---- a run -----------------------------------------------------------------------------------------------------
+
     @override
     def setup_environment(self) -> None:
         self._failed = False
@@ -124,9 +177,8 @@ class BaseStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if trainer.training:
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None and trainer.training:
             TrainingProgress(trainer).undo_unfinished_step()
         return super().process_dataloader(dataloader)
 
@@ -142,8 +194,8 @@ class BaseStrategy(DDPStrategy):
     @property
     def is_alone(self) -> bool:
         """Whether peers may miss the collectives that this rank reaches now, so that it goes on without them."""
-        module = self.lightning_module
-        return module is not None and is_attached(module) and module.trainer.interrupted
+        trainer = trainer_of(self.lightning_module)
+        return trainer is not None and trainer.interrupted
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,17 @@ from typing_extensions import override
 
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["UnevenTorchrunEnvironment"]
+__all__ = ["UnevenTorchrunEnvironment", "differs_from_torchrun"]
+
+
+def differs_from_torchrun(num_devices: int, num_nodes: int) -> bool:
+    """Return whether ``num_nodes`` nodes with ``num_devices`` ranks each are not what torchrun has started.
+
+    Either the nodes have different numbers of ranks, or the Trainer was given wrong ones.
+    """
+    started = int(os.environ.get("WORLD_SIZE", num_devices * num_nodes))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_devices))
+    return num_devices > 0 and (num_devices * num_nodes != started or num_devices != here)
 
 
 class UnevenTorchrunEnvironment(TorchElasticEnvironment):

@@ -24,13 +24,13 @@ __all__ = [
     "connect_through",
     "evaluation_loop",
     "inner_batch_sampler",
-    "is_attached",
     "logged_step",
     "logged_values",
     "samplers_stay",
     "set_batch_size",
     "telling_indices",
     "tells_indices",
+    "trainer_of",
     "uses_post_local_sgd",
     "wrap_checkpoint_io",
 ]
@@ -80,9 +80,12 @@ def logged_step(loop: Any) -> int:
     return int(loop.epoch_loop._batches_that_stepped)
 
 
-def is_attached(module: LightningModule | None) -> bool:
-    """Return whether a module belongs to a Trainer; ``module.trainer`` raises if it does not."""
-    return module is not None and module._trainer is not None
+def trainer_of(module: LightningModule | None) -> Trainer | None:
+    """Return the Trainer that a module belongs to, or None; ``module.trainer`` raises if there is none.
+
+    Libraries delete the attribute to save a module without its Trainer.
+    """
+    return getattr(module, "_trainer", None)
 
 
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
 from typing import Any
 
 __all__ = ["overridden", "overridden_method"]
@@ -53,6 +54,7 @@ class _Around:
         self._of = obj, name
         self._method = getattr(obj, name)
         self._around = around
+        update_wrapper(self, self._method, updated=())  # torch.compile asks for the name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._around(self._method, *args, **kwargs)

@@ -79,7 +79,7 @@ class EvaluationData:
             batch_size=loader.batch_size,
             drop_last=loader.drop_last,
             rank=self._strategy.global_rank,
-            plan_of=lambda _, size: self._plan_of(size),
+            plan_of=self._plan_of,
             begin=Cursor,
             original=loaders.original_batch_sampler(loader.loader),
             stand_in=not predicting,
@@ -108,7 +108,7 @@ class EvaluationData:
         vars(joined)[_SLICES] = slices
         return joined
 
-    def _plan_of(self, size: int) -> BatchPlan:
+    def _plan_of(self, cursor: Cursor, size: int) -> BatchPlan:  # noqa: ARG002  # samplers pass it
         """Return the plan of a batch; every rank has a sample, where there are enough, before multiples matter."""
         plan, multiple = self._plan(), self._strategy.batch_multiple
         limits = BatchLimits(batch_multiple=multiple if size >= _fewest(plan.world_size, multiple) else 1)
@@ -122,7 +122,7 @@ class EvaluationData:
         if plan is not None:
             return plan
         # only the proportions count; a plan is scaled to the loader's batches
-        shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles)
+        shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles) or [1.0] * strategy.world_size
         return proportional_plan(shares, 1000 * strategy.world_size, min_samples=1)
 
     def begin(self, step: Callable[..., Any]) -> None:

@@ -19,7 +19,6 @@ from lightning_hetero.balance.batch.blocks import (
     common_unit,
     divide_together,
     merge_slices,
-    uneven_steps,
 )
 from lightning_hetero.balance.batch.sharding import plan_for_block
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, BatchSlice, PlanSchedule
@@ -28,7 +27,7 @@ from lightning_hetero.distributed.data.global_batches import CutBatches, GlobalB
 from lightning_hetero.distributed.data.joined_loader import JoinedLoader, Joint, join_loader
 from lightning_hetero.distributed.data.share_loader import share_loader
 from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
-from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.inexact import GATHERED, normalises_batches, warn_of_inexact
 from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
@@ -40,6 +39,7 @@ from lightning_hetero.plugin.common.loop_progress import (
 from lightning_hetero.plugin.common.protocols import LoaderOwner
 from lightning_hetero.plugin.data import loader_kinds as loaders
 from lightning_hetero.plugin.data.loader_state import ResumedLoaders, loaders_state
+from lightning_hetero.plugin.data.several_loaders import check_ends
 from lightning_hetero.plugin.data.slices import StepSlices
 from lightning_hetero.plugin.step.batch_size import samples_in
 
@@ -63,7 +63,7 @@ class TrainingData:
     def __init__(self, strategy: LoaderOwner) -> None:
         self._strategy = strategy
         self._schedule: PlanSchedule | None = None
-        self._samplers: tuple[ShareBatchSampler, ...] | None = None
+        self._samplers: tuple[ShareBatchSampler, ...] | None = ()  # None: loaders were processed, but not examined
         self._mode = ""
         self._slices = StepSlices()
         self._stays_equal = False
@@ -106,13 +106,14 @@ class TrainingData:
         strategy = self._strategy
         if loader.lists is None and not isinstance(loader.order, BroadcastOrder):  # the order follows from the epoch
             resume_exactly()
+        batches = self._global_batches(loader)
         sampler = ShareBatchSampler(
-            self._global_batches(loader),
+            batches,
             batch_size=loader.batch_size,
             drop_last=loader.drop_last,
             rank=strategy.global_rank,
-            plan_of=lambda cursor, size: self._plan_of(sampler, cursor, size),
-            begin=lambda: self._begin(sampler),
+            plan_of=partial(self._plan_of, batches),
+            begin=partial(self._begin, batches),
             original=loaders.original_batch_sampler(loader.loader),
             completion=self._completion,
         )
@@ -142,12 +143,13 @@ class TrainingData:
     def _joined(self, dataloader: Any) -> Any:
         strategy = self._strategy
         slices = partial(self._slices.note, id(dataloader))
-        count = (lambda _: 1) if strategy.num_loss_terms is not None else samples_in
-        loader = join_loader(
-            dataloader,
-            Joint(strategy.root_device, count, lambda: self._begin_joined(loader), slices, called_by_lightning_loop),
+        count = _one if strategy.num_loss_terms is not None else samples_in
+        joined: list[JoinedLoader] = []
+        begin = partial(self._begin_joined, joined)
+        joined.append(
+            join_loader(dataloader, Joint(strategy.root_device, count, begin, slices, called_by_lightning_loop))
         )
-        return loader
+        return joined[0]
 
     def _say_undivided(self, dataloader: object, reason: str) -> None:
         name = type(dataloader).__name__
@@ -224,7 +226,8 @@ class TrainingData:
         if limits.max_samples is not None:
             samples = sum(sampler.batches.size for sampler in samplers)
             limits = replace(limits, max_samples=tuple(cap * units // max(samples, 1) for cap in limits.max_samples))
-        if samplers and normalises_batches(self._strategy.trainer.lightning_module):
+        module = self._strategy.lightning_module
+        if samplers and module is not None and normalises_batches(module):
             # in training, batch normalisation refuses a single sample
             least = replace(limits, min_samples=2)
             return least if can_divide(units, least, self._strategy.world_size) else limits
@@ -294,14 +297,22 @@ class TrainingData:
         if self._samplers:
             self._prepare_schedule(self._units(self._samplers))
             if len(self._samplers) > 1:
-                self._check_ends(self._samplers)
+                assert self._schedule is not None
+                check_ends(
+                    self._schedule.at(self._progress.step + 1),
+                    [sampler.batches for sampler in self._samplers],
+                    self._mode,
+                    self._limits_in_samples,
+                    self._strategy.max_batch_size,
+                )
         return self._samplers
 
     def _prepare_schedule(self, global_batch_size: int) -> None:
         """Begin a plan schedule, or adapt the existing one to other batch sizes or limits."""
         schedule, step = self._schedule, self._progress.step + 1
         if schedule is None or schedule.at(step).world_size != self._strategy.world_size:
-            shares = arguments.shares_of_ranks(self._strategy.shares, self._strategy.profiles)
+            strategy = self._strategy  # its devices are unknown before its ranks are started
+            shares = arguments.shares_of_ranks(strategy.shares, strategy.profiles) or [1.0] * strategy.world_size
             self._schedule = PlanSchedule.constant(self._plan(shares, global_batch_size))
         elif schedule.at(step).global_batch_size != global_batch_size or not keeps_limits(
             schedule.at(step), self.limits
@@ -319,20 +330,21 @@ class TrainingData:
     def _progress(self) -> TrainingProgress:
         return TrainingProgress(self._strategy.trainer)
 
-    def _begin(self, sampler: ShareBatchSampler) -> Cursor:
+    def _begin(self, batches: GlobalBatches) -> Cursor:
         self._resolve()
         progress = self._progress
-        block = blocks_before(progress.position, len(sampler.batches), self._mode)
+        block = blocks_before(progress.position, len(batches), self._mode)
         return Cursor(progress.step + 1, progress.position, block)
 
-    def _begin_joined(self, loader: JoinedLoader) -> Cursor:
+    def _begin_joined(self, joined: Sequence[JoinedLoader]) -> Cursor:
         self._resolve()
+        loader = joined[0]
         progress = self._progress
         position = progress.position if loader.has_length else progress.resumed_position
         block = blocks_before(position, len(loader) if loader.has_length else None, self._mode)
         return Cursor(progress.step + 1, position, block)
 
-    def _plan_of(self, sampler: ShareBatchSampler, cursor: Cursor, size: int) -> BatchPlan:
+    def _plan_of(self, batches: GlobalBatches, cursor: Cursor, size: int) -> BatchPlan:
         samplers = self._resolve()
         assert self._schedule is not None
         plan = self._schedule.at(cursor.step)
@@ -343,34 +355,11 @@ class TrainingData:
             return plan_for_block(plan, size, self._limits_in_samples, 1 if self._gathers(cursor.step) else 2)
         sizes = self._sizes_in_step(samplers, cursor.position)
         plans = divide_together(plan, list(sizes.values()), self._limits_in_samples)
-        return dict(zip(sizes, plans, strict=True))[sampler]
+        return dict(zip(sizes, plans, strict=True))[id(batches)]
 
-    def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[ShareBatchSampler, int]:
-        blocks = {s: block_in_step(position, len(s.batches), self._mode) for s in samplers}
-        return {s: s.batches.size_at(block) for s, block in blocks.items() if block is not None}
-
-    def _check_ends(self, samplers: Sequence[ShareBatchSampler]) -> None:
-        """Check the steps with a ragged batch, since few samples can only be divided coarsely."""
-        assert self._schedule is not None
-        strategy, plan, limits = self._strategy, self._schedule.at(self._progress.step + 1), self._limits_in_samples
-        whole = _samples_of_ranks(plan, [sampler.batches.size for sampler in samplers], limits)
-        for sizes in uneven_steps([sampler.batches for sampler in samplers], self._mode):
-            try:
-                samples, fits = _samples_of_ranks(plan, sizes, limits), True
-            except InfeasiblePlanError:
-                samples, fits = _samples_of_ranks(plan, sizes, BatchLimits(None, limits.batch_multiple)), False
-            rank = max(range(len(samples)), key=lambda r: samples[r])
-            situation = (
-                f"in steps whose batches have {list(sizes)} samples, rank {rank} gets {samples[rank]} of them, because"
-                f" every rank needs the same fraction of each loader's batch for the gradient to be exact"
-            )
-            if not fits:
-                raise InfeasiblePlanError(
-                    f"`max_batch_size` must allow for the last batches of several loaders, got"
-                    f" {strategy.max_batch_size}, but {situation}. Use `drop_last=True`."
-                )
-            if samples[rank] > max(whole):
-                rank_zero_warn(f"`hetero_ddp`: {situation}. `drop_last=True` avoids that.")
+    def _sizes_in_step(self, samplers: Sequence[ShareBatchSampler], position: int) -> dict[int, int]:
+        blocks = [(s.batches, block_in_step(position, len(s.batches), self._mode)) for s in samplers]
+        return {id(batches): batches.size_at(block) for batches, block in blocks if block is not None}
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -390,10 +379,10 @@ class TrainingData:
         self.samples_in_batch = parts[0].samples if len(parts) == 1 and counts else None
 
 
+def _one(_: Any) -> int:
+    """Count a batch as one sample: the weight of its loss follows from its terms."""
+    return 1
+
+
 def _is_divided(loader: Any) -> bool:
     return isinstance(getattr(loader, "batch_sampler", None), ShareBatchSampler)
-
-
-def _samples_of_ranks(plan: BatchPlan, sizes: Sequence[int], limits: BatchLimits) -> list[int]:
-    """Return each rank's number of samples, over all loaders, shape ``(world_size,)``."""
-    return [sum(parts) for parts in zip(*(p.samples for p in divide_together(plan, sizes, limits)), strict=True)]

@@ -86,7 +86,7 @@ class BatchScope(Callback):
             self._run.enter_context(self._metrics.installed())
             self._run.enter_context(counting_for_all_ranks(trainer, self))
             self._run.enter_context(self._watch.installed())
-            self._run.enter_context(listening_first(trainer, module, self))
+        self._run.enter_context(listening_first(trainer, module, self))
 
     def close(self) -> None:
         """End whatever has begun, at the end of a run or after an error."""

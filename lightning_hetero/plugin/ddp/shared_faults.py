@@ -106,6 +106,7 @@ def warn_of_monitored(trainer: Trainer) -> None:
         if len({value for value in found if not math.isnan(value)}) > 1:
             rank_zero_warn(
                 f"`hetero_ddp`: {name!r} is monitored, but differs between ranks:"
-                f" {', '.join(f'{value:.4g}' for value in found)}. As under `ddp`, rank 0's value is followed, which is"
-                f" that of its own samples. Log it with `self.log({name!r}, ..., sync_dist=True)`."
+                f" {', '.join(f'{value:.4g}' for value in found)}. As under `ddp`, each rank follows the value of its"
+                f" own samples: checkpoints are chosen by rank 0's, and schedulers may give the ranks different"
+                f" learning rates. Log it with `self.log({name!r}, ..., sync_dist=True)`."
             )

@@ -34,6 +34,7 @@ from lightning_hetero.plugin.balancing.default_balancer import add_default_balan
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.inexact import inexact_parts, warn_of_inexact
+from lightning_hetero.plugin.common.lightning_private import trainer_of
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.batch_scope import BatchScope
@@ -115,6 +116,10 @@ class HeteroDDPStrategy(BaseStrategy):
         self.loss_reduction = loss_reduction
         self.num_loss_terms = num_loss_terms
         self.micro_batch_size = micro_batch_size
+        self.renew()
+
+    @override
+    def renew(self) -> None:
         self.timer = StepTimer(HostClock())
         self.profiles: tuple[DeviceProfile, ...] = ()
         self.train_data = TrainingData(self)
@@ -171,7 +176,7 @@ class HeteroDDPStrategy(BaseStrategy):
         arguments.check_at_least("first_step", first_step, 0)
         if not isinstance(plan, BatchPlan) or not all(arguments.is_integer(n) for n in plan.samples):
             raise ConfigurationError(f"`plan` must be a BatchPlan, got {plan!r}. For example BatchPlan((32, 96)).")
-        schedule = self.plan_schedule if self.lightning_module is not None else None
+        schedule = self.plan_schedule
         if schedule is None:
             raise ConfigurationError("`change_plan` needs a training loader that this strategy divides; there is none.")
         if first_step <= self.fetched_through:
@@ -215,9 +220,7 @@ class HeteroDDPStrategy(BaseStrategy):
         return {"num_replicas": 1, "rank": 0} if self.world_size > 1 else super().distributed_sampler_kwargs
 
     @override
-    def connect(self, model: LightningModule) -> None:
-        super().connect(model)
-        trainer = model.trainer
+    def begin_with(self, trainer: Trainer, model: LightningModule) -> None:
         if self.shares == "auto" and trainer.state.fn == TrainerFn.FITTING:
             add_default_balancer(trainer)
 
@@ -270,10 +273,10 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        dataloader = super().process_dataloader(dataloader)
-        if self.trainer.training:
-            return self.train_data.process(dataloader)
-        return self.eval_data.process(dataloader, predicting=self.trainer.predicting)
+        dataloader, trainer = super().process_dataloader(dataloader), trainer_of(self.lightning_module)
+        if trainer is None or trainer.training:
+            return dataloader if trainer is None else self.train_data.process(dataloader)
+        return self.eval_data.process(dataloader, predicting=trainer.predicting)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -363,7 +366,8 @@ class HeteroDDPStrategy(BaseStrategy):
     def _shapes_may_differ(self) -> bool:
         if self.world_size == 1:
             return False
-        part = self.scope.part or (self.train_data.part if self.trainer.training else None)
+        trainer = trainer_of(self.lightning_module)
+        part = self.scope.part or (self.train_data.part if trainer is not None and trainer.training else None)
         return part is None or not part.plan.is_equal
 
     @override

@@ -48,6 +48,8 @@ class RankZeroBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if not (dist.is_available() and dist.is_initialized()):  # read before or after a run, or a pickled copy
+            return iter(self._loader)
         if dist.get_rank() != 0:
             return self._receive()
         in_loop = called_by_lightning_loop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunSta
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.probe import TorchDeviceProbe
+from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.common.run_writer import RunWriter, reason_of, record_directory, run_header
@@ -23,6 +24,7 @@ from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 __all__ = ["PipelineRecorder"]
 
 
+@with_either_trainer
 class PipelineRecorder(Callback):
     """Records one training step of ``hetero_pipeline``: which stage computes which micro-batch when.
 
@@ -121,12 +123,13 @@ class PipelineRecorder(Callback):
     @staticmethod
     def _strategy_of(trainer: Trainer) -> HeteroPipelineStrategy:
         strategy = trainer.strategy
-        if not isinstance(strategy, HeteroPipelineStrategy):
+        # asked by name, because it may be the strategy for the other package of Lightning
+        if getattr(strategy, "strategy_name", "") != HeteroPipelineStrategy.strategy_name:
             raise UnsupportedFeatureError(
                 f"`PipelineRecorder` needs a strategy with stages, got {type(strategy).__name__}."
                 f' Use Trainer(strategy="hetero_pipeline") or remove the callback.'
             )
-        return strategy
+        return cast("HeteroPipelineStrategy", strategy)
 
 
 def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:

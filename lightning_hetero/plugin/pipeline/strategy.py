@@ -152,12 +152,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         self.num_loss_terms = num_loss_terms
         self.max_memory_bytes = max_memory_bytes
         self.verbose = verbose
-        self.plan: StagePlan | None = None
-        self.findings: PipelineFindings | None = None
-        self._data: PipelineData | None = None
-        self._runtime: Runtime | None = None
-        self._batches = 0
-        self._step_gradients: Gradients = []
+        self.renew()
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
@@ -169,13 +164,21 @@ class HeteroPipelineStrategy(BaseStrategy):
         arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size, by_name=False)
 
     @override
-    def connect(self, model: LightningModule) -> None:
-        super().connect(model)
-        self._data = PipelineData(model.trainer)
+    def renew(self) -> None:
+        self.plan: StagePlan | None = None
+        self.findings: PipelineFindings | None = None
+        self._data: PipelineData | None = None
+        self._runtime: Runtime | None = None
+        self._batches = 0
+        self._step_gradients: Gradients = []
+
+    @override
+    def begin_with(self, trainer: Trainer, model: LightningModule) -> None:
+        self._data = PipelineData(trainer)
         # All ranks work on the same batches, so none may get its own sampler; test_pipeline.py compares the order.
-        samplers_stay(model.trainer)
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            callbacks = model.trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
+        samplers_stay(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # public, but not annotated
             refuse_training(model, callbacks, self.precision_plugin.precision, self.world_size)
 
     @override
@@ -251,7 +254,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        return self._loaders.process(super().process_dataloader(dataloader))
+        dataloader = super().process_dataloader(dataloader)
+        return dataloader if self._data is None else self._data.process(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -265,8 +269,8 @@ class HeteroPipelineStrategy(BaseStrategy):
         super().on_train_start()
         if self.global_rank:  # dropout of one stage must not repeat that of another; rank 0 shuffles
             torch.manual_seed(torch.initial_seed() + self.global_rank)
-        else:
-            self._loaders.go_on()
+        elif self._data is not None:
+            self._data.go_on()
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -342,7 +346,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def load_loaders_state(self, state: Any) -> None:
-        self._loaders.load(state)
+        if self._data is not None:
+            self._data.load(state)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -386,11 +391,6 @@ class HeteroPipelineStrategy(BaseStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
-
-    @property
-    def _loaders(self) -> PipelineData:
-        assert self._data is not None
-        return self._data
 
     @property
     def _running(self) -> Runtime:

@@ -12,7 +12,7 @@ from profiles import drawn
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s, solve_batch
 from lightning_hetero.balance.tuning.advice import advise, predicted_efficiency
-from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
+from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 
 NO_LIMITS = BatchLimits()
 
@@ -22,6 +22,34 @@ def test_proportional_devices_are_fully_used() -> None:
     assert advice.speed_up == pytest.approx(1.5)
     assert advice.efficiency == pytest.approx(1.0)
     assert advice.sentences() == []
+
+
+@pytest.mark.parametrize(
+    ("times_before", "times_after", "constant"),
+    [
+        ((0.06, 0.02), (0.06, 0.02), True),  # as where a step draws a fixed number of samples by itself
+        ((0.06, 0.02), (0.063, 0.0198), True),  # a little noise
+        ((0.06, 0.02), (0.08, 0.015), True),  # much noise, the other way round
+        ((0.06, 0.02), (0.02, 0.03), False),  # proportional
+        ((0.06, 0.02), (0.06, 0.025), False),  # one rank has a high overhead, the other has not
+        ((0.06, 0.02), (0.05, 0.02), False),
+        ((0.06, 0.02), (0.05, 0.016), True),  # all devices have become faster
+    ],
+)
+def test_times_that_do_not_depend_on_the_mini_batch_are_named(
+    times_before: tuple[float, ...], times_after: tuple[float, ...], constant: bool
+) -> None:
+    first, found = BatchPlan((32, 32)), BatchPlan((8, 56))
+    before, after = (
+        [WindowTiming(n, 5, time) for n, time in zip(plan.samples, times, strict=True)]
+        for plan, times in ((first, times_before), (found, times_after))
+    )
+    step_times = [StepTime(time, 1e-5) for time in times_after]
+    advice = advise(step_times, found, NO_LIMITS, before=before, after=after)
+    assert advice.constant == constant
+    assert any("no shares make it faster" in sentence for sentence in advice.sentences()) == constant
+    assert not advise(step_times, found, NO_LIMITS, before=before).constant  # the plan was kept
+    assert not advise(step_times, found, NO_LIMITS, before=before, after=before).constant  # of the same size
 
 
 def test_a_rank_without_samples_adds_nothing_to_the_bound() -> None:

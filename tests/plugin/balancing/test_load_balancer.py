@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -18,7 +19,8 @@ from training import Numbered, SmallModule, flat, make_trainer, reference_parame
 from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.balance.batch.batch_solver import solve_batch
 from lightning_hetero.balance.tuning.advice import Advice
-from lightning_hetero.balance.types import BatchPlan, StepTime
+from lightning_hetero.balance.types import BatchPlan, DeviceProfile, StepTime
+from lightning_hetero.distributed.step_timer import StepTimer
 from lightning_hetero.testing import SlowDown
 
 BATCH_SIZE = 32
@@ -179,6 +181,27 @@ def test_a_rank_that_only_delays_the_others_is_named(ranks: RankPools) -> None:
     assert outcome.sizes[-1] >= 2 * BATCH_SIZE - 3
 
 
+class DrawsItsSamples(SmallModule):
+    """Does the same work in each step, whatever its mini-batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep((0.06, 0.02)[self.global_rank])
+        return super().training_step(batch, batch_idx)
+
+
+def advice_where_steps_draw() -> Advice | None:
+    balancer = LoadBalancer(tune_steps=8)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=20)
+    trainer.fit(DrawsItsSamples(), DataLoader(Numbered(64 * 20), batch_size=32))
+    return balancer.advice
+
+
+def test_work_that_does_not_depend_on_the_mini_batch_is_named(ranks: RankPools) -> None:
+    for advice in ranks.run(2, advice_where_steps_draw):
+        assert advice is not None
+        assert advice.constant
+
+
 def test_equal_devices_keep_equal_shares(ranks: RankPools) -> None:
     for outcome in ranks.run(2, balanced_run, [1.0, 1.0], 0.002):
         assert (outcome.changes, outcome.finished) == ([], True)
@@ -224,6 +247,34 @@ def test_shares_follow_a_device_that_slows_down_and_recovers(ranks: RankPools) -
     assert abs(sizes[125] - 32) <= 2
     expected = reference_parameters(BATCH_SIZE * 2 * 200, BATCH_SIZE * 2, 140)
     assert max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
+
+
+def throttled_behind_the_host() -> tuple[list[tuple[int, BatchPlan]], list[int]]:
+    """Return the changes, and the steps after which the host waited for its device."""
+    waited: list[int] = []
+    model, slow_down = SmallModule(), SlowDown([1.0, 1.0], 0.002)
+    balancer = LoadBalancer(watch_steps=4)
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [Throttle(slow_down, {40: 3.0}), slow_down, balancer], max_steps=70)
+
+    def note(_: StepTimer) -> None:
+        waited.append(trainer.fit_loop.total_batch_idx)
+
+    wait = mock.patch.object(StepTimer, "wait_for_device", note)
+    behind = mock.patch.object(DeviceProfile, "is_asynchronous", new=True)
+    with wait, behind:
+        trainer.fit(model, DataLoader(Numbered(1024), batch_size=BATCH_SIZE))
+    return balancer.changes, waited
+
+
+def test_hosts_wait_for_their_devices_while_tuning_and_to_confirm(ranks: RankPools) -> None:
+    (changes, waited), (of_peer, waited_too) = ranks.run(2, throttled_behind_the_host)
+    assert changes == of_peer
+    assert waited == waited_too
+    ((step, plan),) = [change for change in changes if change[0] > 40][:1]
+    assert plan.samples[0] < BATCH_SIZE
+    assert set(range(4, 8)) <= set(waited), "in the tuning"
+    assert any(40 <= at < step for at in waited), "before the change"
+    assert not set(range(32, 40)) & set(waited), "watching costs nothing"
 
 
 def test_without_watching_the_tuned_shares_stay(ranks: RankPools) -> None:

@@ -92,7 +92,7 @@ SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2, start_method=
     [
         ("popen", ("layer", "0"), "KeyError: 'of a layer'"),
         ("popen", ("layer", "1"), "KeyError: 'of a layer'"),
-        ("spawn", ("layer", "0"), "KeyError: 'of a layer'"),
+        pytest.param("spawn", ("layer", "0"), "KeyError: 'of a layer'", marks=thorough),
         (SPAWN, ("layer", "2"), "KeyError: 'of a layer'"),
         (POPEN, ("loss",), "KeyError: 'of a loss'"),
         (POPEN, ("data",), "KeyError: 'of a sample'"),

@@ -20,12 +20,12 @@ from lightning_hetero.plugin.common.lightning_private import (
     combined_loaders,
     evaluation_loop,
     inner_batch_sampler,
-    is_attached,
     logged_step,
     logged_values,
     samplers_stay,
     telling_indices,
     tells_indices,
+    trainer_of,
     uses_post_local_sgd,
     wrap_checkpoint_io,
 )
@@ -84,7 +84,7 @@ def trained(tmp_path: Path) -> tuple[Looks, Trainer]:
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    assert not is_attached(model)
+    assert trainer_of(model) is None
     trainer.fit(model)
     return model, trainer
 
@@ -97,7 +97,7 @@ def test_loops_tell_what_they_read_and_count(tmp_path: Path) -> None:
     assert (mode, evaluation.answers) == ("sequential", [True])
     assert model.seen["logged"] == ["training_step.value"]
     assert model.seen["step"] == 1
-    assert is_attached(model)
+    assert trainer_of(model)
     model.seen["hook"] = None
     assert before_batch_transfer(model, "batch") == "batch"
     assert model.seen["hook"] == 0
