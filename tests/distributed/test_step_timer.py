@@ -104,7 +104,7 @@ def test_a_disabled_timer_marks_nothing() -> None:
     assert timer.take() == []
 
 
-class CountingClock:
+class CountingClock(HostClock):
     """A clock that counts its readings."""
 
     def __init__(self) -> None:
