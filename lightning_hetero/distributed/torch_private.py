@@ -81,8 +81,8 @@ def reduces_after_backward(model: Any) -> bool:
 
 
 def copies_combined(model: Any) -> bool:
-    """Return whether DDP copies what was combined into the gradients, whose versions then change."""
-    return isinstance(model, nn.parallel.DistributedDataParallel) and not model.gradient_as_bucket_view
+    """Return whether DDP copies what it combines into the gradients, whose versions then change."""
+    return _combines(model) and not model.gradient_as_bucket_view
 
 
 def computes_in_buckets(model: Any) -> bool:
@@ -90,9 +90,12 @@ def computes_in_buckets(model: Any) -> bool:
 
     DDP's record of itself is the only place that names hooks of Python and hooks of C++.
     """
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return False
-    return model.gradient_as_bucket_view and bool(model._get_ddp_logging_data().get("comm_hook"))
+    return _combines(model) and model.gradient_as_bucket_view and bool(model._get_ddp_logging_data().get("comm_hook"))
+
+
+def _combines(model: Any) -> bool:
+    """Return whether ``model`` is DDP, outside of its ``no_sync``."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync
 
 
 def node_before_ddp(output: Tensor) -> Any:

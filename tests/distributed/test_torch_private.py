@@ -163,5 +163,8 @@ def combined_by_hooks(view: bool) -> list[tuple[bool, bool]]:
             ddp(torch.ones(1, 2)).sum().backward()
             assert ddp.module.weight.grad is not None
             assert version_of(ddp.module.weight.grad) > 0
+        with ddp.no_sync():
+            assert not copies_combined(ddp)
+            assert not computes_in_buckets(ddp)
     assert (copies_combined(ddp.module), computes_in_buckets(ddp.module)) == (False, False)
     return facts

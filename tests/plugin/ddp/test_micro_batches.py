@@ -301,6 +301,16 @@ def test_smaller_micro_batches_are_kept_after_a_shortage(ranks: RankPools) -> No
     assert [outcome.times_out_of_memory for outcome in outcomes] == [0, 2]
 
 
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_shortage_in_accumulated_batches(ranks: RankPools, step: int, view: bool) -> None:
+    """DDP combines no gradients in the batches before the last one of an optimiser step."""
+    shortage = Shortage(rank=1, step=step, phase="backward", layer=1, fits=3)
+    case = Case((1, 1), accumulate=2, shortages=(shortage,), ddp=(("gradient_as_bucket_view", view),))
+    outcomes = check(ranks, case, "memory runs out in accumulated batches")
+    assert [outcome.times_out_of_memory for outcome in outcomes] == [0, 1]
+
+
 # ---- where a step cannot be repeated ---------------------------------------------------------------------------------
 
 
@@ -390,10 +400,12 @@ class Hooked(Callback):
         self.state.calls, self.state.fails_at = 0, self.fails_at if here else 0
 
 
-def train_hooked(view: bool, shortages: tuple[Shortage, ...], fails_at: int, builtin: bool) -> list[float]:
+def train_hooked(
+    view: bool, shortages: tuple[Shortage, ...], fails_at: int, builtin: bool, accumulate: int = 1
+) -> list[float]:
     model = Scarce(Case((1, 1), shortages=shortages))
     strategy = HeteroDDPStrategy(shares=[1, 1], bucket_cap_mb=1e-5, gradient_as_bucket_view=view)
-    trainer = make_trainer(strategy, 2, [Hooked(2, fails_at, builtin)], max_steps=5)
+    trainer = make_trainer(strategy, 2, [Hooked(2, fails_at, builtin)], max_steps=4, accumulate_grad_batches=accumulate)
     trainer.fit(model, DataLoader(Numbered(60), batch_size=BATCH_SIZE))
     assert strategy.micro_batch_limits.times_out_of_memory == (len(shortages) if dist.get_rank() else 0)
     return flat(model.network)
@@ -406,6 +418,14 @@ def test_memory_that_runs_out_beside_a_communication_hook(ranks: RankPools, buil
     for parameters in ranks.run(2, train_hooked, False, (shortage,), 0, builtin, timeout_s=60):
         comparison = "memory runs out beside a communication hook"
         assert_close(parameters, expected[0], comparison=comparison)
+
+
+def test_memory_that_runs_out_where_no_hook_is_called(ranks: RankPools) -> None:
+    """The second of three accumulated batches is not communicated, so it is repeated, whatever hook there is."""
+    expected = ranks.run(2, train_hooked, True, (), 0, False, 3)
+    shortage = Shortage(rank=1, step=1, phase="backward", layer=1, fits=3)
+    for parameters in ranks.run(2, train_hooked, True, (shortage,), 0, False, 3, timeout_s=60):
+        assert_close(parameters, expected[0], comparison="memory runs out beside a communication hook")
 
 
 @pytest.mark.parametrize("view", [False, True])
