@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.distributed.torch_private import collective_methods, functional_resolvers
 
-__all__ = ["Collective", "CollectiveWatch"]
+__all__ = ["Collective", "CollectiveWatch", "refused_collectives"]
 
 # They synchronise statistics, metrics, gradients or the states of optimisers, and are right for unequal mini-batches.
 # Lightning's own collectives pass through the strategy.
@@ -99,20 +99,8 @@ class CollectiveWatch:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Watch the process groups of this process; costs nothing where no collective is made."""
-        functional, resolvers = functional_resolvers()
-        # as the class holds them, because they do not bind as Python's functions do
-        methods = {name: vars(dist.ProcessGroup)[name] for name in collective_methods()}
-        for name, resolver in resolvers.items():
-            setattr(functional, name, self._resolving(resolver))
-        for name in methods:
-            setattr(dist.ProcessGroup, name, self._calling(name, getattr(dist.ProcessGroup, name)))
-        try:
+        with _wrapped(self._calling, self._resolving):
             yield
-        finally:
-            for name, resolver in resolvers.items():
-                setattr(functional, name, resolver)
-            for name, method in methods.items():
-                setattr(dist.ProcessGroup, name, method)
 
     @contextmanager
     def watching(self, notice: Notice | None) -> Iterator[None]:
@@ -165,6 +153,46 @@ class CollectiveWatch:
         if called is not None:
             with self.watching(None):  # what `notice` exchanges itself
                 notice(Collective(*called, group, tensors, needs_one_shape, moves_tensors))
+
+
+@contextmanager
+def refused_collectives(refuse: Callable[[], None]) -> Iterator[None]:
+    """Call ``refuse`` before each collective of this thread in this context, whoever starts it."""
+    here = threading.get_ident()
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == here:
+                refuse()
+            return original(*args, **kwargs)
+
+        return call
+
+    with _wrapped(lambda _, method: refusing(method), refusing):
+        yield
+
+
+@contextmanager
+def _wrapped(
+    method: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+    resolver: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Wrap everything that collectives pass in this context: methods of process groups, and resolvers of groups."""
+    functional, resolvers = functional_resolvers()
+    # as the class holds them, because they do not bind as Python's functions do
+    methods = {name: vars(dist.ProcessGroup)[name] for name in collective_methods()}
+    for name, original in resolvers.items():
+        setattr(functional, name, resolver(original))
+    for name in methods:
+        setattr(dist.ProcessGroup, name, method(name, getattr(dist.ProcessGroup, name)))
+    try:
+        yield
+    finally:
+        for name, original in resolvers.items():
+            setattr(functional, name, original)
+        for name, original in methods.items():
+            setattr(dist.ProcessGroup, name, original)
 
 
 def _user_call(frame: FrameType | None) -> tuple[str, str] | None:

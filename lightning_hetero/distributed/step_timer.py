@@ -121,7 +121,8 @@ class StepTimer:
         self._step = _Step()
         self._measured: list[_Step] = []
         self._nested: bool | None = None  # None until a step was examined
-        self._pass = -1
+        self._pass: int | None = None  # the watched backward pass while it runs
+        self._waits = 0
         self._last_gradient: Any = None
         self._gradient_hooks: list[RemovableHandle] = []
 
@@ -152,7 +153,7 @@ class StepTimer:
     def disable(self) -> None:
         """Stop measuring, and discard steps that were not read."""
         self._enabled = False
-        self._since = self._ready = self._ready_in_step_before = self._last_gradient = None
+        self._since = self._ready = self._ready_in_step_before = self._last_gradient = self._pass = None
         self._running = []
         self._step = _Step()
         self._measured = []
@@ -165,7 +166,7 @@ class StepTimer:
 
     def resume(self) -> None:
         """Start the stopwatch: from here on the rank works."""
-        if self._enabled and self._since is None:
+        if self._enabled and self._since is None and not self._waits:
             self._since = self._clock.mark()
 
     def pause(self) -> None:
@@ -176,12 +177,14 @@ class StepTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Stop the stopwatch in this context, in which the rank may wait for others."""
+        """Stop the stopwatch in this context, in which the rank may wait for others; nothing starts it there."""
         was_running = self._since is not None
         self.pause()
+        self._waits += 1
         try:
             yield
         finally:
+            self._waits -= 1
             if was_running:
                 self.resume()
 
@@ -200,12 +203,19 @@ class StepTimer:
         self._pass = current_backward_pass()
 
     def _note_gradient(self, gradient: torch.Tensor) -> None:  # noqa: ARG002  # autograd passes it
+        if self._pass is None:  # of a pass of its own, in which no rank waits
+            return
         if current_backward_pass() != self._pass:
             self._nested = True
         self._last_gradient = self._clock.mark()
 
+    def backward_interrupted(self) -> None:
+        """Note that an error has ended the watched backward pass, and that its gradients are computed in other ways."""
+        self._pass = self._last_gradient = None
+
     def gradients_ready(self) -> None:
         """Note that the last local gradient has been computed."""
+        self._pass = None
         if not self._enabled:
             return
         noted, self._last_gradient = self._last_gradient, None
@@ -225,6 +235,7 @@ class StepTimer:
         """
         if not self._enabled:
             return
+        self._pass = None
         step, self._step = self._step, _Step()
         begin, end = self._ready_in_step_before, self._ready
         self._ready_in_step_before, self._ready = end, None

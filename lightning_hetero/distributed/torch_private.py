@@ -18,6 +18,8 @@ __all__ = [
     "LOADER_ITERATOR",
     "BatchNorm",
     "collective_methods",
+    "computes_in_buckets",
+    "copies_combined",
     "current_backward_pass",
     "default_store",
     "functional_resolvers",
@@ -76,6 +78,24 @@ def without_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 def reduces_after_backward(model: Any) -> bool:
     """Return whether DDP combines gradients only after its next backward pass, as in the first of a static graph."""
     return getattr(model, "static_graph", False) and not model._static_graph_delay_allreduce_enqueued
+
+
+def copies_combined(model: Any) -> bool:
+    """Return whether DDP copies what it combines into the gradients, whose versions then change."""
+    return _combines(model) and not model.gradient_as_bucket_view
+
+
+def computes_in_buckets(model: Any) -> bool:
+    """Return whether a communication hook computes in the gradients themselves, where nothing tells what it has done.
+
+    DDP's record of itself is the only place that names hooks of Python and hooks of C++.
+    """
+    return _combines(model) and model.gradient_as_bucket_view and bool(model._get_ddp_logging_data().get("comm_hook"))
+
+
+def _combines(model: Any) -> bool:
+    """Return whether ``model`` is DDP, outside of its ``no_sync``."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync
 
 
 def node_before_ddp(output: Tensor) -> Any:

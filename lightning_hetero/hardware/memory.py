@@ -12,7 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_hetero.hardware.nvml import Nvml
 
-__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "meter_of", "state_per_parameter"]
+__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "is_nearly_full", "meter_of", "state_per_parameter"]
+
+# Contexts and workspaces of CUDA's libraries take some hundred megabytes, and convolutions may need gigabytes.
+_NEARLY_FULL_FRACTION = 0.05
+_NEARLY_FULL_BYTES = 2**29
 
 _USUAL_STATE = 2.0  # Adam and its variants
 
@@ -76,6 +80,21 @@ class CudaMemoryMeter:
 def meter_of(device: torch.device) -> MemoryMeter | None:
     """Return the meter of a device; None for a processor, whose memory is shared with everything else."""
     return CudaMemoryMeter(device) if device.type == "cuda" else None
+
+
+def is_nearly_full() -> bool:
+    """Return whether the driver has little memory left on the current CUDA device; False if it does not answer.
+
+    Libraries allocate from the driver, so memory that torch's allocator caches does not help them.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    with suppress(RuntimeError):  # after some errors a device no longer answers
+        free, total = torch.cuda.mem_get_info()
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # not in all versions
+        limited = fraction * total - torch.cuda.memory_reserved()
+        return bool(min(free, limited) < max(_NEARLY_FULL_BYTES, _NEARLY_FULL_FRACTION * total))
+    return False
 
 
 def state_per_parameter(optimizer: Optimizer) -> float:

@@ -104,6 +104,87 @@ def test_a_disabled_timer_marks_nothing() -> None:
     assert timer.take() == []
 
 
+class CountingClock(HostClock):
+    """A clock that counts its readings."""
+
+    def __init__(self) -> None:
+        self.marks = 0
+
+    def mark(self) -> float:
+        self.marks += 1
+        return float(self.marks)
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+def marks_per_step(beside: str) -> tuple[int, int]:
+    """Return the marks of a step after the first one, and the hooks that parameters carry then."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
+    clock = CountingClock()
+    timer = StepTimer(clock)
+    parameters = list(model.parameters())
+    timer.enable(parameters)
+
+    def loss() -> torch.Tensor:
+        return model(torch.randn(2, 4)).square().mean()  # type: ignore[no-any-return]
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError
+
+    for step in range(3):
+        before = clock.marks
+        timer.resume()
+        if beside == "earlier micro-batch":
+            loss().backward()
+        watched = loss()
+        timer.watch_backward(watched)
+        if beside == "repetition" and step == 0:
+            failing = model[2].weight.register_hook(fails)  # type: ignore[operator]
+            with pytest.raises(torch.OutOfMemoryError):
+                watched.backward()
+            failing.remove()
+            timer.backward_interrupted()
+            gradients = torch.autograd.grad(loss(), parameters)
+            timer.gradients_ready()
+            torch.autograd.backward(parameters, gradients)
+        elif beside == "unnoticed error" and step == 0:
+            failing = model[2].weight.register_hook(fails)  # type: ignore[operator]
+            with pytest.raises(torch.OutOfMemoryError):
+                watched.backward()
+            failing.remove()
+        else:
+            watched.backward()
+        timer.resume()
+        timer.pause()
+        timer.finish_step(2)
+        if beside == "search":
+            with timer.waiting():
+                timer.resume()
+                loss().backward()
+    return clock.marks - before, sum(len(p._backward_hooks or {}) for p in parameters)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "earlier micro-batch", "repetition", "unnoticed error", "search"])
+def test_passes_beside_the_watched_one_are_not_nested_in_it(beside: str) -> None:
+    """Where passes are nested, each parameter marks its gradient in each step."""
+    assert marks_per_step(beside) == (4, 0)
+
+
+def test_nothing_starts_the_stopwatch_while_ranks_wait() -> None:
+    timer = StepTimer(ScriptedClock([0.0, 1.0, 5.0, 6.0, 7.0, 9.0]))
+    timer.enable()
+    timer.gradients_ready()
+    timer.finish_step(1)
+    timer.resume()
+    with timer.waiting(), timer.waiting():
+        timer.resume()
+    timer.gradients_ready()
+    timer.finish_step(1)
+    # works 1..5 and 6..7
+    assert timer.take() == [StepTiming(1, 5.0, 2.0)]
+
+
 class Checkpointed(nn.Module):
     """Layers whose activations are computed again in the backward pass."""
 

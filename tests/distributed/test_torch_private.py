@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPools
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -13,6 +15,8 @@ from lightning_hetero.distributed.torch_private import (
     LOADER_ITERATOR,
     BatchNorm,
     collective_methods,
+    computes_in_buckets,
+    copies_combined,
     current_backward_pass,
     default_store,
     functional_resolvers,
@@ -138,3 +142,29 @@ def test_collectives_pass_where_they_are_watched() -> None:
     functional, resolvers = functional_resolvers()
     assert resolvers
     assert all(getattr(functional, name) is resolver for name, resolver in resolvers.items())
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_ddp_does_with_combined_gradients(ranks: RankPools, view: bool) -> None:
+    expected = [(not view, False), (not view, view), (not view, view)]
+    assert ranks.run(1, combined_by_hooks, view) == [expected]
+
+
+def combined_by_hooks(view: bool) -> list[tuple[bool, bool]]:
+    facts = []
+    for hook in ("none", "Python", "C++"):
+        ddp = DistributedDataParallel(nn.Linear(2, 2), gradient_as_bucket_view=view)
+        if hook == "Python":
+            ddp.register_comm_hook(None, allreduce_hook)
+        elif hook == "C++":
+            ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)  # type: ignore[attr-defined]
+        facts.append((copies_combined(ddp), computes_in_buckets(ddp)))
+        if not view:
+            ddp(torch.ones(1, 2)).sum().backward()
+            assert ddp.module.weight.grad is not None
+            assert version_of(ddp.module.weight.grad) > 0
+        with ddp.no_sync():
+            assert not copies_combined(ddp)
+            assert not computes_in_buckets(ddp)
+    assert (copies_combined(ddp.module), computes_in_buckets(ddp.module)) == (False, False)
+    return facts

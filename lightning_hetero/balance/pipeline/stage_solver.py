@@ -44,6 +44,9 @@ class StageMemory:
         budgets_bytes: Memory that each rank may use.
         micro_batches: Number of micro-batches per step.
         schedule: Pipeline schedule, which determines for how many micro-batches a stage holds activations.
+        received_bytes: Memory into which a stage receives the output of each layer, if the layer is the last one of the
+            stage before, and into which it receives the gradient of that output, if the layer is its own last one; of
+            the model's last layer it receives nothing. Empty if it is unknown.
     """
 
     weights_bytes: tuple[float, ...]
@@ -51,13 +54,21 @@ class StageMemory:
     budgets_bytes: tuple[float, ...]
     micro_batches: int = 1
     schedule: Schedule = "1f1b"
+    received_bytes: tuple[float, ...] = ()
 
     def needed_bytes(self, plan: StagePlan) -> tuple[float, ...]:
         """Return the memory that each stage of a plan needs."""
+        ends = (0, *plan.ends)
         return tuple(
             sum(self.weights_bytes[i] + held * self.activations_bytes[i] for i in plan.layers(stage))
+            + self._received(ends[stage])
+            + self._received(ends[stage + 1])
             for stage, held in enumerate(self._held(plan.num_stages))
         )
+
+    def _received(self, boundary: int) -> float:
+        """Return the memory into which a stage receives what crosses the boundary before a layer, in one direction."""
+        return self.received_bytes[boundary - 1] if 0 < boundary < len(self.received_bytes) else 0.0
 
     def allows(self, plan: StagePlan) -> bool:
         """Return whether every stage fits into the memory of its rank."""
@@ -72,12 +83,23 @@ class StageMemory:
     def _held(self, num_stages: int) -> list[int]:
         return [micro_batches_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
 
-    def prefixes(self, num_stages: int) -> list[list[float]]:
-        """Return, for each stage, the memory that the layers before each layer would need in it."""
-        return [
-            [0.0, *accumulate(w + held * a for w, a in zip(self.weights_bytes, self.activations_bytes, strict=True))]
-            for held in self._held(num_stages)
-        ]
+    def furthest_ends(self, num_stages: int, stage: int, budget_bytes: float) -> list[int]:
+        """Return, for each layer, how far a stage that begins with it can go without exceeding ``budget_bytes``.
+
+        The stage ends before the layer returned. It could go further where the memory for what it receives falls
+        faster than that for its layers grows, which is not considered.
+        """
+        held = self._held(num_stages)[stage]
+        layers = zip(self.weights_bytes, self.activations_bytes, strict=True)
+        prefix = np.array([0.0, *accumulate(w + held * a for w, a in layers)])
+        received = np.array([self._received(boundary) for boundary in range(len(prefix))])
+        ends = prefix if stage == num_stages - 1 else prefix + received  # the last one ends with the last layer
+        found = []
+        for start, before in enumerate(prefix - received):
+            # a little slack, because the difference of two rounded sums is not exactly the sum in between
+            too_far = np.flatnonzero(ends[start + 1 :] > (before + budget_bytes) + 1e-13 * abs(prefix[-1]))
+            found.append(start + int(too_far[0]) if len(too_far) else len(prefix) - 1)
+        return found
 
 
 def uniform_stages(num_layers: int, world_size: int, last_rank: int = 0) -> StagePlan:
@@ -219,7 +241,8 @@ class _Problem:
         self._world_size, self._num_layers = costs.world_size, costs.num_layers
         self._last_rank = last_rank
         self._prefixes = [[0.0, *accumulate(row)] for row in costs.total_s]
-        self._held = None if memory is None else memory.prefixes(costs.world_size)
+        self._memory = memory
+        self._furthest: dict[tuple[int, float], list[int]] = {}
         self._budgets = () if memory is None else memory.budgets_bytes
         others = [rank for rank in range(costs.world_size) if rank != last_rank]
         kinds: dict[tuple[object, ...], list[int]] = {}
@@ -313,9 +336,11 @@ class _Problem:
         prefix = self._prefixes[rank]
         # a little slack, because the difference of two rounded sums is not exactly the sum in between
         end = bisect_right(prefix, (prefix[start] + bound_s) * (1 + 1e-13)) - 1
-        if self._held is not None:
-            held = self._held[stage]
-            end = min(end, bisect_right(held, (held[start] + self._budgets[rank]) * (1 + 1e-13)) - 1)
+        if self._memory is not None:
+            key = stage, self._budgets[rank]
+            if key not in self._furthest:
+                self._furthest[key] = self._memory.furthest_ends(self._world_size, *key)
+            end = min(end, self._furthest[key][start])
         # each later stage needs a layer
         return min(end, self._num_layers - (self._world_size - 1 - stage))
 

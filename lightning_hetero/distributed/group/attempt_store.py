@@ -3,6 +3,9 @@
 torchrun keeps one store over all restarts.  A rank that restarts before a peer would read the address at which that
 peer listened before it died, and fail to connect (https://github.com/pytorch/pytorch/issues/135712); it would also read
 the failure of that time.  torchrun's count of restarts does not distinguish attempts: each node counts for itself.
+
+NCCL's watchdogs use the whole store, whatever part of it their group has.  What those of an earlier attempt have left
+there would make those of this one end their processes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ __all__ = ["attempt_store", "may_be_stale"]
 
 _KEY = "lightning_hetero/attempt"
 _PAUSE_S = 0.02
+# kStoreDumpKey and kStoreErrorSignalKey in torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp
+_KEYS_OF_NCCL = ("exception_dump", "remote_error")
 
 
 def may_be_stale() -> bool:
@@ -39,6 +44,9 @@ def attempt_store(address: str, port: int, rank: int, world_size: int, timeout: 
         TimeoutError: If not all ranks have called in time; on rank 0 the message names those that have not.
     """
     store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    if rank == 0:  # without whose answer no rank begins
+        for key in _KEYS_OF_NCCL:
+            store.delete_key(key)
     return PrefixStore(_attempt(store, rank, world_size, timeout.total_seconds()), store)
 
 

@@ -37,8 +37,10 @@ class LayerProfile:
         forward_s: Seconds of each layer's forward pass; the last one includes the loss on ranks that compute it.
         backward_s: Seconds of each layer's backward pass; the last one includes the loss on ranks that compute it.
         parameter_bytes: Bytes of each layer's trained parameters.
-        constant_bytes: Bytes of each layer's other parameters and buffers.
-        activations_bytes: Bytes that each layer keeps for its backward pass.
+        constant_bytes: Bytes of each layer's other parameters and buffers, and of what its backward pass needs once for
+            all micro-batches, such as autocast's casts of parameters.
+        activations_bytes: Bytes that each layer keeps for the backward pass of each micro-batch.
+        boundary_bytes: Bytes of each layer's output.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
 
@@ -47,28 +49,30 @@ class LayerProfile:
     parameter_bytes: tuple[int, ...]
     constant_bytes: tuple[int, ...]
     activations_bytes: tuple[int, ...]
+    boundary_bytes: tuple[int, ...]
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
         """Return all values in one list, the transfer time last."""
-        rows = (self.forward_s, self.backward_s, self.parameter_bytes, self.constant_bytes, self.activations_bytes)
-        return [*(value for row in rows for value in row), self.transfer_s]
+        counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
+        return [*(value for row in (self.forward_s, self.backward_s, *counts) for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
-        n = len(values) // 5
-        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(5))
-        parameters, constants, activations = (tuple(int(value) for value in row) for row in counts)
-        return cls(forward_s, backward_s, parameters, constants, activations, transfer_s)
+        n = len(values) // 6
+        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(6))
+        parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in counts)
+        return cls(forward_s, backward_s, parameters, constants, activations, boundaries, transfer_s)
 
 
 @dataclass(frozen=True)
 class _Timing:
     forward_s: float
     backward_s: float
-    kept_bytes: int = 0
+    kept_bytes: int
+    shared_bytes: int
 
 
 def profile_layers(
@@ -101,19 +105,26 @@ def profile_layers(
             timing, value = _timed(layer, copies, value, device, first=number == 0)
             timings.append(timing)
             sizes.append(_bytes_of(copies))
+            del copies  # before the next layer takes memory
+            torch.clear_autocast_cache()  # it keeps the layer and its cast
             boundaries.append(sum(t.numel() * t.element_size() for t in flatten(value)[0]))
         if loss_of is not None:
             tail = _timed_loss(loss_of, value, device)
             last = timings[-1]
             timings[-1] = _Timing(
-                last.forward_s + tail.forward_s, last.backward_s + tail.backward_s, last.kept_bytes + tail.kept_bytes
+                last.forward_s + tail.forward_s,
+                last.backward_s + tail.backward_s,
+                last.kept_bytes + tail.kept_bytes,
+                last.shared_bytes + tail.shared_bytes,
             )
+            torch.clear_autocast_cache()
     return LayerProfile(
         forward_s=tuple(t.forward_s for t in timings),
         backward_s=tuple(t.backward_s for t in timings),
         parameter_bytes=tuple(trained for trained, _ in sizes),
-        constant_bytes=tuple(constant for _, constant in sizes),
+        constant_bytes=tuple(n + t.shared_bytes for (_, n), t in zip(sizes, timings, strict=True)),
         activations_bytes=tuple(t.kept_bytes for t in timings),
+        boundary_bytes=tuple(boundaries),
         transfer_s=_transfer_s(int(median(boundaries)), device),
     )
 
@@ -143,19 +154,14 @@ def _timed_loss(loss_of: Callable[[Any], Tensor], value: Any, device: torch.devi
     return _timed_often(forward, device, set())[0]
 
 
-def _timed_often(
-    forward: Callable[[], tuple[list[Tensor], Any, list[Tensor]]], device: torch.device, own: set[int]
-) -> tuple[_Timing, Any]:
+_Made = tuple[list[Tensor], Any, list[Tensor]]
+_Forward = Callable[[], _Made]
+
+
+def _timed_often(forward: _Forward, device: torch.device, own: set[int]) -> tuple[_Timing, Any]:
     """Return the median times and an output; a first run warms up and shows which tensors are kept."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        leaves, output, made = forward()
+    kept, (leaves, _, made) = _kept(forward, own)
+    shared = _shared(forward, kept, leaves)
     _backward(leaves, made)
     forward_s: list[float] = []
     backward_s: list[float] = []
@@ -166,7 +172,33 @@ def _timed_often(
         (leaves, output, made), seconds = timed_call(forward, device)
         forward_s.append(seconds)
         backward_s.append(timed_call(lambda leaves=leaves, made=made: _backward(leaves, made), device)[1])  # type: ignore[misc]
-    return _Timing(median(forward_s), median(backward_s), sum(kept.values())), _without_graph(output)
+    shared_bytes = sum(shared.values())
+    kept_bytes = sum(kept.values()) - shared_bytes
+    return _Timing(median(forward_s), median(backward_s), kept_bytes, shared_bytes), _without_graph(output)
+
+
+def _kept(forward: _Forward, own: set[int]) -> tuple[dict[int, int], _Made]:
+    """Return the bytes of each storage that a forward pass keeps for its backward pass, and what it returns."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = forward()
+    return kept, made
+
+
+def _shared(forward: _Forward, kept: dict[int, int], leaves: Sequence[Tensor]) -> dict[int, int]:
+    """Return those of the storages ``kept`` that all micro-batches of a step share: a second one keeps them as well.
+
+    Autocast casts a trained parameter once in a step, and parameters of the loss are not those of a layer. What was
+    kept must be alive, so that no storage is used again. Inputs are the same here, but not in a step.
+    """
+    own = set(map(_storage, leaves))
+    return {storage: kept[storage] for storage in kept.keys() & _kept(forward, own)[0].keys() if storage not in own}
 
 
 def _backward(leaves: Sequence[Tensor], made: Sequence[Tensor]) -> None:

@@ -26,9 +26,10 @@ from lightning_hetero.distributed.pipeline.structure import StageBoundary, flatt
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
 
-__all__ = ["Pipeline"]
+__all__ = ["KINDS_KEPT", "Pipeline"]
 
-_KINDS_KEPT = 8
+# Full and ragged batches of training and evaluation. Each kind has memory of its own for what it receives.
+KINDS_KEPT = 4
 
 # Before, stages could not exchange integers in training, and there had to be as many micro-batches as stages.
 _TORCH_NEEDED = "2.13"
@@ -181,7 +182,7 @@ class Pipeline:
             # Losses already contain the weights of their micro-batches.
             schedule = kind(stage, count, loss_fn=module.loss, scale_grads=False)
         self._kinds[key] = (module, schedule)
-        if len(self._kinds) > _KINDS_KEPT:
+        if len(self._kinds) > KINDS_KEPT:
             self._kinds.popitem(last=False)
         return self._kinds[key]
 
@@ -195,7 +196,8 @@ class Pipeline:
             moved = [t.to(self._device).requires_grad_(needs) for t, needs in zip(tensors, requires_grad, strict=True)]
             example = unflatten(moved, structure)
         # Ordinary tensors with a graph, even in inference mode: the pipeline must know which of them carry gradients.
-        with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._layers), torch.random.fork_rng():
+        cuda = [self._device] if self._device.type == "cuda" else []  # by default, all devices of the machine
+        with torch.inference_mode(False), torch.enable_grad(), _evaluating(self._layers), torch.random.fork_rng(cuda):
             output = run_layers(self._layers, _as_ordinary(example), first=self.is_first)
         tensors, structure = flatten(output)
         if not self.is_last:

@@ -6,7 +6,7 @@ checkpoints see the names, order and groups of parameters of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
 
-__all__ = ["TensorPlacement", "gather_on_rank_zero"]
+__all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
 
 
 class TensorPlacement:
@@ -116,7 +116,7 @@ class TensorPlacement:
     def _send(self, tensor: Tensor, source: int, target: int, optimizers: Sequence[Optimizer]) -> None:
         if self._rank == source:
             dist.send(tensor.detach().contiguous(), dst=target)
-            states = [{k: _on_cpu(v) for k, v in o.state.get(tensor, {}).items()} for o in optimizers]
+            states = [_each(o.state.get(tensor, {}), lambda value, _: value.detach().cpu()) for o in optimizers]
             dist.send_object_list([states], dst=target, device=self._device)
         elif self._rank == target:
             value = torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
@@ -126,10 +126,7 @@ class TensorPlacement:
             dist.recv_object_list(received, src=source, device=self._device)
             for optimizer, state in zip(optimizers, received[0], strict=True):
                 if state:
-                    # A step count stays on the CPU, where optimisers keep it.
-                    optimizer.state[tensor] = {
-                        k: v.to(self._device) if isinstance(v, Tensor) and v.dim() else v for k, v in state.items()
-                    }
+                    optimizer.state[tensor] = state_on(self._device, tensor, state, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the whole module on rank 0, and an empty dict elsewhere; every rank must call this."""
@@ -161,17 +158,18 @@ class TensorPlacement:
 
     def complete(self) -> None:
         """Copy the parameters and buffers of all stages to every rank's CPU; every rank must call this."""
-        copies = []
+        copy: Tensor | None = None
         for tensor in self._tensors():
-            copies.append(self._broadcast(tensor))
+            copy = None  # released before the next one takes memory of the device
+            copy = self._broadcast(tensor)
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, copies[-1].cpu()))
+                _swap(tensor, _like(tensor, copy.cpu()))
             else:
                 tensor.data = tensor.data.cpu()
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         dist.barrier()
-        copies.clear()
+        del copy
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor of the module on every rank."""
@@ -194,6 +192,18 @@ class TensorPlacement:
         """Yield each parameter and buffer once, in the same order on all ranks."""
         yield from self._module.parameters()
         yield from self._module.buffers()
+
+
+def state_on(device: torch.device, parameter: Tensor, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimiser's state of a parameter on the devices on which torch puts a state that it loads.
+
+    That is the parameter's device, except for step counts, which only fused and capturable optimisers keep there.
+    """
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    steps_on_device = group.get("fused") or group.get("capturable")
+    moved = _each(state, lambda value, key: value if key == "step" and not steps_on_device else value.to(device))
+    assert isinstance(moved, dict)
+    return moved
 
 
 def gather_on_rank_zero(value: Any) -> list[Any] | None:
@@ -226,6 +236,15 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
+
+
+def _each(value: Any, change: Callable[[Tensor, Any], Tensor], key: Any = None) -> Any:
+    """Change every tensor in nested containers; ``change`` also gets the key under which it is kept."""
+    if isinstance(value, Tensor):
+        return change(value, key)
+    if isinstance(value, dict):
+        return {k: _each(v, change, k) for k, v in value.items()}
+    return type(value)(_each(v, change, key) for v in value) if type(value) in (list, tuple) else value
 
 
 def _on_cpu(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_hetero.balance.batch.caps import micro_batch_sizes
 from lightning_hetero.balance.batch.search import Search
+from lightning_hetero.distributed.collective_watch import refused_collectives
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.lightning_packages import with_either_trainer
@@ -44,8 +45,9 @@ class LargestBatchFinder(Callback):
 
     Raises:
         ConfigurationError: An argument breaks its rule.
-        UnsupportedFeatureError: The strategy is not ``hetero_ddp``, or the training data are not a DataLoader of
-            samples.
+        UnsupportedFeatureError: The strategy is not ``hetero_ddp``, the training data are not a DataLoader of
+            samples, or a training step cannot run on one rank alone: optimisation is manual, or the step communicates,
+            as synchronised batch normalisation does.
 
     Attributes:
         found: Largest micro-batch of each rank in samples, at most the global batch size; empty before the search.
@@ -73,6 +75,10 @@ class LargestBatchFinder(Callback):
             )
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_steps_of_all_ranks(trainer)  # known since the training began, and before its first step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -80,9 +86,9 @@ class LargestBatchFinder(Callback):
             return
         strategy = trainer.strategy
         assert is_balanced(strategy)
-        strategy.timer.pause()  # ranks wait for the one that searches longest
-        own = self._largest(strategy, trainer, pl_module)
-        self.found = tuple(all_gather(own))
+        with strategy.timer.waiting():  # ranks wait for the one that searches longest
+            own = self._largest(strategy, trainer, pl_module)
+            self.found = tuple(all_gather(own))
         strategy.micro_batch_limits.limit = min(own, strategy.micro_batch_limits.limit or own)
         if self.verbose:
             say(trainer, f"hetero_ddp: the largest micro-batches that fit, in samples per rank, are {list(self.found)}")
@@ -104,7 +110,7 @@ class LargestBatchFinder(Callback):
     def _fits(self, strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
         with ExitStack() as stack:
             kept = (isolate_rng(), discarded_metrics(module), silent_log(module), kept_buffers(module))
-            for context in (*kept, strategy.micro_batches.alone()):
+            for context in (*kept, strategy.micro_batches.alone(), refused_collectives(_refuse_collective)):
                 stack.enter_context(context)
             try:
                 _run_passes(strategy, module, loader, size)
@@ -115,6 +121,23 @@ class LargestBatchFinder(Callback):
                 fits = False
         free_memory(strategy.root_device)
         return fits
+
+
+def _refuse_steps_of_all_ranks(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    why_one = strategy.micro_batch_limits.why_one if is_balanced(strategy) else None
+    if why_one is not None:
+        raise UnsupportedFeatureError(
+            f"`LargestBatchFinder` runs steps of other sizes on each rank alone, which is impossible here, because"
+            f" {why_one}. Remove the callback, and set `max_batch_size` instead."
+        )
+
+
+def _refuse_collective() -> None:
+    raise UnsupportedFeatureError(
+        "`LargestBatchFinder` runs a different number of steps on each rank, so a training step must not communicate,"
+        " for example in a metric that is computed in it. Remove the callback, and set `max_batch_size` instead."
+    )
 
 
 def _run_passes(strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:

@@ -4,7 +4,7 @@ If memory runs out in a forward pass, or in the backward pass of an early micro-
 yet, and the step runs again in smaller micro-batches. If it runs out in the last backward pass, the gradients computed
 so far may be on their way to the peers. They are correct and stay. Only the gradients of the remaining parameters are
 computed again, in smaller micro-batches and without DDP, and then given to autograd as if the interrupted pass had
-computed them.
+computed them. If it runs out in a communication hook, the rank gives up: DDP does not send those gradients any more.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_hetero.balance.batch.caps import MicroBatchLimits, halved, micro_batch_sizes
 from lightning_hetero.distributed.group.failure import announce
-from lightning_hetero.distributed.torch_private import reduces_after_backward
+from lightning_hetero.distributed.torch_private import computes_in_buckets, copies_combined, reduces_after_backward
 from lightning_hetero.exceptions import HeteroError, RankOutOfMemoryError, UnsupportedFeatureError
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.ddp.step_runner import StepRunner
@@ -78,6 +79,13 @@ class BeforeBackward:
     def untouched(self) -> list[nn.Parameter]:
         """The parameters whose gradients have not been computed since."""
         return [p for p, before in zip(self.parameters, self.marks, strict=True) if mark(p) == before]
+
+    @property
+    def touched(self) -> list[nn.Parameter]:
+        """The parameters whose gradients have been computed since, as dense tensors."""
+        untouched = set(self.untouched)
+        dense = (p for p in self.parameters if p.grad is not None and p.grad.layout == torch.strided)
+        return [p for p in dense if p not in untouched]
 
 
 class OutOfMemoryRecovery:
@@ -138,15 +146,29 @@ class OutOfMemoryRecovery:
             RankOutOfMemoryError: Memory ran out, and smaller micro-batches do not help.
         """
         module, strategy = self._runner.module, self._strategy
+        strategy.timer.backward_interrupted()
         if attempt is None or not module.automatic_optimization:
             raise self.failure("a backward pass", "only automatic optimisation can be repeated", reason)
         # the interrupted graph still holds memory, and Lightning holds the loss
         loss = loss.detach_()
         if not before.untouched:
             raise self.failure("the all-reduce", "what was communicated cannot be repeated", reason)
+        if computes_in_buckets(strategy.model):
+            why = "whether a communication hook has sent its gradients is unknown with `gradient_as_bucket_view=True`"
+            raise self.failure("the backward pass", why, reason)
+        computed = [(p, mark(p)) for p in before.touched]
         gradients = self._repeated(attempt, before.untouched, reason)
         strategy.timer.gradients_ready()
-        accumulate_as_backward(gradients, strategy.model if before.reduces_after else None)
+        try:
+            accumulate_as_backward(gradients, strategy.model if before.reduces_after else None)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            why = "what was communicated cannot be repeated"
+            raise self.failure("a communication hook", why, str(error)) from error
+        # DDP sends no further bucket after one that a hook has not sent, and then combines no gradient
+        if copies_combined(strategy.model) and any(mark(p) == earlier for p, earlier in computed):
+            raise self.failure("a communication hook", "its gradients were not sent, which cannot be repeated", reason)
         loss = strategy.precision_plugin.post_backward(loss, module)
         strategy.post_backward(loss)
         return loss

@@ -20,6 +20,8 @@ from lightning_hetero.plugin.step.metrics import DiscardedUpdates, discarded_met
 
 __all__ = ["stand_in"]
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 @contextmanager
 def stand_in(module: LightningModule) -> Iterator[DiscardedUpdates]:
@@ -53,7 +55,9 @@ def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
 
     def empty_input(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         passing[layer] = inputs[0]
-        return (inputs[0][:0],)
+        empty = inputs[0][:0]
+        # peers send statistics of half precision in float32, and an empty batch sends zeros in its own type
+        return (empty.float() if empty.dtype in _HALF else empty,)
 
     def input_as_output(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         # adding the empty sum keeps the communication of the backward pass in the graph

@@ -17,6 +17,7 @@ from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_st
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.pipeline import KINDS_KEPT
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import meter_of
@@ -95,6 +96,7 @@ def _decision(
                 budgets_bytes=budgets,
                 micro_batches=example.micro_batches,
                 schedule=schedule,
+                received_bytes=tuple(float(KINDS_KEPT * example.micro_batches * n) for n in kept.boundary_bytes),
             )
         transfer_s = profiles[0].transfer_s
         last_rank = current.ranks[-1]

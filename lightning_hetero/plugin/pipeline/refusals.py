@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch.optim import LBFGS, Optimizer
 
 from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
 
-__all__ = ["refuse_optimizers", "refuse_saving", "refuse_training"]
+__all__ = ["refuse_backend", "refuse_optimizers", "refuse_saving", "refuse_training"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,23 @@ def _why_not(callback: Callback, world_size: int) -> str | None:
     if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
         return f"{name} copies the whole model, of which each rank has only a part"
     return None
+
+
+def refuse_backend(device: torch.device) -> None:
+    """Refuse a process group that cannot send tensors of ``device`` from one rank to another.
+
+    Raises:
+        UnsupportedFeatureError: It is gloo, whose point-to-point communication reads the memory of the host.
+    """
+    if device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(",") if ":" in pair)
+    if backends.get(device.type) == "gloo":
+        raise UnsupportedFeatureError(
+            f'`hetero_pipeline` cannot send tensors of {device} with `process_group_backend="gloo"`, which sends from'
+            f" the memory of the host. Leave the argument out, so that the backend of the accelerator is used, or train"
+            f" with `hetero_ddp`, which works over gloo."
+        )
 
 
 def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:

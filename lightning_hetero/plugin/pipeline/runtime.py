@@ -21,6 +21,7 @@ from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
 from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
+from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 
 __all__ = ["Runtime", "not_moved_to_cpu"]
@@ -43,6 +44,9 @@ class Runtime:
         loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
             sizes.
 
+    Raises:
+        UnsupportedFeatureError: The ranks cannot exchange tensors of the device.
+
     Attributes:
         called: The model that steps call.
         layers: All layers of that model, in order.
@@ -64,6 +68,7 @@ class Runtime:
         num_microbatches: int,
         loss_weights: LossWeights,
     ) -> None:
+        refuse_backend(device)
         self._module = module
         self._rank = rank
         self._device = device

@@ -101,9 +101,14 @@ def muted_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     Multiplying the loss by zero is not enough: zero times infinity is not a number.
     """
-    handles: list[RemovableHandle] = [p.register_hook(torch.zeros_like) for p in parameters if p.requires_grad]
+    handles: list[RemovableHandle] = [p.register_hook(_zeros) for p in parameters if p.requires_grad]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _zeros(gradient: Tensor | None) -> Tensor | None:
+    # synchronised batch normalisation has no gradient on a rank without samples, and no hook may give it one
+    return None if gradient is None else torch.zeros_like(gradient)

@@ -76,6 +76,36 @@ def test_memory_is_respected_wherever_it_can_be(problem: LayerCosts, data: st.Da
     assert memory.allows(refined)
 
 
+@settings(max_examples=drawn(100, 600))
+@given(costs(), st.data())
+def test_what_is_received_takes_memory(problem: LayerCosts, data: st.DataObject) -> None:
+    """Boundaries of one size are divided as well as by brute force; of any size, what is found fits."""
+    n = problem.num_layers
+    same = data.draw(st.booleans())
+    sizes = (
+        [data.draw(st.integers(0, 6))] * n if same else data.draw(st.lists(st.integers(0, 6), min_size=n, max_size=n))
+    )
+    budgets = data.draw(st.lists(st.integers(3, 60), min_size=problem.world_size, max_size=problem.world_size))
+    memory = StageMemory((2.0,) * n, (1.0,) * n, tuple(map(float, budgets)), 2, "gpipe", tuple(map(float, sizes)))
+    plans = list(all_plans(n, problem.world_size))
+    allowed = [plan for plan in plans if memory.allows(plan)]
+    for plan in plans:
+        ends = (0, *plan.ends)
+        for stage, needed in enumerate(memory.needed_bytes(plan)):
+            crossing = [sizes[end - 1] for end in ends[stage : stage + 2] if 0 < end < n]
+            assert needed == 4.0 * len(plan.layers(stage)) + sum(crossing)
+    try:
+        plan = solve_stages(problem, memory)
+    except InfeasiblePlanError:
+        assert not allowed or not same
+        return
+    assert memory.allows(plan)
+    assert memory.allows(refine_stages(problem, plan, 3, "gpipe", memory))
+    if same:
+        best = min(problem.of_stages(plan).slowest_s for plan in allowed)
+        assert problem.of_stages(plan).slowest_s == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
 @given(costs(), st.integers(1, 8), st.sampled_from(["gpipe", "1f1b"]))
 def test_refining_never_makes_a_step_longer(problem: LayerCosts, micro_batches: int, schedule: Schedule) -> None:
     plan = solve_stages(problem)

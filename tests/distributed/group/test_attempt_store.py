@@ -62,6 +62,20 @@ def test_a_rank_that_died_before_it_was_understood_is_forgotten(port: int) -> No
 
 
 @pytest.mark.timeout(60)
+def test_failures_that_nccl_has_left_are_forgotten(port: int) -> None:
+    """NCCL looks in the store that underlies the part of an attempt."""
+    root, keys = TCPStore(HOST, port, is_master=False), ("exception_dump", "remote_error")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):  # with traces and without
+            second = pool.submit(join, port, 1, 2)
+            stores = [join(port, 0, 2, 0.1), second.result(60)]
+            assert not any(store.check([key]) for store in (root, *stores) for key in keys)
+            for key in keys:
+                root.set(key, "1")
+        assert all(root.check([key]) for key in keys)
+
+
+@pytest.mark.timeout(60)
 def test_ranks_that_do_not_come_are_named(port: int) -> None:
     with pytest.raises(TimeoutError, match=r"rank 1, 2 has not started in time"):
         join(port, 0, 3, timeout_s=0.5)

@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from batch_norm_kernels import synchronised_on_cpu
 from harness import RankPools
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from training import Numbered, SmallModule, assert_close, flat, make_trainer, reference_parameters
 
 from lightning_hetero import HeteroDDPStrategy, LargestBatchFinder, LoadBalancer
 from lightning_hetero.balance.batch.batch_solver import solve_batch
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime
+from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import CudaMemoryMeter, MemoryUse
 from lightning_hetero.testing import SlowDown
 
@@ -62,6 +67,16 @@ class Allocating(SmallModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.trainer.strategy.memory.allocate(len(batch[0]))  # type: ignore[attr-defined]
         return super().training_step(batch, batch_idx)
+
+
+class CountHooks(Callback):
+    """Counts the hooks that trained parameters carry in each step."""
+
+    def __init__(self) -> None:
+        self.hooks: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.hooks.append(sum(len(p._backward_hooks or {}) for p in pl_module.parameters()))
 
 
 def train(totals: list[int], tells: bool, options: dict[str, Any]) -> tuple[list[BatchPlan], int, int, list[float]]:
@@ -119,6 +134,23 @@ def test_a_global_batch_larger_than_all_memories_trains(ranks: RankPools) -> Non
         assert sum(plans[-1].samples) == 64
 
 
+def hooks_after(trial: str) -> list[int]:
+    """Train with a finder, or with memory that runs out in the first step; return the hooks of each step."""
+    finder, hooks = [LargestBatchFinder()] if trial == "search" else [], CountHooks()
+    strategy = Scripted([24 * GB, 24 * GB if trial == "search" else 9 * GB], False)
+    trainer = make_trainer(strategy, 2, [hooks, *finder, LoadBalancer()], max_steps=8)
+    trainer.fit(Allocating(), DataLoader(Numbered(2 * BATCH_SIZE * 9), batch_size=BATCH_SIZE, shuffle=True))
+    assert trial == "search" or strategy.micro_batch_limits.times_out_of_memory == dist.get_rank()
+    return hooks.hooks
+
+
+@pytest.mark.parametrize("trial", ["search", "shortage"])
+def test_trials_and_repetitions_do_not_look_like_nested_passes(ranks: RankPools, trial: str) -> None:
+    for hooks in ranks.run(2, hooks_after, trial):
+        assert hooks[-3:] == [0, 0, 0], "an ordinary step runs Python for no parameter"
+        assert max(hooks) == 4
+
+
 def search(totals: list[int]) -> tuple[tuple[int, ...], list[float], int, BatchPlan]:
     model, finder, balancer, strategy = Allocating(), LargestBatchFinder(), LoadBalancer(), Scripted(totals, False)
     trainer = make_trainer(strategy, 2, [SlowDown([2.0, 1.0], 0.002), finder, balancer], max_steps=STEPS)
@@ -132,6 +164,67 @@ def test_the_largest_batch_of_each_rank_is_found_and_respected(ranks: RankPools)
         assert (found, times_out_of_memory) == ((64, 40), 0)
         assert_exact(parameters)
         assert plan.samples == (24, 40), "the fast rank would get 43"
+
+
+class Communicating(SmallModule):
+    """Communicates in each step, in the way of its ``kind``."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.steps = kind, 0
+        self.metric = MeanMetric(dist_sync_on_step=kind == "metric of the module")
+        self.hidden = [MeanMetric(dist_sync_on_step=True)]
+        self.automatic_optimization = kind != "manual"
+        if kind == "normalisation":
+            self.norm = nn.SyncBatchNorm(5).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps += 1
+        index, features, targets = batch
+        if self.kind == "normalisation":
+            features = self.norm(features)
+        elif self.kind == "metric of the module":
+            self.metric(features.mean())
+        elif self.kind == "metric in a list":
+            self.hidden[0](features.mean())
+        elif self.kind == "computed metric":
+            self.metric.update(features.mean())
+            self.metric.compute()
+        elif self.kind == "own collective":
+            dist.all_reduce(features.mean())
+        loss = super().training_step([index, features, targets], batch_idx)
+        if self.kind == "manual":
+            self.manual_backward(loss)
+        return loss
+
+
+def refused_search(kind: str) -> tuple[str, int]:
+    model = Communicating(kind)
+    # rank 1 would try more sizes than rank 0
+    strategy = HeteroDDPStrategy(shares=[7, 1] if kind != "own collective" else [1, 1])
+    trainer = make_trainer(strategy, 2, [LargestBatchFinder()], max_steps=3)
+    with synchronised_on_cpu(), pytest.raises((UnsupportedFeatureError, RankFailedError)) as caught:
+        trainer.fit(model, DataLoader(Numbered(128), batch_size=16))
+    return str(caught.value), model.steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "steps"),
+    [
+        ("normalisation", "synchronised batch normalisation communicates", 0),
+        ("metric of the module", "a metric with `dist_sync_on_step=True` communicates", 0),
+        ("manual", "only automatic optimisation", 0),
+        ("metric in a list", "must not communicate", 2),
+        ("computed metric", "must not communicate", 2),
+        ("own collective", "must not communicate", 2),
+    ],
+)
+def test_a_search_in_steps_that_communicate_is_refused(ranks: RankPools, kind: str, reason: str, steps: int) -> None:
+    """The ranks run different numbers of trials, so they would wait for one another, and for good."""
+    for message, run in ranks.run(2, refused_search, kind, timeout_s=60.0):
+        assert "`LargestBatchFinder` runs" in message
+        assert reason in message
+        assert run <= steps
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

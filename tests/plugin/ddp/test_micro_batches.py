@@ -301,6 +301,16 @@ def test_smaller_micro_batches_are_kept_after_a_shortage(ranks: RankPools) -> No
     assert [outcome.times_out_of_memory for outcome in outcomes] == [0, 2]
 
 
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("view", [False, True])
+def test_a_shortage_in_accumulated_batches(ranks: RankPools, step: int, view: bool) -> None:
+    """DDP combines no gradients in the batches before the last one of an optimiser step."""
+    shortage = Shortage(rank=1, step=step, phase="backward", layer=1, fits=3)
+    case = Case((1, 1), accumulate=2, shortages=(shortage,), ddp=(("gradient_as_bucket_view", view),))
+    outcomes = check(ranks, case, "memory runs out in accumulated batches")
+    assert [outcome.times_out_of_memory for outcome in outcomes] == [0, 1]
+
+
 # ---- where a step cannot be repeated ---------------------------------------------------------------------------------
 
 
@@ -351,3 +361,79 @@ def test_a_rank_that_cannot_go_on_says_why(
 ) -> None:
     with pytest.raises(RankError, match=rf"(?s)RankOutOfMemoryError: Rank 0 \(cpu\) ran out of memory .*{message}"):
         ranks.run(1, train_alone, kind, phase, fits, timeout_s=60)
+
+
+# ---- communication hooks ---------------------------------------------------------------------------------------------
+
+
+class HookState:
+    """Where a hook runs out of memory, and a count of its calls in the current step."""
+
+    def __init__(self, step: int, fails_at: int) -> None:
+        self.step, self.fails_at, self.calls = step, fails_at, 0
+
+
+def compress(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations with types, not with texts
+    """Average what it has allocated, and copy it back where the bucket is."""
+    state.calls += 1
+    if state.calls == state.fails_at:
+        raise torch.OutOfMemoryError("in the hook")
+    sent = bucket.buffer().clone().div_(dist.get_world_size())
+    future = dist.all_reduce(sent, async_op=True).get_future()
+    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+class Hooked(Callback):
+    """Gives DDP a communication hook, which runs out of memory in one step of rank 1 if at all."""
+
+    def __init__(self, step: int, fails_at: int, builtin: bool) -> None:
+        self.state, self.step, self.fails_at, self.builtin = HookState(step, 0), step, fails_at, builtin
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.builtin:
+            trainer.strategy.model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)  # type: ignore[attr-defined]
+        else:
+            trainer.strategy.model.register_comm_hook(self.state, compress)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        here = dist.get_rank() == 1 and trainer.fit_loop.total_batch_idx == self.step
+        self.state.calls, self.state.fails_at = 0, self.fails_at if here else 0
+
+
+def train_hooked(
+    view: bool, shortages: tuple[Shortage, ...], fails_at: int, builtin: bool, accumulate: int = 1
+) -> list[float]:
+    model = Scarce(Case((1, 1), shortages=shortages))
+    strategy = HeteroDDPStrategy(shares=[1, 1], bucket_cap_mb=1e-5, gradient_as_bucket_view=view)
+    trainer = make_trainer(strategy, 2, [Hooked(2, fails_at, builtin)], max_steps=4, accumulate_grad_batches=accumulate)
+    trainer.fit(model, DataLoader(Numbered(60), batch_size=BATCH_SIZE))
+    assert strategy.micro_batch_limits.times_out_of_memory == (len(shortages) if dist.get_rank() else 0)
+    return flat(model.network)
+
+
+@pytest.mark.parametrize("builtin", [False, True])
+def test_memory_that_runs_out_beside_a_communication_hook(ranks: RankPools, builtin: bool) -> None:
+    expected = ranks.run(2, train_hooked, False, (), 0, builtin)
+    shortage = Shortage(rank=1, step=2, phase="backward", layer=1, fits=3)
+    for parameters in ranks.run(2, train_hooked, False, (shortage,), 0, builtin, timeout_s=60):
+        comparison = "memory runs out beside a communication hook"
+        assert_close(parameters, expected[0], comparison=comparison)
+
+
+def test_memory_that_runs_out_where_no_hook_is_called(ranks: RankPools) -> None:
+    """The second of three accumulated batches is not communicated, so it is repeated, whatever hook there is."""
+    expected = ranks.run(2, train_hooked, True, (), 0, False, 3)
+    shortage = Shortage(rank=1, step=1, phase="backward", layer=1, fits=3)
+    for parameters in ranks.run(2, train_hooked, True, (shortage,), 0, False, 3, timeout_s=60):
+        assert_close(parameters, expected[0], comparison="memory runs out beside a communication hook")
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_memory_that_runs_out_in_a_communication_hook_ends_the_training(
+    ranks: RankPools, view: bool, call: int
+) -> None:
+    """The bucket was not sent, so the rank would go on with gradients of its own, and its peer would wait."""
+    where = "in the backward pass .* whether a communication hook has sent" if view else "in a communication hook of"
+    with pytest.raises(RankError, match=rf"(?s)RankOutOfMemoryError: Rank 1 .* {where}"):
+        ranks.run(2, train_hooked, view, (), call, False, timeout_s=60)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +24,10 @@ from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.plugin.pipeline import planning
+from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 
 BATCH_SIZE = 10
 
@@ -270,3 +276,96 @@ def test_arguments_that_do_not_match_the_number_of_ranks(arguments: dict[str, An
     """Known when the Trainer is constructed, before any process is launched."""
     with pytest.raises(ConfigurationError, match=message):
         Trainer(accelerator="cpu", devices=2, strategy=HeteroPipelineStrategy(**arguments))
+
+
+def set_up_with_a_gpu(device: str) -> str:
+    """Set up a pipeline whose layers are on ``device``, which this machine does not have, over gloo."""
+
+    class OnGpu(HeteroPipelineStrategy):
+        pretends = False
+
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device(device if self.pretends else "cpu")
+
+        def model_to_device(self) -> None:
+            self.pretends = True
+            try:
+                super().model_to_device()
+            finally:
+                self.pretends = False
+
+    try:
+        make_trainer(OnGpu(), dist.get_world_size(), max_steps=1).fit(Collecting(), loader())
+    except UnsupportedFeatureError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_gloo_is_refused_where_layers_are_on_gpus(ranks: RankPools, device: str) -> None:
+    """Its send would take a pointer to the memory of the device for one to that of the host."""
+    for message in ranks.run(2, set_up_with_a_gpu, device, timeout_s=60.0):
+        assert f"cannot send tensors of {device}" in message
+        assert "process_group_backend" in message
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "refused"),
+    [
+        ("cuda", "cpu:gloo,cuda:gloo", True),
+        ("xpu", "cpu:gloo,xpu:gloo", True),
+        ("cuda", "cpu:gloo,cuda:nccl", False),
+        ("cuda", "cuda:nccl", False),
+        ("cpu", "cpu:gloo,cuda:gloo", False),
+    ],
+)
+def test_backends_of_devices(monkeypatch: pytest.MonkeyPatch, device: str, config: str, refused: bool) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    with pytest.raises(UnsupportedFeatureError) if refused else nullcontext():
+        refuse_backend(torch.device(device))
+
+
+def received_in_training(num_microbatches: int) -> tuple[int, float, list[Any]]:
+    """Return the bytes into which this rank receives, the bytes that its budget counts, and whose generators fork."""
+    received: dict[int, int] = {}
+    forked: list[Any] = []
+    send_and_receive, fork_rng = dist.batch_isend_irecv, torch.random.fork_rng
+
+    def noting(operations: list[Any]) -> Any:
+        for operation in operations:
+            if operation.op is dist.irecv:
+                storage = operation.tensor.untyped_storage()
+                received[storage.data_ptr()] = storage.nbytes()
+        return send_and_receive(operations)
+
+    def forking(devices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        forked.append(devices)
+        return fork_rng(devices, *args, **kwargs)
+
+    strategy = HeteroPipelineStrategy(num_microbatches=num_microbatches, max_memory_bytes=10**9)
+    trainer = make_trainer(strategy, dist.get_world_size(), max_epochs=2, limit_val_batches=1.0)
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", noting),
+        mock.patch.object(torch.random, "fork_rng", forking),
+        mock.patch.object(planning, "StageMemory", side_effect=StageMemory) as memories,
+    ):
+        trainer.fit(Collecting(), loader(), loader(23))
+    needed = 0.0
+    if dist.get_rank() == 0:
+        plan, memory = strategy.plan, StageMemory(**memories.call_args.kwargs)
+        assert plan is not None
+        alone = replace(memory, received_bytes=())
+        needed = memory.needed_bytes(plan)[-1] - alone.needed_bytes(plan)[-1]
+    return sum(received.values()), needed, forked
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_budgets_count_what_a_stage_receives_into(ranks: RankPools, num_microbatches: int) -> None:
+    """The rank's kinds of batches, full and ragged, in training and validation, have memory of their own."""
+    (received, counted, forked), *_ = ranks.run(2, received_in_training, num_microbatches, timeout_s=60.0)
+    assert 0 < received <= counted
+    assert forked
+    assert set(map(str, forked)) == {"[]"}, "torch forks the generators of all devices by default, and warns"
