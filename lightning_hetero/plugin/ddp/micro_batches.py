@@ -249,7 +249,7 @@ class MicroBatches:
         before = BeforeBackward.of(self._steps.parameters, self._strategy.model)
         try:
             muted = self._muted(1.0 if attempt is None else attempt.weight)
-            with muted, nullcontext() if log is None else log.completed_in(self._steps.module):
+            with muted, nullcontext() if log is None else log.completed_in(self._steps.module, loss):
                 return backward(loss, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):

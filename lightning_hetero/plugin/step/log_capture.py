@@ -82,14 +82,20 @@ class LogCapture:
             self._in_backward = False
 
     @contextmanager
-    def completed_in(self, module: LightningModule) -> Iterator[None]:
+    def completed_in(self, module: LightningModule, loss: Tensor) -> Iterator[None]:
         """Complete what hooks log in this context, the last backward pass, with what they have logged before.
 
         It is logged at the same moment as on the ranks that have one micro-batch, because the ranks communicate.
+
+        Args:
+            module: The module whose ``log`` is called.
+            loss: The loss of all micro-batches, which the hooks are given.
         """
 
         def complete(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             calls = self._of_hooks.pop((self._hook_of(), name), [])
+            if isinstance(value, Tensor) and value.data_ptr() == loss.data_ptr():
+                calls = []
             self._log_once(log, name, [*calls, self._call(value, args, kwargs)])
 
         with overridden_method(module, "log", complete) if self._of_hooks else nullcontext():

@@ -21,13 +21,11 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_hetero.distributed.collectives import all_gather
+from lightning_hetero.plugin.common.overridden import overridden_on_class
 from lightning_hetero.plugin.step.metrics import (
     DiscardedUpdates,
-    gathers_states,
     is_forward,
-    is_synchronised,
     patched_reductions,
-    patched_state,
     reductions_of,
     updates_of,
 )
@@ -36,7 +34,7 @@ __all__ = ["MetricSync"]
 
 
 class MetricSync:
-    """Takes the place of ``Metric.sync`` while a strategy runs.
+    """Takes part whenever a metric gathers its states while a strategy runs.
 
     Ranks compute metrics together, and each of them knows whether more has to be exchanged than states: if a rank has
     run a step on a stand-in, or if the ranks' numbers of samples differ and a state is a mean, or a list that
@@ -60,34 +58,27 @@ class MetricSync:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Synchronise all metrics of this process through this object."""
-        original = Metric.sync
+        sync, gather_states = Metric.sync, Metric._sync_dist
 
-        def sync(
-            metric: Metric,
-            dist_sync_fn: Callable[..., Any] | None = None,
-            process_group: Any = None,
-            should_sync: bool = True,
-            distributed_available: Callable[[], bool] | None = None,
-        ) -> None:
-            available = distributed_available or metric.distributed_available_fn
-            ready = should_sync and not is_synchronised(metric) and callable(available) and available()
-            run = partial(original, metric, should_sync=should_sync, distributed_available=distributed_available)
-            if ready:
-                self.before_sync()
-            if ready and self._needs_exchange(metric):
+        def synchronise(metric: Metric, *args: Any, **kwargs: Any) -> None:
+            self.before_sync()
+            sync(metric, *args, **kwargs)
+            for name in reductions_of(metric):
+                if isinstance(state := getattr(metric, name), list) and any(isinstance(e, _Padding) for e in state):
+                    state[:] = [entry for entry in state if not isinstance(entry, _Padding)]
+
+        # a user's class that gathers in its own way does not come here, unless it calls its base class
+        def gather(metric: Metric, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+            run = partial(gather_states, metric, process_group=process_group)
+            if self._needs_exchange(metric):
                 self._sync(metric, run, dist_sync_fn or gather_all_tensors, process_group)
             else:
-                run(dist_sync_fn=dist_sync_fn, process_group=process_group)
+                run(dist_sync_fn)
 
-        Metric.sync = sync  # type: ignore[assignment, method-assign]
-        try:
+        with overridden_on_class(Metric, "sync", synchronise), overridden_on_class(Metric, "_sync_dist", gather):
             yield
-        finally:
-            Metric.sync = original  # type: ignore[method-assign]
 
     def _needs_exchange(self, metric: Metric) -> bool:
-        if not gathers_states(metric):
-            return False
         if self.some_rank_stood_in:
             return True
         if len(set(self._samples_of_ranks())) < 2:
@@ -106,24 +97,23 @@ class MetricSync:
         # the states of a forward are those of one batch, here of the stand-in
         counted = updates_of(metric, before) > 0 and not (self.stand_in is not None and is_forward(metric))
         reductions = reductions_of(metric)
-        with patched_state(metric, {name: before[name] for name in reductions if name in before}):
-            states = {name: getattr(metric, name) for name in reductions}
-            samples = self._samples_of_ranks()
-            own = _States(
-                counted, samples[dist.get_rank()] if samples else 0, {n: _shape(s) for n, s in states.items()}
-            )
-            of_ranks = all_gather(own, group or metric.process_group)
-            counting = [rank for rank in of_ranks if rank.counted]
-            if not counting:
-                run(dist_sync_fn=gather, process_group=group)
-                return
-            alike = _Alike(of_ranks, counted, metric.device)
-            filled = {name: alike.filled(name, state, reductions[name]) for name, state in states.items()}
-            with patched_state(metric, filled), patched_reductions(metric, _weighted(reductions, counting)):
-                run(dist_sync_fn=partial(alike.gather, gather), process_group=group)
-                for name in reductions:
-                    if isinstance(state := getattr(metric, name), list):
-                        state[:] = [entry for entry in state if not isinstance(entry, _Padding)]
+        # torchmetrics has copied the states, and returns to them afterwards
+        vars(metric).update({name: before[name] for name in reductions if name in before})
+        states = {name: getattr(metric, name) for name in reductions}
+        shapes = {name: _shape(state) for name, state in states.items()}
+        samples = self._samples_of_ranks()
+        own = _States(counted, samples[dist.get_rank()] if samples else 0, shapes)
+        of_ranks = all_gather(own, group or metric.process_group)
+        counting = [rank for rank in of_ranks if rank.counted]
+        if not counting:
+            run(gather)
+            return
+        alike = _Alike(of_ranks, counted, metric.device)
+        vars(metric).update({name: alike.filled(name, state, reductions[name]) for name, state in states.items()})
+        tensors = {n for n, s in states.items() if isinstance(s, Tensor) and reductions[n] is dim_zero_cat}
+        joined = dict.fromkeys(tensors, _joined)
+        with patched_reductions(metric, _weighted(reductions, counting) | joined):
+            run(partial(alike.gather, gather))
 
 
 def _nothing() -> None:
@@ -222,6 +212,11 @@ def _weighted(reductions: dict[str, Any], counting: Sequence[_States]) -> dict[s
         return {}
     mean = partial(_weighted_mean, weights / weights.sum())
     return {name: mean for name, reduction in reductions.items() if reduction is dim_zero_mean}
+
+
+def _joined(of_ranks: list[Tensor]) -> Tensor:
+    """Join tensors of ranks as torchmetrics does on one rank: it stacks them, if they are of one shape."""
+    return torch.cat(of_ranks).unsqueeze(0)
 
 
 def _weighted_mean(weights: Tensor, stacked: Tensor) -> Tensor:

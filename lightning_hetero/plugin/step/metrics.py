@@ -20,11 +20,8 @@ from lightning_hetero.plugin.common.lightning_private import logged_values
 __all__ = [
     "DiscardedUpdates",
     "discarded_metrics",
-    "gathers_states",
     "is_forward",
-    "is_synchronised",
     "patched_reductions",
-    "patched_state",
     "reductions_of",
     "set_step_value",
     "step_value",
@@ -159,19 +156,9 @@ def updates_of(metric: Metric, state: Mapping[str, Any]) -> int:
     return int(state.get("_update_count", metric._update_count))
 
 
-def gathers_states(metric: Metric) -> bool:
-    """Return whether torchmetrics gathers the states of a metric; a user's class may do that in its own way."""
-    return type(metric)._sync_dist.__module__.startswith("torchmetrics.")
-
-
 def is_forward(metric: Metric) -> bool:
     """Return whether a metric computes the value of one batch, in which case its states are those of the batch."""
     return not metric._should_unsync
-
-
-def is_synchronised(metric: Metric) -> bool:
-    """Return whether the states of a metric are those of all ranks."""
-    return metric._is_synced
 
 
 def reductions_of(metric: Metric) -> dict[str, Any]:
@@ -188,18 +175,6 @@ def patched_reductions(metric: Metric, reductions: Mapping[str, Any]) -> Iterato
         yield
     finally:
         metric._reductions = before
-
-
-@contextmanager
-def patched_state(metric: Metric, states: Mapping[str, Any]) -> Iterator[None]:
-    """Give a metric other states in this context, for its peers to see; if it is synchronised then, it keeps these."""
-    before = {name: metric.__dict__[name] for name in states}
-    metric.__dict__.update(states)
-    try:
-        yield
-    finally:
-        # a synchronised metric returns to the states in its cache
-        (metric._cache if metric._is_synced and metric._cache is not None else metric.__dict__).update(before)
 
 
 # ---- the value of a step ---------------------------------------------------------------------------------------------

@@ -92,6 +92,43 @@ class OwnState(Metric):
         self.samples = 0
 
 
+class TensorOfAll(Metric):
+    """Keeps one growing tensor, which torchmetrics does not concatenate if ranks have different numbers."""
+
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", torch.zeros(0), dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        self.rows = torch.cat([self.rows, values])
+
+    def compute(self) -> Tensor:
+        return self.rows.mean() + self.rows.numel()
+
+
+class GathersItself(Metric):
+    """Gathers its state in its own way."""
+
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", [], dist_reduce_fx=None)
+
+    def update(self, values: Tensor) -> None:
+        self.rows += list(values)
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, self.rows)
+        self.rows = [row for rows in of_ranks for row in rows]
+
+    def compute(self) -> Tensor:
+        return torch.stack(self.rows).mean() + len(self.rows)
+
+
 Update = Callable[[Any, Tensor, Tensor], None]
 
 
@@ -125,6 +162,8 @@ METRICS: dict[str, tuple[Callable[[], Any], Update]] = {
     "max": (MaxMetric, first_score),
     "min": (MinMetric, first_score),
     "states of its own": (OwnState, first_score),
+    "a growing tensor": (TensorOfAll, first_score),
+    "gathers itself": (GathersItself, first_score),
     "auroc": (BinaryAUROC, classified),
     "average precision": (BinaryAveragePrecision, classified),
     "f1": (BinaryF1Score, classified),

@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPools
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ThroughputMonitor
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from training import Numbered, SmallModule, loss_of, make_trainer, small_network
 
 from lightning_hetero import HeteroDDPStrategy
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
 SIZE = 24
 
@@ -184,6 +187,86 @@ def train(strategy: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
     trainer.fit(module, DataLoader(Numbered(SIZE), batch_size=4))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics, logger.rows
+
+
+class InBackward(SmallModule):
+    """Logs in the hooks of backward passes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batch = batch
+        return loss_of(self.network, *fields(batch))
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.log("given", loss, on_step=True, on_epoch=True, sync_dist=True)
+
+    def on_after_backward(self) -> None:
+        self.log("found", loss_of(self.network, *fields(self.batch)).detach(), on_epoch=True, sync_dist=True)
+
+
+class LogsItself(Callback):
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = loss_of(pl_module.network, *fields(pl_module.batch)).detach()  # type: ignore[arg-type]
+        self.log("by a callback", loss, on_epoch=True, sync_dist=True)  # type: ignore[attr-defined]
+
+
+def log_in_backward(strategy: Any, micro_batch_size: int | None = None) -> dict[str, float]:
+    if strategy == "hetero":
+        strategy = HeteroDDPStrategy(shares=[1, 3], micro_batch_size=micro_batch_size)
+    trainer = make_trainer(strategy, dist.get_world_size(), [LogsItself()], max_steps=6)
+    trainer.fit(InBackward(), DataLoader(Numbered(SIZE), batch_size=4))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_hooks_of_backward_passes_log_what_ddp_logs(ranks: RankPools, micro_batch_size: int | None) -> None:
+    expected = ranks.run(2, log_in_backward, "ddp")[0]
+    for found in ranks.run(2, log_in_backward, "hetero", micro_batch_size, timeout_s=60):
+        assert found == {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()}
+
+
+def collect_with_early_stopping(strategy: Any) -> float:
+    """Lightning calls hooks of these callbacks after those of the module."""
+    if strategy == "hetero":
+        strategy = HeteroDDPStrategy(shares=[1, 3])
+    trainer = make_trainer(strategy, 2, [EarlyStopping("collected", patience=9)], max_epochs=1, max_steps=-1)
+    trainer.fit(Trains(), DataLoader(Numbered(SIZE), batch_size=4))
+    return float(trainer.callback_metrics["collected"])
+
+
+def test_the_first_callback_may_be_early_stopping(ranks: RankPools) -> None:
+    expected = ranks.run(2, collect_with_early_stopping, "ddp")[0]
+    assert ranks.run(2, collect_with_early_stopping, "hetero") == [pytest.approx(expected, rel=1e-6)] * 2
+
+
+class Communicates(SmallModule):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.metric = how, MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.how == "Metric.compute":
+            self.metric.update(batch[1])
+            self.metric.compute()
+        elif self.how == "reduce":
+            self.trainer.strategy.reduce(batch[1].mean())
+        elif self.how == "broadcast":
+            self.trainer.strategy.broadcast("text")
+        else:
+            dist.barrier()
+        return super().training_step(batch, batch_idx)
+
+
+def communicate(how: str) -> str:
+    strategy = HeteroDDPStrategy(shares=[1, 1], micro_batch_size=2)
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        make_trainer(strategy, 2, max_steps=2).fit(Communicates(how), DataLoader(Numbered(SIZE), batch_size=4))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["Metric.compute", "reduce", "broadcast", "barrier"])
+def test_a_step_of_several_micro_batches_must_not_communicate(ranks: RankPools, how: str) -> None:
+    for message in ranks.run(2, communicate, how, timeout_s=60):
+        assert f"`{how}` cannot be called in a step that runs in several micro-batches" in message
 
 
 def train_unequally() -> Any:

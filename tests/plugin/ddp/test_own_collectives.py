@@ -101,6 +101,22 @@ def in_a_group(rows: Tensor) -> Tensor:
     return (rows @ mean).square().mean()
 
 
+def by_torchmetrics(rows: Tensor) -> Tensor:
+    from torchmetrics.utilities.distributed import gather_all_tensors
+
+    mean = torch.stack(gather_all_tensors(rows.detach().mean(0))).mean(0)
+    return (rows @ mean).square().mean()
+
+
+def in_a_group_of_one(rows: Tensor) -> Tensor:
+    """Only some ranks call it."""
+    mean = rows.detach().mean(0)
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    if dist.get_rank() == 1:
+        dist.all_reduce(mean, group=groups[1])
+    return (rows @ mean).square().mean()
+
+
 STEPS: dict[str, Step] = {
     "of a library": of_a_library,
     "of autograd": of_autograd,
@@ -110,6 +126,8 @@ STEPS: dict[str, Step] = {
     "compiled": in_a_compiled_function,
     "ring": in_a_ring,
     "group": in_a_group,
+    "torchmetrics": by_torchmetrics,
+    "some ranks": in_a_group_of_one,
 }
 
 
@@ -175,6 +193,50 @@ def test_unequal_shares_are_refused_before_a_step_is_wrong(ranks: RankPools, kin
         assert "must not call collectives itself" in message
         assert "test_own_collectives.py:" in message
         assert "[2, 6] samples" in message
+
+
+class InHooks(SmallModule):
+    """Combines the ranks' samples in one of its hooks, or through the strategy."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.where == "all_gather":
+            products = (batch[1].T @ batch[1]) / len(batch[1])
+            loss = loss * (1 + self.all_gather(products).mean())  # type: ignore[union-attr]
+        return loss
+
+    def combine(self, where: str) -> None:
+        if self.where == where:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.combine("on_before_backward")
+        if self.where == "before":
+            dist.all_reduce(loss.detach().clone())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.combine("on_before_optimizer_step")
+
+
+def in_hooks(where: str) -> tuple[str, list[str], bool]:
+    strategy = HeteroDDPStrategy()
+    _, messages = train(strategy, InHooks(where), steps=4)
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        train(HeteroDDPStrategy(shares=[1, 3]), InHooks(where), steps=4)
+    return str(caught.value), messages, strategy.plan_schedule is None
+
+
+@pytest.mark.parametrize("where", ["all_gather", "before", "on_before_optimizer_step"])
+def test_hooks_and_the_strategy_are_watched_too(ranks: RankPools, where: str) -> None:
+    for error, _, stays_equal in ranks.run(2, in_hooks, where, timeout_s=60):
+        assert "must not call collectives itself" in error
+        assert stays_equal
 
 
 class CountsAndWaits(SmallModule):

@@ -87,6 +87,13 @@ class Monitored(SmallModule):
         return [optimizer], [{"scheduler": scheduler, "monitor": "watched"}]
 
 
+class Watches(Callback):
+    """Has something else under the name, and nothing yet under another."""
+
+    def __init__(self) -> None:
+        self.monitor = ["watched"]
+
+
 def monitor(folder: str) -> list[list[str]]:
     loader = DataLoader(Numbered(16), batch_size=4)
     one_epoch: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": True}
@@ -96,7 +103,7 @@ def monitor(folder: str) -> list[list[str]]:
         fit(Monitored(sync=False, plateau=True), loader, []),
         fit(Monitored(sync=True, plateau=True), loader, [EarlyStopping("watched", patience=9)]),
         fit(Monitored(sync=False), loader, [EarlyStopping("the same", patience=9)]),
-        fit(Monitored(sync=False), loader, []),
+        fit(Monitored(sync=False), loader, [Watches()]),
     ]
 
 
