@@ -104,6 +104,8 @@ def _activate(package: LightningPackage) -> None:
     if package in _active:
         return
     package.attribute("registry", "register_strategies")()
+    for name in CLASSES:
+        package.public(name)  # LightningCLI finds classes by their names alone once they are defined
     _active.append(package)
     for name in _registered:
         _register_with(package, name)

@@ -110,7 +110,7 @@ class LargestBatchFinder(Callback):
     def _fits(self, strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> bool:
         with ExitStack() as stack:
             kept = (isolate_rng(), discarded_metrics(module), silent_log(module), kept_buffers(module))
-            for context in (*kept, strategy.micro_batches.alone(), refused_collectives(_refuse_collective)):
+            for context in (*kept, strategy.micro_batches.alone(_REFUSAL), refused_collectives(_refuse_collective)):
                 stack.enter_context(context)
             try:
                 _run_passes(strategy, module, loader, size)
@@ -133,11 +133,14 @@ def _refuse_steps_of_all_ranks(trainer: Trainer) -> None:
         )
 
 
+_REFUSAL = (
+    "`LargestBatchFinder` runs a different number of steps on each rank, so a training step must not communicate,"
+    " for example in a metric that is computed in it. Remove the callback, and set `max_batch_size` instead."
+)
+
+
 def _refuse_collective() -> None:
-    raise UnsupportedFeatureError(
-        "`LargestBatchFinder` runs a different number of steps on each rank, so a training step must not communicate,"
-        " for example in a metric that is computed in it. Remove the callback, and set `max_batch_size` instead."
-    )
+    raise UnsupportedFeatureError(_REFUSAL)
 
 
 def _run_passes(strategy: BalancedStrategy, module: LightningModule, loader: DataLoader[Any], size: int) -> None:

@@ -82,8 +82,8 @@ class StepOwner(_OnRank, Protocol):
 class Alone(Protocol):
     """Steps that can run on one rank alone."""
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Run the code in this context on this rank alone, and refuse calls that communicate."""
+    def alone(self, refusal: str = "") -> AbstractContextManager[None]:
+        """Run the code in this context on this rank alone, and refuse calls that communicate, for a given reason."""
 
 
 class BalancedStrategy(_OnRank, Protocol):

@@ -64,6 +64,7 @@ class MicroBatches:
         self._strategy = strategy
         self._limits = limits
         self._is_alone = False
+        self._refusal = ""
         self._progress = _Progress()
         self._attempt: StepAttempt | None = None
         self._log: LogCapture | None = None
@@ -99,10 +100,10 @@ class MicroBatches:
             what: Name of the method that would communicate.
 
         Raises:
-            UnsupportedFeatureError: The current step runs in several micro-batches.
+            UnsupportedFeatureError: The current step runs in several micro-batches, or as :meth:`alone` says.
         """
         if self._is_alone:
-            message = (
+            message = self._refusal or (
                 f"`{what}` cannot be called in a step that runs in several micro-batches, because the ranks have"
                 f" different numbers of them. Leave `micro_batch_size` out, or lower the batch size if memory ran out."
             )
@@ -110,13 +111,17 @@ class MicroBatches:
             raise UnsupportedFeatureError(message)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Run the code in this context on this rank alone, and refuse calls that communicate."""
-        self._is_alone = True
+    def alone(self, refusal: str = "") -> Iterator[None]:
+        """Run the code in this context on this rank alone, and refuse calls that communicate.
+
+        Args:
+            refusal: Why they are refused; by default because of the micro-batches.
+        """
+        self._is_alone, self._refusal = True, refusal
         try:
             yield
         finally:
-            self._is_alone = False
+            self._is_alone, self._refusal = False, ""
 
     @property
     def _steps(self) -> StepRunner:
