@@ -47,7 +47,7 @@ class DeviceProfile:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether the device works behind its host."""
+        """Whether the device works asynchronously to its host."""
         return self.device != "cpu"
 
     def to_dict(self) -> dict[str, str | float | None]:

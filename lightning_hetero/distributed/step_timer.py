@@ -35,13 +35,7 @@ __all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
 
 
 class Clock(Protocol):
-    """Marks moments and measures the time between two of them.
-
-    Attributes:
-        is_asynchronous: Whether the device works behind the host.
-    """
-
-    is_asynchronous: bool
+    """Marks moments and measures the time between two of them."""
 
     def mark(self) -> Any:
         """Return a mark of the current moment; must not wait for the device."""
@@ -59,8 +53,6 @@ class Clock(Protocol):
 class HostClock:
     """A clock that reads the processor's monotonic time."""
 
-    is_asynchronous = False
-
     def mark(self) -> float:
         """Return the current reading in seconds."""
         return time.perf_counter()
@@ -75,8 +67,6 @@ class HostClock:
 
 class CudaClock:
     """A clock that records events in the current stream of the current device."""
-
-    is_asynchronous = True
 
     def mark(self) -> torch.cuda.Event:
         """Record an event and return it."""
@@ -125,11 +115,6 @@ class StepTimer:
         self._waits = 0
         self._last_gradient: Any = None
         self._gradient_hooks: list[RemovableHandle] = []
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """Whether the rank's device works behind its host."""
-        return self._clock.is_asynchronous
 
     @property
     def enabled(self) -> bool:

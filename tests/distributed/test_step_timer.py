@@ -19,8 +19,6 @@ from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTi
 class ScriptedClock:
     """A clock whose readings are given."""
 
-    is_asynchronous = False
-
     def __init__(self, readings: list[float]) -> None:
         self._readings: Iterator[float] = iter(readings)
 

@@ -38,7 +38,7 @@ class SimulatedRanks:
         schedule: Plan schedule to begin with.
         limits: The limits that every plan must respect.
         settings: The user's settings.
-        asynchronous: Whether devices work behind their hosts.
+        asynchronous: Whether devices work asynchronously to their hosts.
 
     Attributes:
         timers: A timer per rank, if the steps are timed and their timings are not given.

@@ -1,4 +1,4 @@
-"""Ranks whose devices work behind their hosts, with a clock that the real StepTimer reads.
+"""Ranks whose devices work asynchronously to their hosts, with a clock that the real StepTimer reads.
 
 A host launches work and runs ahead of its device, which does the work in order. Marks are events of the device. An
 all-reduce begins when the devices of all ranks have come to it. Only times are simulated: the timer, the tuning session
@@ -46,8 +46,6 @@ class VirtualRank:
 
 class _Device:
     """The timelines of a host and its device; also the clock of the rank."""
-
-    is_asynchronous = True
 
     def __init__(self) -> None:
         self.host = self.device = 0.0

@@ -187,7 +187,7 @@ class TuningSession:
             limits: The limits that every plan must respect.
             suggestion: The plan that the devices' nominal speeds suggest, or None. It is adopted after the first step,
                 because that step may show that the shares must stay equal.
-            asynchronous: Whether a rank's device works behind its host; the same on all ranks.
+            asynchronous: Whether a rank's device works asynchronously to its host; the same on all ranks.
         """
         self._judge = WindowJudge(asynchronous)
         current = schedule.at(first_step)

@@ -1,9 +1,10 @@
-"""Judge windows of devices that work behind their hosts.
+"""Judge windows of devices that work asynchronously to their hosts.
 
 Own times of such ranks can be compared only if the hosts wait for their devices before each measured step, because
 otherwise it depends on a rank's waiting how much of its host's time they hold. That costs time in small steps, so only
 the windows of the tuning are measured so. While watching, windows are measured without waiting. They show that
-something has changed, but not by how much, so nothing moves before a synchronised window has confirmed it.
+something has changed, but not by how much, so nothing moves before a synchronised window has confirmed it. Only a plan
+that breaks the limits, for example because memory has run short, is left at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lightning_hetero.balance.batch.batch_solver import keeps_limits
 from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
 from lightning_hetero.balance.types import WindowTiming
 
@@ -26,7 +28,7 @@ class WindowJudge:
     """Decides with a rebalancer, and with a second one while watching.
 
     Args:
-        asynchronous: Whether a rank's device works behind its host.
+        asynchronous: Whether a rank's device works asynchronously to its host.
     """
 
     def __init__(self, asynchronous: bool) -> None:
@@ -45,7 +47,7 @@ class WindowJudge:
         """
         if not self.asynchronous:
             return rebalancer.update(windows)
-        if synchronised or self._watching is None:
+        if synchronised or self._watching is None or not keeps_limits(rebalancer.current, rebalancer.limits):
             return self._of_synchronised(rebalancer, windows)
         before = self._watching.current = rebalancer.current
         self._watching.set_limits(rebalancer.limits)

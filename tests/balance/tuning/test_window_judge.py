@@ -74,3 +74,14 @@ def test_ranks_on_their_hosts_need_no_confirmation() -> None:
     decision = judge.judge(rebalancer, windows(rebalancer.current, 0.001, 0.004), synchronised=False)
     assert decision.plan.samples[0] > 40
     assert not decision.window.synchronised
+
+
+def test_a_plan_that_breaks_the_limits_is_left_at_once() -> None:
+    judge = WindowJudge(asynchronous=True)
+    rebalancer = tuned(judge)
+    doubtful = windows(rebalancer.current, 0.001, 0.004)
+    judge.judge(rebalancer, doubtful, synchronised=False)
+    judge.judge(rebalancer, windows(rebalancer.current, 0.001, 0.001), synchronised=True)  # not confirmed: a pause
+    rebalancer.set_limits(BatchLimits(max_samples=(20, 64)))
+    decision = judge.judge(rebalancer, windows(rebalancer.current, 0.001, 0.001), synchronised=False)
+    assert decision.plan.samples[0] <= 20

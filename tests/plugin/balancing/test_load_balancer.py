@@ -249,7 +249,7 @@ def test_shares_follow_a_device_that_slows_down_and_recovers(ranks: RankPools) -
     assert max(abs(a - b) for a, b in zip(parameters, expected, strict=True)) < 1e-10
 
 
-def throttled_behind_the_host() -> tuple[list[tuple[int, BatchPlan]], list[int]]:
+def throttled_asynchronously() -> tuple[list[tuple[int, BatchPlan]], list[int]]:
     """Return the changes, and the steps after which the host waited for its device."""
     waited: list[int] = []
     model, slow_down = SmallModule(), SlowDown([1.0, 1.0], 0.002)
@@ -260,14 +260,14 @@ def throttled_behind_the_host() -> tuple[list[tuple[int, BatchPlan]], list[int]]
         waited.append(trainer.fit_loop.total_batch_idx)
 
     wait = mock.patch.object(StepTimer, "wait_for_device", note)
-    behind = mock.patch.object(DeviceProfile, "is_asynchronous", new=True)
-    with wait, behind:
+    asynchronous = mock.patch.object(DeviceProfile, "is_asynchronous", new=True)
+    with wait, asynchronous:
         trainer.fit(model, DataLoader(Numbered(1024), batch_size=BATCH_SIZE))
     return balancer.changes, waited
 
 
 def test_hosts_wait_for_their_devices_while_tuning_and_to_confirm(ranks: RankPools) -> None:
-    (changes, waited), (of_peer, waited_too) = ranks.run(2, throttled_behind_the_host)
+    (changes, waited), (of_peer, waited_too) = ranks.run(2, throttled_asynchronously)
     assert changes == of_peer
     assert waited == waited_too
     ((step, plan),) = [change for change in changes if change[0] > 40][:1]
