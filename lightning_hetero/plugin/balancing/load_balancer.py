@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.batch.batch_solver import predicted_step_s
-from lightning_hetero.balance.batch.caps import micro_batch_sizes
 from lightning_hetero.balance.record.run_summary import measured_speed_up
 from lightning_hetero.balance.tuning.actions import (
     Action,
@@ -30,10 +29,11 @@ from lightning_hetero.balance.tuning.rank_report import RankReport, fingerprint_
 from lightning_hetero.balance.tuning.saved_balance import SavedBalance
 from lightning_hetero.balance.tuning.session import StepFacts, TuningSession, TuningSettings, WindowResult
 from lightning_hetero.balance.tuning.window import summarise
-from lightning_hetero.balance.types import BatchPlan, MemoryReading, StepTime, WindowTiming
+from lightning_hetero.balance.types import BatchPlan, StepTime, WindowTiming
 from lightning_hetero.distributed.collectives import all_gather_counts, decide_on_rank_zero
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.lightning_packages import with_either_trainer
+from lightning_hetero.plugin.balancing.memory_reading import read_memory
 from lightning_hetero.plugin.balancing.reporter import RunReporter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.console import say
@@ -44,7 +44,6 @@ from lightning_hetero.plugin.common.run_writer import reason_of
 __all__ = ["LoadBalancer"]
 
 _NOTHING_MEASURED = WindowTiming(0, 0, 0.0)
-_NOTHING_READ = MemoryReading(0, 0.0, 0.0, 0.0)
 
 
 @with_either_trainer
@@ -159,8 +158,9 @@ class LoadBalancer(Callback):
     @property
     def measured_speed_up(self) -> float | None:
         """The samples/s under the found plan over those under the first one; None before both are measured."""
-        known = self.windows_before and self.windows_after
-        return measured_speed_up(self.windows_before, self.windows_after) if known else None
+        if not (self.windows_before and self.windows_after):
+            return None
+        return measured_speed_up(self.windows_before, self.windows_after)
 
     @property
     def advice(self) -> Advice | None:
@@ -189,8 +189,8 @@ class LoadBalancer(Callback):
         schedule = strategy.plan_schedule
         if schedule is None or trainer.world_size == 1 or self.session.has_nothing_to_do:
             return
-        samples = schedule.plans[-1].global_batch_size
-        self.reporter = RunReporter(trainer, strategy.profiles, samples, self.record, self.verbose)
+        global_batch_size = schedule.plans[-1].global_batch_size
+        self.reporter = RunReporter(trainer, strategy.profiles, global_batch_size, self.record, self.verbose)
         self._begin(TrainingProgress(trainer).step + 1, strategy.nominal_plan())
         # the forward pass itself begins after DDP's communication before it
         self._forward_hook = pl_module.register_forward_pre_hook(lambda *_: strategy.timer.resume())
@@ -264,8 +264,8 @@ class LoadBalancer(Callback):
     def _begin(self, first_step: int, suggestion: BatchPlan | None = None) -> None:
         strategy = self._balanced
         assert strategy.plan_schedule is not None
-        behind = any(profile.is_asynchronous for profile in strategy.profiles)
-        actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion, behind)
+        asynchronous = any(profile.is_asynchronous for profile in strategy.profiles)
+        actions = self.session.begin(first_step, strategy.plan_schedule, strategy.limits, suggestion, asynchronous)
         if not self.finished:
             self._reporter.tuning(self.session.settings, strategy.plan_schedule.at(first_step))
         self._perform(actions)
@@ -322,13 +322,13 @@ class LoadBalancer(Callback):
 
     def _exchange_reports(self) -> None:
         """Exchange the measurements, and follow rank zero's decision; every rank does so after the same step."""
-        strategy, progress = self._balanced, TrainingProgress(self._balanced.trainer)
-        schedule = strategy.plan_schedule
+        strategy = self._balanced
+        schedule, progress = strategy.plan_schedule, TrainingProgress(strategy.trainer)
         assert schedule is not None
         plan = schedule.at(progress.step)
         report = RankReport(
             window=summarise(strategy.timer.take()) or _NOTHING_MEASURED,
-            memory=self._read_memory(plan.samples[strategy.global_rank]),
+            memory=read_memory(strategy, plan.samples[strategy.global_rank], self.memory_fraction),
             micro_batch_limit=strategy.micro_batch_limits.limit or 0,
             fetched_through=strategy.fetched_through,
             fingerprint=fingerprint_of(schedule, progress.step, progress.epoch),
@@ -342,7 +342,8 @@ class LoadBalancer(Callback):
 
         result = decide_on_rank_zero(report.to_numbers(), decide, strategy.root_device)
         strategy.micro_batch_limits.predicted = result.predicted_micro_batches[strategy.global_rank]
-        tuning, actions = not self.finished, self.session.follow(result)  # in this order
+        tuning = not self.finished
+        actions = self.session.follow(result)
         if self.progress_bar and self.step_times:
             self._efficiency = predicted_efficiency(self.step_times, plan, self.communication_s)
         if reports:  # on rank zero
@@ -351,16 +352,6 @@ class LoadBalancer(Callback):
                 run_window(reports, plan, times, self.communication_s, step=step, time_s=time_s, tuning=tuning)
             )
         self._perform(actions)
-
-    def _read_memory(self, samples: int) -> MemoryReading:
-        strategy = self._balanced
-        memory = strategy.memory
-        if memory is None or not strategy.counts_samples or (use := memory.read()) is None:
-            return _NOTHING_READ
-        memory.restart()  # the next window may follow at once
-        largest = max(micro_batch_sizes(samples, strategy.micro_batch_limits.most), default=0)
-        budget_bytes = self.memory_fraction * use.available_bytes
-        return MemoryReading(largest, use.resident_bytes, use.peak_bytes, budget_bytes)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------
 
