@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_hetero.distributed.calling_line import is_of_library
 from lightning_hetero.distributed.torch_private import collective_methods, functional_resolvers
 
 __all__ = ["Collective", "CollectiveWatch", "refused_collectives"]
@@ -38,18 +39,6 @@ _EXEMPT = (
     "torch.distributed.algorithms.",
     "torch.distributed.checkpoint.",
 )
-_LIBRARIES = (
-    "torch.",
-    "lightning.",
-    "lightning_fabric.",
-    "lightning_utilities.",
-    "pytorch_lightning.",
-    "contextlib.",
-    "functools.",
-    "torchmetrics.",
-    "typing_extensions.",
-    *_EXEMPT,
-)
 # The tensors of all ranks must have one shape.
 _OF_ONE_SHAPE = ("allreduce", "allgather", "_allgather", "all_gather", "broadcast", "reduce", "_reduce")
 
@@ -65,6 +54,7 @@ class Collective:
         tensors: The tensors of this rank; empty if they are unknown.
         needs_one_shape: Whether the tensors of all ranks must have one shape.
         moves_tensors: Whether the ranks exchange tensors, and do not only wait for each other.
+        shapes_agree: Whether the tensors of all ranks are known to have one shape.
     """
 
     name: str
@@ -73,6 +63,7 @@ class Collective:
     tensors: tuple[Tensor, ...] = ()
     needs_one_shape: bool = False
     moves_tensors: bool = True
+    shapes_agree: bool = False
 
     @property
     def is_of_all_ranks(self) -> bool:
@@ -202,7 +193,7 @@ def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
         module = f"{frame.f_globals.get('__name__', '')}."
         if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
             return called
-        if not module.startswith(_LIBRARIES):
+        if not is_of_library(frame):
             if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm | torch.optim.Optimizer):
                 return None  # of the user's: it synchronises statistics, or parameters that are equal on all ranks
             called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")

@@ -49,12 +49,7 @@ def all_gather_counts(count: int, device: torch.device) -> list[int]:
         count: The integer of this rank. Every rank must call this at the same point.
         device: Device from which the process group communicates.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return [count]
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    counts[dist.get_rank()] = count
-    dist.all_reduce(counts)
-    return counts.tolist()
+    return _all_gathered(count, torch.int64, device)
 
 
 def all_gather_numbers(number: float, device: torch.device) -> list[float]:
@@ -64,9 +59,13 @@ def all_gather_numbers(number: float, device: torch.device) -> list[float]:
         number: The number of this rank, in double precision. Every rank must call this at the same point.
         device: Device from which the process group communicates.
     """
+    return _all_gathered(number, torch.float64, device)
+
+
+def _all_gathered(number: Any, dtype: torch.dtype, device: torch.device) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return [number]
-    numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    numbers = torch.zeros(dist.get_world_size(), dtype=dtype, device=device)
     numbers[dist.get_rank()] = number
     dist.all_reduce(numbers)
     return numbers.tolist()
@@ -141,7 +140,6 @@ class BroadcastOrder(Generic[Entry]):
         resumed: The ``random_state`` of rank zero when an earlier run drew that order; None for a new order.
         lazily: Whether an order is drawn only by :meth:`draw`, if the sampler has a length, and not on construction and
             when the epoch changes. What its owner changes at the beginning of an epoch then counts for that epoch.
-
         common: Whether the first order must be the same on all ranks without this class.
 
     Attributes:

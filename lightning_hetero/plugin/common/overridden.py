@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any
 
-__all__ = ["overridden", "overridden_method"]
+__all__ = ["overridden", "overridden_method", "overridden_on_class"]
 
 _MISSING = object()
 
@@ -70,9 +70,12 @@ def _itself(method: Any) -> Any:
 @contextmanager
 def overridden_on_class(cls: type[Any], name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Give all objects of a class another method in this context."""
-    before = vars(cls)[name]
+    before = vars(cls).get(name, _MISSING)
     setattr(cls, name, function)
     try:
         yield
     finally:
-        setattr(cls, name, before)
+        if before is _MISSING:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, before)

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_hetero.balance.types import BatchSlice
+from lightning_hetero.distributed.calling_line import called_by_library, calling_line
 from lightning_hetero.distributed.collective_watch import Collective, CollectiveWatch
-from lightning_hetero.plugin.common.calling_line import called_by_library, calling_line
 from lightning_hetero.plugin.common.first_listener import listening_first, logging_through
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
@@ -86,6 +86,7 @@ class BatchScope(Callback):
         """Begin a run."""
         self.close()
         self._metrics.some_rank_stood_in = False
+        self._own_collectives.begin()
         if trainer.world_size > 1:
             self._metrics.before_sync = self._before_metric
             self._run.enter_context(self._metrics.installed())
@@ -228,7 +229,7 @@ class BatchScope(Callback):
         return self._watch.watching(None if self.part is None else self._note_collective)
 
     def ignoring(self) -> AbstractContextManager[None]:
-        """Let all collectives of this context pass: backward passes and optimisers combine what is weighted."""
+        """Let all collectives of this context pass."""
         return self._watch.watching(None)
 
     def _note_collective(self, collective: Collective) -> None:
@@ -257,7 +258,9 @@ class BatchScope(Callback):
     def note_collective(self, name: str, tensor: Any) -> None:
         """Note that the user's code calls a collective of the strategy with a tensor of one shape on all ranks."""
         if self.part is not None:
-            self._note_collective(Collective(name, calling_line(), dist.group.WORLD, (tensor,), needs_one_shape=True))
+            self._note_collective(
+                Collective(name, calling_line(), dist.group.WORLD, (tensor,), needs_one_shape=True, shapes_agree=True)
+            )
 
     def _last(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the last hook of a scope, and end the scope."""

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_hetero.distributed.calling_line import called_by_library, calling_line
 from lightning_hetero.distributed.collectives import all_gather
-from lightning_hetero.plugin.common.calling_line import called_by_library, calling_line
 from lightning_hetero.plugin.common.lightning_private import set_batch_size
 from lightning_hetero.plugin.common.overridden import overridden_method
 

@@ -33,6 +33,11 @@ class OwnCollectives:
         self._warned: set[str] = set()
         self._reason = ""
 
+    def begin(self) -> None:
+        """Begin a run: what an earlier one has called says nothing about this one."""
+        self._reason = ""
+        self._eval_data.stays_equal = False
+
     def in_training(self, plan: BatchPlan, collective: Collective) -> None:
         """Note a collective in a batch of the training.
 
@@ -56,7 +61,7 @@ class OwnCollectives:
         )
 
     def after_first_batch(self) -> None:
-        """Let all ranks know what some of them have called, in a group of their own; all ranks call this together."""
+        """Tell all ranks what only some have called, in a group of their own; all ranks call this together."""
         reasons = [reason for reason in all_gather(self._reason) if reason]
         if reasons:
             self._train_data.keep_equal(reasons[0])
@@ -102,7 +107,7 @@ def _reason(collective: Collective) -> str:
 
 def _shapes_differ(collective: Collective) -> bool:
     """Return whether the ranks' tensors cannot be combined; all ranks of the group call this together."""
-    if not collective.needs_one_shape:
+    if not collective.needs_one_shape or collective.shapes_agree:
         return False
     of_ranks = all_gather([tuple(tensor.shape) for tensor in collective.tensors], collective.group)
     return any(shapes != of_ranks[0] for shapes in of_ranks)

@@ -23,6 +23,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.plugin.common.overridden import overridden_on_class
 from lightning_hetero.plugin.step.metrics import (
+    GATHER_STATES,
     DiscardedUpdates,
     is_forward,
     patched_reductions,
@@ -58,7 +59,7 @@ class MetricSync:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Synchronise all metrics of this process through this object."""
-        sync, gather_states = Metric.sync, Metric._sync_dist
+        sync, gather_states = Metric.sync, getattr(Metric, GATHER_STATES)
 
         def synchronise(metric: Metric, *args: Any, **kwargs: Any) -> None:
             self.before_sync()
@@ -75,7 +76,7 @@ class MetricSync:
             else:
                 run(dist_sync_fn)
 
-        with overridden_on_class(Metric, "sync", synchronise), overridden_on_class(Metric, "_sync_dist", gather):
+        with overridden_on_class(Metric, "sync", synchronise), overridden_on_class(Metric, GATHER_STATES, gather):
             yield
 
     def _needs_exchange(self, metric: Metric) -> bool:

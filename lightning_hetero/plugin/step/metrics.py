@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_hetero.plugin.common.lightning_private import logged_values
+from lightning_hetero.plugin.common.overridden import overridden_on_class
 
 __all__ = [
+    "GATHER_STATES",
     "DiscardedUpdates",
     "discarded_metrics",
     "is_forward",
@@ -28,6 +30,8 @@ __all__ = [
     "updates_of",
 ]
 
+# The method in which a metric gathers its states. `sync` is public, but comes before classes that gather by themselves.
+GATHER_STATES = "_sync_dist"
 # What every module has; a step changes none of it.
 _OF_MODULES = frozenset(vars(nn.Module()))
 
@@ -75,21 +79,14 @@ def _before_setting(cls: type[nn.Module], notice: Callable[[nn.Module], None]) -
 
     No public hook is called before an update: metrics wrap their ``update`` on construction.
     """
-    known = vars(cls).get("__setattr__")
     set_attribute: Any = cls.__setattr__
 
     def noticing(self: nn.Module, name: str, value: Any) -> None:
         notice(self)
         set_attribute(self, name, value)
 
-    cls.__setattr__ = noticing  # type: ignore[method-assign]
-    try:
+    with overridden_on_class(cls, "__setattr__", noticing):
         yield
-    finally:
-        if known is None:
-            del cls.__setattr__
-        else:
-            cls.__setattr__ = known  # type: ignore[method-assign]
 
 
 @contextmanager

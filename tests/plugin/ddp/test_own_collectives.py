@@ -327,3 +327,18 @@ def test_evaluation_steps_may_gather_equal_batches_only(ranks: RankPools) -> Non
     assert not average[0]
     (message,) = average[1]
     assert "`all_reduce` in" in message
+
+
+def first_with_collectives_then_without() -> list[bool]:
+    strategy = HeteroDDPStrategy()
+    trainer = make_trainer(strategy, dist.get_world_size(), max_steps=4)
+    stays_equal: list[bool] = []
+    for module in (Combines("some ranks"), SmallModule()):
+        trainer.fit_loop.epoch_loop.max_steps = 4 * (len(stays_equal) + 1)
+        trainer.fit(module, DataLoader(Numbered(SIZE), batch_size=4))
+        stays_equal.append(strategy.plan_schedule is None)
+    return stays_equal
+
+
+def test_what_a_module_calls_says_nothing_about_the_next_one(ranks: RankPools) -> None:
+    assert ranks.run(2, first_with_collectives_then_without, timeout_s=60) == [[True, False]] * 2
