@@ -40,7 +40,22 @@ _WAITS = {
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default}
 # their indices may be on the host, from which they are copied
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
-_CHANGES_SHAPE = ("resize_", "set_", "squeeze_", "unsqueeze_", "transpose_", "as_strided_", "t_", "swapaxes_")
+# operations that make tensors, whose own way is to write to an empty one that grows
+_FACTORIES = (
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "linspace",
+    "logspace",
+    "range",
+    "range.step",
+    "randperm",
+    "randperm.generator",
+    "eye",
+    "eye.m",
+    "tril_indices",
+    "triu_indices",
+)
 
 
 class VirtualTensor(Tensor):
@@ -117,20 +132,26 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with torch.inference_mode(False):  # torch cannot make a tensor of a class from one of that mode
         result = func(*host_args, **host_kwargs)
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
-        if func._schema.name.split("::")[1] in _CHANGES_SHAPE:
-            raise NotImplementedError(f"{func} changes the shape of a virtual tensor")
-        return _with_originals(result, host_args, host_kwargs, args, kwargs)
+        return _with_originals(func, result, host_args, host_kwargs, args, kwargs)
     if func is _aten._to_copy.default and target not in (None, NAME):
         return result  # to the host
     return tree_map_only(Tensor, VirtualTensor, result)
 
 
-def _with_originals(result: Any, host_args: Any, host_kwargs: Any, args: Any, kwargs: Any) -> Any:
+def _must_fit(tensor: Tensor, values: Tensor, func: Any) -> Tensor:
+    if tensor.shape != values.shape:
+        raise NotImplementedError(f"{func} changes the shape of a virtual tensor")
+    return tensor
+
+
+def _with_originals(func: Any, result: Any, host_args: Any, host_kwargs: Any, args: Any, kwargs: Any) -> Any:
     """Return the result of an operation that changes its arguments with these arguments themselves in it."""
     before, _ = tree_flatten((args, kwargs))
     on_host, _ = tree_flatten((host_args, host_kwargs))
     originals = {id(h): b for h, b in zip(on_host, before, strict=True) if isinstance(h, Tensor)}
-    return tree_map_only(Tensor, lambda t: originals[id(t)] if id(t) in originals else VirtualTensor(t), result)
+    return tree_map_only(
+        Tensor, lambda t: _must_fit(originals[id(t)], t, func) if id(t) in originals else VirtualTensor(t), result
+    )
 
 
 def _check_devices(func: Any, tensors: list[Tensor]) -> None:
@@ -234,6 +255,13 @@ def _register() -> torch.library.Library:
         values_of(target).copy_(values_of(source))
         return target
 
+    for name in _FACTORIES:
+        overload: Any = getattr(getattr(_aten, name.split(".")[0]), name.split(".")[1] if "." in name else "default")
+
+        def made(*args: Any, overload: Any = overload, **kwargs: Any) -> Tensor:
+            return VirtualTensor(overload(*args, **{**kwargs, "device": "cpu", "pin_memory": False}))
+
+        library.impl(name, made, "PrivateUse1")
     library.impl("empty.memory_format", empty, "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")  # torch.tensor(..., device=...) dispatches to no class
     library.impl("empty_strided", empty_strided, "PrivateUse1")
