@@ -26,7 +26,7 @@ from lightning_hetero.balance.types import (
 )
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
-from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
+from lightning_hetero.distributed.step_timer import HostClock, StepTimer, clock_of
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
@@ -227,8 +227,8 @@ class HeteroDDPStrategy(BaseStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.root_device.type == "cuda":
-            self.timer = StepTimer(CudaClock())
+        if self.root_device.type != "cpu":
+            self.timer = StepTimer(clock_of(self.root_device))
         self.memory = meter_of(self.root_device)
         self.profiles = tuple(all_gather(TorchDeviceProbe().profile(self.root_device)))
         # raises if a mapping lacks a device; every rank sees all devices, so all of them raise
