@@ -1,15 +1,18 @@
 """Measure a rank's own time: the time that a step takes without waiting for other ranks.
 
 The timer is a stopwatch.  It stops wherever the rank may be waiting for others: from its last local gradient until the
-gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own time is
-what the stopwatch measured between the last gradients of two consecutive steps.  So it includes the optimiser, the
-callbacks, the waiting for data, the transfer, and the forward and backward passes; the rest of the time between those
-gradients is waiting.  Only durations of a single clock are used; clocks are never compared.
+gradients are combined, and wherever the training loop or a layer communicates, in a forward pass, in a backward pass or
+outside of them.  A step's own time is what the stopwatch measured between the last gradients of two consecutive steps.
+So it includes the optimiser, the callbacks, the waiting for data, the transfer, and the forward and backward passes;
+the rest of the time between those gradients is waiting.  Only durations of a single clock are used; clocks are never
+compared.
 
 If a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and hooks
 on the parameters mark the last gradient.  The first step, which is not counted, shows whether that is so.
 
-On a device that has events the marks are events in the current stream.  They are read when the timings are requested, steps later.
+On a device that has events the marks are events in the current stream.  They are read when the timings are requested,
+steps later.  A collective runs in this stream, or the stream waits for the one in which it runs; so what lies between
+the mark before a collective and the mark after the wait for it is the waiting and the transfer.
 
 A host that launches a step's work more slowly than its device does it leaves gaps between the kernels.  How much of
 them lies in a rank's own time depends on how far its host has run ahead, and so on how long the rank has waited for
@@ -158,7 +161,7 @@ class StepTimer:
         self._nested: bool | None = None  # None until a step was examined
         self._pass: int | None = None  # the watched backward pass while it runs
         self._waits = 0
-        self._last_gradient: Any = None
+        self._last_gradient: tuple[Any, list[_Span]] | None = None  # its mark, and the own time up to it
         self._gradient_hooks: list[RemovableHandle] = []
 
     @property
@@ -237,7 +240,9 @@ class StepTimer:
             return
         if current_backward_pass() != self._pass:
             self._nested = True
-        self._last_gradient = self._clock.mark()
+        mark = self._clock.mark()
+        # layers may communicate later in the pass, when DDP has waited
+        self._last_gradient = mark, [*self._running, *([] if self._since is None else [(self._since, mark)])]
 
     def backward_interrupted(self) -> None:
         """Note that an error has ended the watched backward pass, and that its gradients are computed in other ways."""
@@ -249,10 +254,13 @@ class StepTimer:
         if not self._enabled:
             return
         noted, self._last_gradient = self._last_gradient, None
-        self._ready = noted if self._nested and noted is not None else self._clock.mark()
-        if self._since is not None:
-            self._running.append((self._since, self._ready))
-            self._since = None
+        if self._nested and noted is not None:
+            self._ready, self._running = noted
+        else:
+            self._ready = self._clock.mark()
+            if self._since is not None:
+                self._running.append((self._since, self._ready))
+        self._since = None
         self._step.own += self._running
         self._running = []
 

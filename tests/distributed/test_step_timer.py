@@ -184,6 +184,23 @@ def test_nothing_starts_the_stopwatch_while_ranks_wait() -> None:
     assert timer.take() == [StepTiming(1, 5.0, 2.0)]
 
 
+def test_waiting_within_the_passes_is_not_own_time() -> None:
+    """Layers communicate in the forward and in the backward pass."""
+    timer = StepTimer(ScriptedClock([float(m) for m in [1, 5, 9, 10, 20, 22, 31, 33, 40]]))
+    timer.enable()
+    timer.gradients_ready()
+    timer.finish_step(1)
+    timer.resume()
+    for _ in range(2):
+        with timer.waiting():
+            pass
+    with timer.waiting():
+        timer.gradients_ready()
+    timer.finish_step(1)
+    # works 5..9, 10..20 and 22..31; the last gradient comes at 33, from what the layers have communicated
+    assert timer.take() == [StepTiming(1, 23.0, 9.0)]
+
+
 class Checkpointed(nn.Module):
     """Layers whose activations are computed again in the backward pass."""
 

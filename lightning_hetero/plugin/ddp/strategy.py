@@ -128,7 +128,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self.scope = BatchScope(self.train_data, self.eval_data, self.micro_batches.before_collective)
+        self.scope = BatchScope(self.train_data, self.eval_data, self.micro_batches.before_collective, self.waiting)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -156,6 +156,10 @@ class HeteroDDPStrategy(BaseStrategy):
     def training_slice(self) -> BatchSlice | None:
         """This rank's part of the latest global batch; None before the first."""
         return self.train_data.part
+
+    def waiting(self) -> AbstractContextManager[None] | None:
+        """Return a context in which this rank may wait for others, which is not its own time; None if none is kept."""
+        return self.timer.waiting() if self.timer.enabled else None
 
     def nominal_plan(self) -> BatchPlan | None:
         """Return the plan that the devices' nominal speeds suggest before measuring; None if they suggest none."""
