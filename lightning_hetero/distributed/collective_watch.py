@@ -241,7 +241,7 @@ def _wrapped(
             setattr(cls, name, original)
 
 
-def _groups(base: type = dist.ProcessGroup) -> Iterator[type]:
+def _groups(base: type[Any] = dist.ProcessGroup) -> Iterator[type[Any]]:
     """Yield the classes of process groups, among them those that a library has written in Python."""
     yield base
     for cls in base.__subclasses__():
