@@ -210,7 +210,6 @@ class Spoke(Link):
         now = time.monotonic()
         if self._hub is None and now >= self._retry_at:
             self._retry_at = now + _RETRY_S
-            self.failed = self.failed or self._announced()
             self._find()
         elif self._hub is not None and not self._was_welcome and now - self._hub.heard > _HELLO_S:
             self._drop()
@@ -219,12 +218,12 @@ class Spoke(Link):
                 self._receive(connection)
 
     def _find(self) -> None:
-        published = self._look_up()
-        if published is not None:
+        if not self._was_welcome:  # otherwise rank 0 is still where it was, and the store may have died with it
+            self.failed = self.failed or self._announced()
+            published = self._look_up()
             with suppress(ValueError):
-                port, identifier = json.loads(published)
-                if (port, identifier) != self._place:
-                    self._place, self._was_welcome = (port, identifier), False
+                port, identifier = json.loads(published or "")
+                self._place = (port, identifier)
         if self._place is not None:
             self._connect(*self._place)
 
@@ -253,9 +252,7 @@ class Spoke(Link):
         except OSError as error:
             self._drop()
             if isinstance(error, ConnectionResetError) and self._was_welcome:
-                # not through the store, which may have died too; a dying process may still seem to listen for a moment
-                time.sleep(0.02)
-                self._connect(*self._place)
+                self._retry_at = time.monotonic() + 0.1  # a dying process may still seem to listen for a moment
             return
         for kind, text in messages:
             if kind == "welcome" and text == self._place[1]:
