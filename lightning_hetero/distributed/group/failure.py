@@ -64,7 +64,7 @@ def watch_peers(host: str, is_excused: Callable[[], bool]) -> None:
     rank = dist.get_rank()
     try:
         link = Hub(host, _publish) if rank == 0 else Spoke(rank, host, lambda: _read(_WATCH), lambda: _read(_KEY))
-    except OSError:  # a host without a port to listen at; the other ranks look into the store
+    except (OSError, RuntimeError):  # no port to listen at, or no store: the ranks go on without it
         return
     _active.append(PeerWatch(link, rank, lambda: bool(_finishing) or is_excused(), _TIMES))
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from contextlib import suppress
 
-__all__ = ["Connection", "listen", "wake_pair"]
+__all__ = ["ClosedError", "Connection", "listen", "wake_pair"]
 
 _SEND_S = 1.0
 _CONNECT_S = 2.0
@@ -33,6 +33,10 @@ def _close_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
+
+
+class ClosedError(ConnectionResetError):
+    """The system at the other end has closed the connection, and the network has carried that here."""
 
 
 class Connection:
@@ -76,7 +80,8 @@ class Connection:
         """Return the messages that have arrived, each a kind and a text.
 
         Raises:
-            ConnectionResetError: If the other end is closed.
+            ClosedError: If the other end is closed.
+            ConnectionResetError: If the other end is closed, or knows nothing of this connection any more.
             OSError: If the other end cannot be reached.
         """
         try:
@@ -84,7 +89,7 @@ class Connection:
         except TimeoutError:
             return []
         if not data:
-            raise ConnectionResetError
+            raise ClosedError
         self.heard = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > _LONGEST_LINE:

@@ -12,12 +12,14 @@ from contextlib import suppress
 
 from typing_extensions import override
 
-from lightning_hetero.distributed.group.peer_connection import Connection, listen, wake_pair
+from lightning_hetero.distributed.group.peer_connection import ClosedError, Connection, listen, wake_pair
 
 __all__ = ["Hub", "Link", "Spoke"]
 
-# A connection may be cut between two processes that are alive; then one of them comes back.
+# A connection may be cut between two processes that are alive; then one of them comes back.  Where it was reset, the
+# machine of rank 0 may have slept for so long that the other end has given it up, and tries to connect now and then.
 _RETURN_S = 2.0
+_RETURN_AFTER_RESET_S = 30.0
 _RETRY_S = 1.0
 _HELLO_S = 10.0
 
@@ -116,7 +118,7 @@ class Hub(Link):
         for stranger in [its for its in self._strangers if now - its.heard > _HELLO_S]:
             self._strangers.discard(stranger)
             self._forget(stranger)
-        for rank in [rank for rank, since in self._lost.items() if now - since > _RETURN_S]:
+        for rank in [rank for rank, until in self._lost.items() if now > until]:
             del self._lost[rank]
             self._fail(_DIED.format(rank), None)
 
@@ -135,7 +137,8 @@ class Hub(Link):
             if connection.rank is not None:
                 del self._peers[connection.rank]
                 if isinstance(error, ConnectionResetError):
-                    self._lost[connection.rank] = time.monotonic()
+                    patience_s = _RETURN_S if isinstance(error, ClosedError) else _RETURN_AFTER_RESET_S
+                    self._lost[connection.rank] = time.monotonic() + patience_s
             return
         for kind, text in messages:
             if connection in self._strangers:
@@ -172,6 +175,12 @@ class Hub(Link):
     @override
     def connections(self) -> dict[int, Connection]:
         return dict(self._peers)
+
+    @override
+    def forgive_silence(self, seconds: float) -> None:
+        super().forgive_silence(seconds)
+        for rank in self._lost:
+            self._lost[rank] += seconds
 
     @override
     def close(self) -> None:

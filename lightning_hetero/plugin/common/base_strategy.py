@@ -24,6 +24,7 @@ from lightning_hetero.distributed.group.failure import (
     announce,
     announced,
     begin_teardown,
+    finishing,
     forget,
     pass_on,
     stop_watching,
@@ -159,7 +160,8 @@ class BaseStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.is_global_zero:
             checkpoint = {**checkpoint, _LOADERS_KEY: {self.strategy_name: self.loaders_state()}}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with finishing():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_hetero.distributed.group import end_process, failure, peer_links, peer_watch
+from lightning_hetero.distributed.group.peer_connection import Connection
 from lightning_hetero.distributed.group.peer_links import Hub, Link, Spoke
 from lightning_hetero.distributed.group.peer_watch import PeerWatch, WatchTimes
 
@@ -62,6 +64,16 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     its.close()
 
 
+class Returned:
+    """Whether rank 1 has another connection than before."""
+
+    def __init__(self, hub: Hub, before: Connection) -> None:
+        self.hub, self.before = hub, before
+
+    def __call__(self) -> bool:
+        return self.hub.connections().get(1) not in (None, self.before)
+
+
 def die(link: Link) -> None:
     """Close all sockets, as the system does for a dead process."""
     if isinstance(link, Hub):
@@ -104,12 +116,35 @@ def test_rank_zero_has_died_where_nobody_listens_any_more(ranks: Ranks) -> None:
 
 def test_a_connection_that_is_cut_is_no_death(ranks: Ranks) -> None:
     spoke = ranks.spoke(1)
-    for cut in (lambda: spoke.connections()[0], lambda: ranks.hub.connections()[1]):
+    for end in ("spoke", "hub"):
         before = ranks.hub.connections()[1]
-        cut().socket.shutdown(socket.SHUT_RDWR)
-        ranks.until(lambda before=before: ranks.hub.connections().get(1) not in (None, before))
+        cut = spoke.connections()[0] if end == "spoke" else before
+        cut.socket.shutdown(socket.SHUT_RDWR)
+        returned = Returned(ranks.hub, before)
+        ranks.until(returned)
     ranks.until(seconds=0.6)
     assert (ranks.hub.failed, spoke.failed) == (None, None)
+
+
+def test_a_connection_that_is_reset_is_no_death_for_long(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a machine that has slept; the other rank is stopped just then."""
+    monkeypatch.setattr(peer_links, "_RETURN_AFTER_RESET_S", 1.0)
+    for returns in (True, False):
+        spoke = ranks.spoke(1)
+        del ranks.spokes[1]
+        before = ranks.hub.connections()[1]
+        its = spoke.connections()[0].socket
+        its.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets when it is closed
+        spoke._drop()
+        ranks.until(seconds=0.5)
+        assert ranks.hub.failed is None
+        if returns:
+            ranks.spokes[1] = spoke
+            ranks.until(Returned(ranks.hub, before))
+            ranks.until(seconds=1.2)
+            assert ranks.hub.failed is None
+        else:
+            ranks.until(lambda: ranks.hub.failed)
 
 
 def test_who_leaves_has_not_died_and_may_come_back(ranks: Ranks) -> None:

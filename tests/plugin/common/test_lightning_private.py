@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -150,8 +150,15 @@ def test_lightning_closes_the_group_of_nccl_unless_told_otherwise(monkeypatch: p
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     handlers: list[Any] = []
+
+    def unregister(handler: Any) -> None:
+        while handler in handlers:
+            handlers.remove(handler)
+
     monkeypatch.setattr(atexit, "register", handlers.append)
-    monkeypatch.setattr(atexit, "unregister", lambda handler: handlers[:] and handlers.remove(handler))
+    monkeypatch.setattr(
+        atexit, "unregister", lambda handler: handlers.__setitem__(slice(None), _without(handlers, handler))
+    )
     connect_through(LightningEnvironment(), "nccl", None, None, torch.device("cpu"))
     assert len(handlers) == 1
     lightning_closes_group(True)
