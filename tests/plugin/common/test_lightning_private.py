@@ -156,9 +156,7 @@ def test_lightning_closes_the_group_of_nccl_unless_told_otherwise(monkeypatch: p
             handlers.remove(handler)
 
     monkeypatch.setattr(atexit, "register", handlers.append)
-    monkeypatch.setattr(
-        atexit, "unregister", lambda handler: handlers.__setitem__(slice(None), _without(handlers, handler))
-    )
+    monkeypatch.setattr(atexit, "unregister", unregister)
     connect_through(LightningEnvironment(), "nccl", None, None, torch.device("cpu"))
     assert len(handlers) == 1
     lightning_closes_group(True)
