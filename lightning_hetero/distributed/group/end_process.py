@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from lightning_hetero.exceptions import RankFailedError
 
 __all__ = ["end_process", "where_main_thread_waits"]
@@ -58,6 +56,9 @@ def _record_for_torchrun(message: str) -> None:
     """Write torchrun's error file, as ``torch.distributed.elastic``'s ``record`` does for exceptions."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not Path(path).exists():
+        # under torchrun only: nothing else imports this
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         try:
             raise RankFailedError(message)
         except RankFailedError as error:
