@@ -133,8 +133,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = func(*host_args, **host_kwargs)
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
         return _with_originals(func, result, host_args, host_kwargs, args, kwargs)
-    if func is _aten._to_copy.default and target not in (None, NAME):
-        return result  # to the host
+    if target not in (None, NAME):
+        return result  # on the host, or without memory
     return tree_map_only(Tensor, VirtualTensor, result)
 
 

@@ -172,7 +172,8 @@ class CollectiveWatch:
         moves_tensors: bool = True,
     ) -> None:
         notice = self._notice
-        called = None if notice is None else self._user_call(sys._getframe(2))
+        # DDP calls the methods of groups in Python from C++, perhaps with no Python around it
+        called = None if notice is None else self._user_call(sys._getframe(1).f_back)
         if notice is not None and called is not None:
             with self.watching(None):  # what `notice` exchanges itself
                 notice(Collective(*called, group, tensors, needs_one_shape, moves_tensors))
