@@ -19,9 +19,11 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_hetero.distributed.collectives import all_gather_counts, all_wait, broadcast_from
 from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
+from lightning_hetero.distributed.host_group import host_group, is_initialized
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
@@ -174,6 +176,7 @@ class BaseStrategy(DDPStrategy):
             store = attempt_store(*where, self.global_rank, self.world_size, timeout)
             connect_through(environment, self._process_group_backend, store, timeout, self.root_device)
         super().setup_distributed()  # keeps a process group that exists
+        host_group(self._timeout)  # made here, where all ranks are at the same point
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -197,14 +200,16 @@ class BaseStrategy(DDPStrategy):
         trainer = trainer_of(self.lightning_module)
         return trainer is not None and trainer.interrupted
 
+    # What is no tensor travels between hosts: through a device's backend, it would wait for the devices.
+
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self.is_alone:
-            super().barrier(*args, **kwargs)
+            all_wait()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self.is_alone else super().broadcast(obj, src)
+        return broadcast_from(obj, src) if is_initialized() and not self.is_alone else obj
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -212,7 +217,10 @@ class BaseStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self.is_alone else super().reduce_boolean_decision(decision, all)
+        if self.is_alone:
+            return decision
+        agreeing = sum(all_gather_counts(int(decision)))
+        return agreeing == self.world_size if all else agreeing > 0
 
     @override
     def on_exception(self, exception: BaseException) -> None:
