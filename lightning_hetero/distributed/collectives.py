@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_hetero.distributed.host_group import group_of, host_group, is_initialized
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
@@ -20,9 +21,11 @@ __all__ = [
     "all_gather_counts",
     "all_gather_numbers",
     "all_wait",
+    "broadcast_flag",
     "broadcast_from",
     "decide_on_rank_zero",
     "length_of",
+    "reduce_in_place",
 ]
 
 Entry = TypeVar("Entry")
@@ -82,6 +85,33 @@ def broadcast_from(value: Message, source: int) -> Message:
     values = [value]
     dist.broadcast_object_list(values, src=source, group=host_group())
     return values[0]
+
+
+def reduce_in_place(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Reduce a tensor over ranks on its device, for which the host does not wait, and return it.
+
+    Args:
+        tensor: The values of this rank. Every rank of the group must call this at the same point.
+        operation: An operation of torch, or its name; "mean" is "avg".
+        group: Process group to reduce over; None for all ranks.
+    """
+    name = operation.lower() if isinstance(operation, str) else None
+    # only NCCL computes means itself
+    divides = name in ("mean", "avg") and f"{tensor.device.type}:nccl" not in dist.get_backend_config(group).split(",")
+    if name is not None:
+        operation = dist.ReduceOp.SUM if divides else getattr(dist.ReduceOp, {"mean": "AVG"}.get(name, name.upper()))
+    dist.all_reduce(tensor, op=operation, group=group)
+    if not divides:
+        return tensor
+    ranks = dist.get_world_size(group)
+    return tensor.div_(ranks) if tensor.is_floating_point() else tensor.copy_(tensor / ranks)
+
+
+def broadcast_flag(*, flag: bool) -> bool:
+    """Return the flag of rank 0 on every rank; every rank must call this at the same point."""
+    value = torch.tensor([int(flag)], dtype=torch.int64, device="cpu")
+    dist.broadcast(value, src=0, group=host_group())
+    return bool(value)
 
 
 def decide_on_rank_zero(numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision]) -> Decision:

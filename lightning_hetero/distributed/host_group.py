@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-__all__ = ["close_host_group", "gloo_is_used", "group_of", "host_group", "host_timeout", "is_initialized"]
+__all__ = [
+    "close_host_group",
+    "gloo_is_used",
+    "group_of",
+    "has_own_group",
+    "host_group",
+    "host_timeout",
+    "is_initialized",
+]
 
 
 @dataclass
@@ -70,7 +78,12 @@ def host_timeout() -> timedelta:
 
 def gloo_is_used() -> bool:
     """Return whether gloo's threads serve a group that :func:`close_host_group` closes."""
-    return is_initialized() and (dist.get_backend() == "gloo" or _own_group() is not None)
+    return has_own_group() or (is_initialized() and dist.get_backend() == "gloo")
+
+
+def has_own_group() -> bool:
+    """Return whether the host group is another than the default group."""
+    return is_initialized() and _own_group() is not None
 
 
 def close_host_group() -> None:

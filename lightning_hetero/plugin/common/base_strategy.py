@@ -7,6 +7,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,21 +16,33 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_hetero.distributed.collectives import all_gather_counts, all_wait, broadcast_from
+from lightning_hetero.distributed.collectives import (
+    all_gather_counts,
+    all_wait,
+    broadcast_flag,
+    broadcast_from,
+    reduce_in_place,
+)
 from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
-from lightning_hetero.distributed.host_group import host_group, is_initialized
+from lightning_hetero.distributed.host_group import has_own_group, host_group, is_initialized
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
-from lightning_hetero.plugin.common.lightning_private import connect_through, trainer_of, wrap_checkpoint_io
+from lightning_hetero.plugin.common.lightning_private import (
+    connect_through,
+    sigterm_told,
+    trainer_of,
+    wrap_checkpoint_io,
+)
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 
 __all__ = ["BaseStrategy"]
@@ -49,6 +62,7 @@ class BaseStrategy(DDPStrategy):
     strategy_name = ""
     _failed = False
     _last_trainer: weakref.ref[Trainer] | None = None
+    _signals: ExitStack | None = None
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
         """Check the arguments that Lightning's DDPStrategy and torch's DistributedDataParallel receive.
@@ -114,13 +128,13 @@ class BaseStrategy(DDPStrategy):
 
     def __copy__(self: Self) -> Self:
         other = type(self).__new__(type(self))
-        vars(other).update(vars(self))
+        vars(other).update(vars(self), _signals=None)
         other.renew()  # the parts of the original know only the original
         return other
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last_trainer": None}
+        return {**super().__getstate__(), "_last_trainer": None, "_signals": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -163,6 +177,11 @@ class BaseStrategy(DDPStrategy):
         self._failed = False
         forget()  # the failures of an earlier run in this process
         super().setup_environment()
+        self._leave_signals()
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None and has_own_group():
+            self._signals = ExitStack()
+            self._signals.enter_context(sigterm_told(trainer, lambda flag: broadcast_flag(flag=flag), all_wait))
 
     @override
     def setup_distributed(self) -> None:
@@ -213,7 +232,9 @@ class BaseStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self.is_alone else super().reduce(tensor, group, reduce_op)
+        # Lightning waits for all ranks first, and on a device's backend for the device
+        reduces = isinstance(tensor, Tensor) and is_initialized() and not self.is_alone
+        return reduce_in_place(tensor, reduce_op or "sum", group) if reduces else tensor
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -240,7 +261,13 @@ class BaseStrategy(DDPStrategy):
     def teardown(self) -> None:
         if not self._failed:  # a process started by `spawn` does not get here if it fails
             leave_group_at_exit()
+        self._leave_signals()
         super().teardown()
+
+    def _leave_signals(self) -> None:
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.close()
 
 
 def _defaults_of(target: type[Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ tests/plugin/common/test_lightning_private.py fails if Lightning changes one of 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = [
     "before_batch_transfer",
@@ -30,6 +35,7 @@ __all__ = [
     "logged_values",
     "samplers_stay",
     "set_batch_size",
+    "sigterm_told",
     "telling_indices",
     "tells_indices",
     "trainer_of",
@@ -103,6 +109,44 @@ def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
 def samplers_stay(trainer: Trainer) -> None:
     """Make Lightning leave samplers as they are; a subclass of DDPStrategy cannot request that publicly."""
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+@contextmanager
+def sigterm_told(trainer: Trainer, tell: Callable[[bool], bool], wait: Callable[[], None]) -> Iterator[None]:
+    """Have ranks learn in this context through ``tell`` and ``wait`` that rank 0 has received SIGTERM.
+
+    Before each batch, Lightning 2.6 broadcasts a number of the device and reads it, for which the host waits until the
+    device has finished all that it has been given. Nothing public changes how the ranks learn of the signal.
+
+    Args:
+        trainer: The Trainer that is about to run; its signal handlers are not registered yet.
+        tell: Function that gives all ranks a flag of rank 0, called where Lightning broadcasts: in a handler, too.
+        wait: Function that waits for all ranks.
+    """
+    loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
+
+    def before_batch() -> None:
+        if tell(trainer.received_sigterm):
+            with suppress(Exception):  # as Lightning: a rank may be gone
+                wait()
+            raise SIGTERMException
+
+    def notify(signum: Any, _: Any) -> None:
+        launcher: Any = trainer.strategy.launcher
+        if not signals.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        with suppress(RuntimeError):
+            tell(True)
+        signals.received_sigterm = True
+
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (loop, "_broadcast_sigterm_tensor", before_batch),
+            (signals, "_sigterm_notifier_fn", notify),
+        ):
+            if hasattr(owner, name):
+                stack.enter_context(overridden(owner, name, function))
+        yield
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
