@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_hetero.distributed.torch_private import collective_methods
 
 NAME = "recorded"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Call:
         group: "device" for the group of the recorded backend, "host" for others.
         name: Name of the method of the process group.
         bytes: Size of this rank's tensors.
-        is_floating: Whether it moves numbers with a fraction.
+        of_bytes: Whether it moves bytes, as objects do.
         in_main_thread: Whether the training's own thread has made it.
     """
 
@@ -37,7 +36,7 @@ class Call:
     group: str
     name: str
     bytes: int
-    is_floating: bool
+    of_bytes: bool
     in_main_thread: bool
 
 
@@ -61,7 +60,7 @@ class Record:
                 group,
                 name,
                 sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-                any(tensor.dtype in _FLOATS for tensor in tensors),
+                any(tensor.dtype == torch.uint8 for tensor in tensors),
                 threading.current_thread() is threading.main_thread(),
             )
         )

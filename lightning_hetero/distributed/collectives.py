@@ -107,7 +107,7 @@ def reduce_in_place(tensor: Tensor, operation: Any, group: dist.ProcessGroup | N
     return tensor.div_(ranks) if tensor.is_floating_point() else tensor.copy_(tensor / ranks)
 
 
-def broadcast_flag(*, flag: bool) -> bool:
+def broadcast_flag(flag: bool) -> bool:
     """Return the flag of rank 0 on every rank; every rank must call this at the same point."""
     value = torch.tensor([int(flag)], dtype=torch.int64, device="cpu")
     dist.broadcast(value, src=0, group=host_group())

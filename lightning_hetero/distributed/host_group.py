@@ -91,7 +91,9 @@ def close_host_group() -> None:
 
     A default group of another backend stays open; it is left to its owner.
     """
-    dist.destroy_process_group(_own_group())
+    own = _own_group()
+    _known.clear()
+    dist.destroy_process_group(own)
 
 
 def _own_group() -> dist.ProcessGroup | None:

@@ -31,7 +31,7 @@ from lightning_hetero.distributed.collectives import (
 from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
-from lightning_hetero.distributed.host_group import has_own_group, host_group, is_initialized
+from lightning_hetero.distributed.host_group import host_group, is_initialized
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
@@ -39,7 +39,7 @@ from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
 from lightning_hetero.plugin.common.lightning_private import (
     connect_through,
-    sigterm_told,
+    leaving_together,
     trainer_of,
     wrap_checkpoint_io,
 )
@@ -179,9 +179,9 @@ class BaseStrategy(DDPStrategy):
         super().setup_environment()
         self._leave_signals()
         trainer = trainer_of(self.lightning_module)
-        if trainer is not None and has_own_group():
+        if trainer is not None and self.world_size > 1:
             self._signals = ExitStack()
-            self._signals.enter_context(sigterm_told(trainer, lambda flag: broadcast_flag(flag=flag), all_wait))
+            self._signals.enter_context(leaving_together(trainer, broadcast_flag))
 
     @override
     def setup_distributed(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -31,11 +32,11 @@ __all__ = [
     "evaluation_loop",
     "has_comm_hook",
     "inner_batch_sampler",
+    "leaving_together",
     "logged_step",
     "logged_values",
     "samplers_stay",
     "set_batch_size",
-    "sigterm_told",
     "telling_indices",
     "tells_indices",
     "trainer_of",
@@ -112,40 +113,41 @@ def samplers_stay(trainer: Trainer) -> None:
 
 
 @contextmanager
-def sigterm_told(trainer: Trainer, tell: Callable[[bool], bool], wait: Callable[[], None]) -> Iterator[None]:
-    """Have ranks learn in this context through ``tell`` and ``wait`` that rank 0 has received SIGTERM.
+def leaving_together(trainer: Trainer, tell: Callable[[bool], bool]) -> Iterator[None]:
+    """End a training that has received SIGTERM on all ranks at the same batch, in this context.
 
     Before each batch, Lightning 2.6 broadcasts a number of the device and reads it, for which the host waits until the
-    device has finished all that it has been given. Nothing public changes how the ranks learn of the signal.
+    device has finished all that it has been given. It also broadcasts in its signal handler, which meets other
+    collectives of the peers. Nothing public changes how ranks learn of the signal.
 
     Args:
         trainer: The Trainer that is about to run; its signal handlers are not registered yet.
-        tell: Function that gives all ranks a flag of rank 0, called where Lightning broadcasts: in a handler, too.
-        wait: Function that waits for all ranks.
+        tell: Function that gives all ranks a flag of rank 0; it is called before each batch.
     """
     loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    patience: list[int] = []  # for how many batches this rank waits for rank 0, once it has received the signal
 
     def before_batch() -> None:
-        if tell(trainer.received_sigterm):
-            with suppress(Exception):  # as Lightning: a rank may be gone
-                wait()
+        leaves = tell(bool(patience))
+        if patience:
+            patience[0] -= 1
+        if leaves or patience == [0]:  # nobody has sent the signal to rank 0
+            signals.received_sigterm = True
             raise SIGTERMException
 
     def notify(signum: Any, _: Any) -> None:
         launcher: Any = trainer.strategy.launcher
-        if not signals.received_sigterm and launcher is not None:
+        if launcher is not None and not patience:
             launcher.kill(signum)
-        with suppress(RuntimeError):
-            tell(True)
-        signals.received_sigterm = True
+        if trainer.training and trainer.state.fn == TrainerFn.FITTING:
+            patience[:] = patience or [2]
+        else:
+            signals.received_sigterm = True
 
     with ExitStack() as stack:
-        for owner, name, function in (
-            (loop, "_broadcast_sigterm_tensor", before_batch),
-            (signals, "_sigterm_notifier_fn", notify),
-        ):
-            if hasattr(owner, name):
-                stack.enter_context(overridden(owner, name, function))
+        if hasattr(loop, "_broadcast_sigterm_tensor") and hasattr(signals, "_sigterm_notifier_fn"):
+            stack.enter_context(overridden(loop, "_broadcast_sigterm_tensor", before_batch))
+            stack.enter_context(overridden(signals, "_sigterm_notifier_fn", notify))
         yield
 
 
