@@ -121,6 +121,11 @@ def _made(default: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
         made: dist.ProcessGroup = dist.new_group(
             backend="cpu:gloo", timeout=timeout, group_desc="hosts of lightning_hetero"
         )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The hosts of all ranks must reach each other through gloo, got {error}. Name the network interface that"
+            f" connects them in the environment variable GLOO_SOCKET_IFNAME."
+        ) from error
     finally:
         default.bound_device_id = device
     return made

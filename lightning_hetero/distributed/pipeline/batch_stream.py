@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class SentBatches:
     def __init__(self, batches: Iterator[Any], *, ahead: bool) -> None:
         self._batches = batches
         self._ahead = ahead
-        self._group = host_group()
+        self._group = weakref.ref(host_group())  # it must not outlive the run, as a loop's iterations may
         self._tag: int | None = None
         self._description = b""
         self._ended = False
@@ -111,7 +112,7 @@ class SentBatches:
         messages = [head, _as_tensor(description), *(contents or [])]
         self._peers_know = kind in (_Kind.END, _Kind.ERROR, _Kind.CLOSED)
         works: list[Any] = [
-            dist.isend(message, dst=rank, group=self._group, tag=self._tag or 0)
+            dist.isend(message, dst=rank, group=self._group(), tag=self._tag or 0)
             for rank in range(1, dist.get_world_size())
             for message in messages
             if message.numel()
@@ -134,7 +135,7 @@ class SentBatches:
 
     def _send_closed(self) -> None:
         with suppress(Exception):  # a peer is gone
-            if self._tag is not None and not self._peers_know and is_initialized() and self._group is host_group():
+            if self._tag is not None and not self._peers_know and is_initialized() and self._group() is host_group():
                 self._send(_Kind.CLOSED)
 
     def wait(self) -> None:
@@ -152,7 +153,6 @@ class ReceivedBatches:
     """An iteration on another rank than 0, over the batches of rank 0."""
 
     def __init__(self) -> None:
-        self._group = host_group()
         self._received: queue.SimpleQueue[tuple[_Kind | None, Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = False
@@ -165,8 +165,8 @@ class ReceivedBatches:
             raise StopIteration
         if self._thread is None:
             tag: int = broadcast_from(0, 0)
-            # it holds no reference to this object, which may be dropped at any time
-            self._thread = _start(lambda received=self._received, group=self._group: _receive(received, group, tag))  # type: ignore[misc]
+            # a function without this object, which may be dropped at any time
+            self._thread = _start(partial(_receive, self._received, host_group(), tag))
         try:
             kind, value = self._received.get(timeout=host_timeout().total_seconds())
         except queue.Empty:
@@ -196,8 +196,9 @@ def end_iterations() -> None:
     deadline = time.monotonic() + _PATIENCE_S
     for thread in list(_threads):
         thread.join(max(deadline - time.monotonic(), 0.0))
-    while _unfinished:
-        _unfinished.pop().wait()
+    with suppress(RuntimeError):  # of a group that has ended
+        while _unfinished:
+            _unfinished.pop().wait()
 
 
 def _receive(received: queue.SimpleQueue[tuple[_Kind | None, Any]], group: dist.ProcessGroup, tag: int) -> None:
