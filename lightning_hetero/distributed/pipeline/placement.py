@@ -43,11 +43,17 @@ class TensorPlacement:
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
         self._set_owners(plan)
+        foreign = []
         for tensor in self._tensors():
             if self.owns(tensor):
-                tensor.data = tensor.data.to(device)
-            else:
-                _swap(tensor, _without_memory(tensor))
+                _move(tensor, device)
+            else:  # on the device for now, because nothing moves from "meta"
+                foreign.append((tensor, _without_memory(tensor)))
+                _swap(tensor, _like(tensor, torch.empty(0, dtype=tensor.dtype, device=device)))
+        # What moves with a module is not only its tensors: metrics have states, and users write `_apply` themselves.
+        module.to(device)
+        for tensor, without_memory in foreign:
+            _swap(tensor, without_memory)
         self._equalise_tied()
 
     def _set_owners(self, plan: StagePlan) -> None:
@@ -174,7 +180,7 @@ class TensorPlacement:
             if tensor.is_meta:
                 _swap(tensor, _like(tensor, copy))
             else:
-                tensor.data = tensor.data.cpu()
+                _move(tensor, torch.device("cpu"))
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         all_wait()
@@ -235,6 +241,15 @@ def _copy_on_host(tensor: Tensor) -> Tensor:
 
 def _empty_on_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).detach()
+
+
+def _move(tensor: Tensor, device: torch.device) -> None:
+    """Move a tensor to ``device``; all references to it see it there."""
+    value = tensor.data.to(device)
+    try:
+        tensor.data = value
+    except RuntimeError:  # tensors of some devices, such as XLA's, are of another kind than the host's
+        _swap(tensor, _like(tensor, value))
 
 
 def _swap(tensor: Tensor, other: Tensor) -> None:
