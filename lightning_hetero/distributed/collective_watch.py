@@ -226,19 +226,26 @@ def _wrapped(
 ) -> Iterator[None]:
     """Wrap everything that collectives pass in this context: methods of process groups, and resolvers of groups."""
     functional, resolvers = functional_resolvers()
-    # as the class holds them, because they do not bind as Python's functions do
-    methods = {name: vars(dist.ProcessGroup)[name] for name in collective_methods()}
+    # as the classes hold them, because those of torch do not bind as Python's functions do
+    methods = [(cls, name, vars(cls)[name]) for cls in _groups() for name in collective_methods() if name in vars(cls)]
     for name, original in resolvers.items():
         setattr(functional, name, resolver(original))
-    for name in methods:
-        setattr(dist.ProcessGroup, name, method(name, getattr(dist.ProcessGroup, name)))
+    for cls, name, _ in methods:
+        setattr(cls, name, method(name, getattr(cls, name)))
     try:
         yield
     finally:
         for name, original in resolvers.items():
             setattr(functional, name, original)
-        for name, original in methods.items():
-            setattr(dist.ProcessGroup, name, original)
+        for cls, name, original in methods:
+            setattr(cls, name, original)
+
+
+def _groups(base: type[Any] = dist.ProcessGroup) -> Iterator[type[Any]]:
+    """Yield the classes of process groups, among them those that a library has written in Python."""
+    yield base
+    for cls in base.__subclasses__():
+        yield from _groups(cls)
 
 
 @contextmanager
