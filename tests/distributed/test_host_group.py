@@ -32,26 +32,27 @@ from lightning_hetero.distributed.host_group import (
 )
 
 
-def start(backend: str, bound: str | None = None) -> None:
+def start(backend: str, rank: int, bound: str) -> None:
     dist.init_process_group(
         backend,
         init_method=f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}",
-        rank=int(os.environ["LOCAL_RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=rank,
+        world_size=2,
     )
     assert dist.group.WORLD is not None
-    dist.group.WORLD.bound_device_id = None if bound is None else torch.device(bound)
+    dist.group.WORLD.bound_device_id = torch.device(bound)
 
 
 def use_hosts(ports: tuple[int, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    rank = dist.get_rank()
     with recorded(ports) as record:
-        start(NAME, "xpu:0")  # to which torch would bind the new group as well
+        start(NAME, rank, "xpu:0")  # to which torch would bind the new group as well
         group = host_group(timedelta(seconds=77))
         assert dist.group.WORLD is not None
         found["bound"] = str(dist.group.WORLD.bound_device_id), group.bound_device_id
         found["kept"] = host_group() is group and host_timeout() == timedelta(seconds=77)
-        rank, dist.group.WORLD.bound_device_id = dist.get_rank(), None
+        dist.group.WORLD.bound_device_id = None
         everyone = dist.new_group([0, 1])
         alone = [dist.new_group([0]), dist.new_group([1])][rank]
         found["of"] = group_of(None) is group and group_of(everyone) is group and group_of(alone) is alone
