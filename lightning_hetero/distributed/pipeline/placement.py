@@ -240,7 +240,7 @@ def _copy_on_host(tensor: Tensor) -> Tensor:
 
 
 def _empty_on_host(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:
