@@ -1,4 +1,4 @@
-"""Exchange values between ranks, and make one decision for all of them."""
+"""Exchange values between the hosts of ranks, and make one decision for all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from lightning_hetero.distributed.host_group import group_of, host_group, is_initialized
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
@@ -18,9 +20,12 @@ __all__ = [
     "all_gather",
     "all_gather_counts",
     "all_gather_numbers",
+    "all_wait",
+    "broadcast_flag",
     "broadcast_from",
     "decide_on_rank_zero",
     "length_of",
+    "reduce_in_place",
 ]
 
 Entry = TypeVar("Entry")
@@ -35,52 +40,81 @@ def all_gather(message: Message, group: dist.ProcessGroup | None = None) -> list
         message: A small picklable value. Every rank must call this at the same point.
         group: Process group whose ranks exchange messages; None for all ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_initialized():
         return [message]
     gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, message, group)
+    dist.all_gather_object(gathered, message, group_of(group))
     return cast("list[Message]", gathered)
 
 
-def all_gather_counts(count: int, device: torch.device) -> list[int]:
+def all_gather_counts(count: int) -> list[int]:
     """Return the integers of all ranks, in the order of ranks, on every rank, with one small all-reduce.
 
     Args:
         count: The integer of this rank. Every rank must call this at the same point.
-        device: Device from which the process group communicates.
     """
-    return _all_gathered(count, torch.int64, device)
+    return _all_gathered(count, torch.int64)
 
 
-def all_gather_numbers(number: float, device: torch.device) -> list[float]:
+def all_gather_numbers(number: float) -> list[float]:
     """Return the numbers of all ranks, in the order of ranks, on every rank, with one small all-reduce.
 
     Args:
         number: The number of this rank, in double precision. Every rank must call this at the same point.
-        device: Device from which the process group communicates.
     """
-    return _all_gathered(number, torch.float64, device)
+    return _all_gathered(number, torch.float64)
 
 
-def _all_gathered(number: Any, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
+def _all_gathered(number: Any, dtype: torch.dtype) -> list[Any]:
+    if not is_initialized():
         return [number]
-    numbers = torch.zeros(dist.get_world_size(), dtype=dtype, device=device)
+    numbers = torch.zeros(dist.get_world_size(), dtype=dtype, device="cpu")
     numbers[dist.get_rank()] = number
-    dist.all_reduce(numbers)
+    dist.all_reduce(numbers, group=host_group())
     return numbers.tolist()
+
+
+def all_wait() -> None:
+    """Wait until every rank has called this, without waiting for any device."""
+    if is_initialized():
+        dist.barrier(group=host_group())
 
 
 def broadcast_from(value: Message, source: int) -> Message:
     """Return the picklable value of rank ``source`` on every rank; every rank must call this at the same point."""
     values = [value]
-    dist.broadcast_object_list(values, src=source)
+    dist.broadcast_object_list(values, src=source, group=host_group())
     return values[0]
 
 
-def decide_on_rank_zero(
-    numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision], device: torch.device
-) -> Decision:
+def reduce_in_place(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Reduce a tensor over ranks on its device, for which the host does not wait, and return it.
+
+    Args:
+        tensor: The values of this rank. Every rank of the group must call this at the same point.
+        operation: An operation of torch, or its name; "mean" is "avg".
+        group: Process group to reduce over; None for all ranks.
+    """
+    name = operation.lower() if isinstance(operation, str) else None
+    # only NCCL computes means itself
+    divides = name in ("mean", "avg") and f"{tensor.device.type}:nccl" not in dist.get_backend_config(group).split(",")
+    if name is not None:
+        operation = dist.ReduceOp.SUM if divides else getattr(dist.ReduceOp, {"mean": "AVG"}.get(name, name.upper()))
+    dist.all_reduce(tensor, op=operation, group=group)
+    if not divides:
+        return tensor
+    ranks = dist.get_world_size(group)
+    return tensor.div_(ranks) if tensor.is_floating_point() else tensor.copy_(tensor / ranks)
+
+
+def broadcast_flag(flag: bool) -> bool:
+    """Return the flag of rank 0 on every rank; every rank must call this at the same point."""
+    value = torch.tensor([int(flag)], dtype=torch.int64, device="cpu")
+    dist.broadcast(value, src=0, group=host_group())
+    return bool(value)
+
+
+def decide_on_rank_zero(numbers: Sequence[float], decide: Callable[[list[list[float]]], Decision]) -> Decision:
     """Gather numbers from every rank, decide on rank zero, and return that decision on all ranks.
 
     One rank decides because floating-point results may differ in the last bit between processors, and ranks that follow
@@ -90,23 +124,22 @@ def decide_on_rank_zero(
         numbers: Numbers of this rank, equally many on every rank. Every rank must call this at the same point.
         decide: Function that rank zero calls with the numbers of all ranks, in the order of ranks; it returns a
             picklable value.
-        device: Device from which the process group communicates.
 
     Raises:
         Exception: Whatever ``decide`` raised, on every rank, so that no rank is left waiting.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_initialized():
         return decide([list(numbers)])
-    gathered = torch.zeros(dist.get_world_size(), len(numbers), dtype=torch.float64, device=device)
-    gathered[dist.get_rank()] = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(gathered)
+    gathered = torch.zeros(dist.get_world_size(), len(numbers), dtype=torch.float64, device="cpu")
+    gathered[dist.get_rank()] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    dist.all_reduce(gathered, group=host_group())
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = decide(gathered.tolist())
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=host_group())
     if outcome[1] is not None:
         raise outcome[1]
     return cast("Decision", outcome[0])
@@ -210,13 +243,12 @@ class BroadcastOrder(Generic[Entry]):
     def _agree(self) -> list[Entry]:
         # Every rank draws, so that all generators advance equally.
         own = list(self.sampler)
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_initialized():
             return own
-        order: list[Any] = [own]
-        dist.broadcast_object_list(order, src=0)
+        order = broadcast_from(own, 0)
         if not self._compared:
             self._compared = True
-            if any(all_gather(_samples(own) != _samples(order[0]))) and dist.get_rank() == 0:
+            if any(all_gather(_samples(own) != _samples(order))) and dist.get_rank() == 0:
                 warnings.warn(
                     f"`hetero_ddp`: the sampler {_name_of(self.sampler)!r} yields other samples on each rank. As under"
                     f" `ddp`, what it yields is divided among the ranks again, so samples are never seen; here they are"
@@ -224,14 +256,14 @@ class BroadcastOrder(Generic[Entry]):
                     f" Trainer(use_distributed_sampler=False).",
                     stacklevel=2,
                 )
-        if self._common and not all(all_gather(own == order[0])):
+        if self._common and not all(all_gather(own == order)):
             raise UnsupportedFeatureError(
                 f"`global_batch_size` takes each batch of {_name_of(self.sampler)!r} as a global batch, so they must be"
                 f" the same on every rank, got others. If it divides the data itself, leave out `global_batch_size`; if"
                 f" it draws random numbers, seed them equally: `seed_everything(...)`."
             )
         self._common = False  # its random numbers may differ later
-        return cast("list[Entry]", order[0])
+        return order
 
 
 def _name_of(sampler: Any) -> str:

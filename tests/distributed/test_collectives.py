@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
 
 from lightning_hetero.distributed.collectives import all_gather, decide_on_rank_zero
-
-CPU = torch.device("cpu")
 
 
 def agree_on_rows() -> tuple[list[int], list[list[float]], int]:
@@ -20,14 +17,14 @@ def agree_on_rows() -> tuple[list[int], list[list[float]], int]:
         decided_by.append(rank)
         return [*rows, [rank]]  # would differ between ranks if each decided for itself
 
-    return all_gather(rank * 10), decide_on_rank_zero([rank + 0.1, float("nan"), 1e300], decide, CPU), len(decided_by)
+    return all_gather(rank * 10), decide_on_rank_zero([rank + 0.1, float("nan"), 1e300], decide), len(decided_by)
 
 
 def fail_to_agree() -> None:
     def decide(_: list[list[float]]) -> int:
         raise ValueError("no plan for this")
 
-    decide_on_rank_zero([0.0], decide, CPU)
+    decide_on_rank_zero([0.0], decide)
 
 
 def test_one_rank_decides_for_all(ranks: RankPools) -> None:
@@ -43,4 +40,4 @@ def test_a_failed_decision_fails_on_every_rank(ranks: RankPools) -> None:
 
 
 def test_without_a_process_group_the_caller_decides() -> None:
-    assert decide_on_rank_zero([3.0], lambda rows: rows, CPU) == [[3.0]]
+    assert decide_on_rank_zero([3.0], lambda rows: rows) == [[3.0]]

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
@@ -34,7 +33,6 @@ class Joint(NamedTuple):
     """How a loader is kept in step with the loaders of other ranks.
 
     Attributes:
-        device: Device from which the process group communicates.
         samples_in: Function that counts the samples of a batch; called if the loader does not make its batches from
             samples, or if its class does not yield them as it draws them.
         begin: Function that returns where to begin; ``block`` batches are skipped. It is called when the first batch is
@@ -45,7 +43,6 @@ class Joint(NamedTuple):
             the rank's own loader, without the other ranks.
     """
 
-    device: torch.device
     samples_in: Callable[[Any], int]
     begin: Callable[[], Cursor]
     after_fetch: Callable[[BatchSlice], None]
@@ -201,7 +198,7 @@ class _JoinedIterator:
             self._ended = True  # some iterators wait for ever if they are asked again
         except Exception as raised:
             samples, error = _FAILED, raised
-        counts = all_gather_counts(samples, self._joint.device)
+        counts = all_gather_counts(samples)
         if error is not None:
             raise error
         if _FAILED in counts:

@@ -13,7 +13,7 @@ import sys
 import threading
 from functools import cache
 
-import torch.distributed as dist
+from lightning_hetero.distributed.host_group import close_host_group, gloo_is_used
 
 __all__ = ["leave_group_at_exit", "stay_in_group"]
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 5.0
 
 
 def leave_group_at_exit() -> None:
-    """Close gloo's group when this process exits, since its training has succeeded; may be called more than once."""
+    """Close gloo's groups when this process exits, since its training has succeeded; may be called more than once."""
     atexit.unregister(_leave)
     atexit.register(_leave, *_waiting_thread(os.getpid()) if _START_BEFORE_EXIT else ())
 
@@ -44,7 +44,7 @@ def _waiting_thread(pid: int) -> tuple[threading.Thread, threading.Event]:
 
     def leave() -> None:
         exiting.wait()
-        dist.destroy_process_group()
+        close_host_group()
 
     thread = threading.Thread(target=leave, name=f"leave group of process {pid}", daemon=True)
     thread.start()
@@ -53,7 +53,7 @@ def _waiting_thread(pid: int) -> tuple[threading.Thread, threading.Event]:
 
 def _leave(thread: threading.Thread | None = None, exiting: threading.Event | None = None) -> None:
     failed = hasattr(sys, "last_type")
-    if dist.is_initialized() and dist.get_backend() == "gloo" and not failed:
+    if gloo_is_used() and not failed:
         if thread is None or exiting is None:
             thread, exiting = _waiting_thread(os.getpid())
         exiting.set()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lightning_hetero.balance.pipeline.simulation import Pass, Timeline
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StagePlan
-from lightning_hetero.distributed.collectives import all_gather
+from lightning_hetero.distributed.collectives import all_gather, all_wait
+from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.pipeline.structure import StageBoundary, flatten, unflatten
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
@@ -113,7 +114,7 @@ class Pipeline:
 
         Recording waits for the device at the end of each pass. Ranks do not compare clocks: each counts from this call.
         """
-        dist.barrier()
+        timed_call(all_wait, self._device)  # the device has finished, too
         self._recorded, self._record_from_s, self._micro_batches_before = [], time.perf_counter(), 0
 
     def stop_recording(self) -> Timeline:
@@ -191,7 +192,7 @@ class Pipeline:
         ranks, stage = self._plan.ranks, self._stage
         if not self.is_first:
             received: list[Any] = [None]
-            dist.recv_object_list(received, src=ranks[stage - 1], device=self._device)
+            dist.recv_object_list(received, src=ranks[stage - 1], group=host_group())
             tensors, structure, requires_grad = received[0]
             moved = [t.to(self._device).requires_grad_(needs) for t, needs in zip(tensors, requires_grad, strict=True)]
             example = unflatten(moved, structure)
@@ -202,7 +203,7 @@ class Pipeline:
         tensors, structure = flatten(output)
         if not self.is_last:
             sent = ([t.detach().cpu() for t in tensors], structure, [t.requires_grad for t in tensors])
-            dist.send_object_list([sent], dst=ranks[stage + 1], device=self._device)
+            dist.send_object_list([sent], dst=ranks[stage + 1], group=host_group())
         return StageBoundary.of(() if self.is_first else example), StageBoundary.of(output)
 
 

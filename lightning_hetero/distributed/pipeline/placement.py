@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.distributed.collectives import all_wait
+from lightning_hetero.distributed.host_group import host_group
 
 __all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
 
@@ -52,8 +54,7 @@ class TensorPlacement:
         module.to(device)
         for tensor, without_memory in foreign:
             _swap(tensor, without_memory)
-        for parameter, group in self.tied:  # without a seed, ranks begin with different values
-            dist.broadcast(parameter.data, src=self._source(parameter), group=group)
+        self._equalise_tied()
 
     def _set_owners(self, plan: StagePlan) -> None:
         self.plan = plan
@@ -71,6 +72,16 @@ class TensorPlacement:
                 group = dist.new_group(list(owners))  # every rank must call this
                 if self._rank in owners:
                     self.tied.append((tensor, group))
+
+    def _equalise_tied(self) -> None:
+        # without a seed, ranks begin with different values
+        for parameter, _ in self.tied:
+            source, *others = self._owners[id(parameter)]
+            if self._rank == source:
+                for target in others:
+                    _send_value(parameter, target)
+            else:
+                parameter.data.copy_(_received_value(parameter, source))
 
     @property
     def own_layers(self) -> list[nn.Module]:
@@ -98,7 +109,7 @@ class TensorPlacement:
         layer = self._layers[number]
         copies: dict[str, Tensor] = {}
         for name, tensor in _named(layer):
-            copy = self._broadcast(tensor)
+            copy = self._broadcast(tensor).to(self._device)
             copies[name] = copy.requires_grad_(tensor.requires_grad)
         return copies
 
@@ -121,15 +132,13 @@ class TensorPlacement:
 
     def _send(self, tensor: Tensor, source: int, target: int, optimizers: Sequence[Optimizer]) -> None:
         if self._rank == source:
-            dist.send(tensor.detach().contiguous(), dst=target)
+            _send_value(tensor, target)
             states = [_each(o.state.get(tensor, {}), lambda value, _: value.detach().cpu()) for o in optimizers]
-            dist.send_object_list([states], dst=target, device=self._device)
+            dist.send_object_list([states], dst=target, group=host_group())
         elif self._rank == target:
-            value = torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
-            dist.recv(value, src=source)
-            _swap(tensor, _like(tensor, value))
+            _swap(tensor, _like(tensor, _received_value(tensor, source).to(self._device)))
             received: list[Any] = [None]
-            dist.recv_object_list(received, src=source, device=self._device)
+            dist.recv_object_list(received, src=source, group=host_group())
             for optimizer, state in zip(optimizers, received[0], strict=True):
                 if state:
                     optimizer.state[tensor] = state_on(self._device, tensor, state, optimizer)
@@ -166,25 +175,21 @@ class TensorPlacement:
         """Copy the parameters and buffers of all stages to every rank's CPU; every rank must call this."""
         copy: Tensor | None = None
         for tensor in self._tensors():
-            copy = None  # released before the next one takes memory of the device
+            copy = None  # released before the next one takes memory
             copy = self._broadcast(tensor)
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, copy.cpu()))
+                _swap(tensor, _like(tensor, copy))
             else:
                 _move(tensor, torch.device("cpu"))
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
-        dist.barrier()
+        all_wait()
         del copy
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor of the module on every rank."""
-        copy = (
-            torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
-            if tensor.is_meta
-            else tensor.detach().clone(memory_format=torch.contiguous_format)
-        ).detach()
-        dist.broadcast(copy, src=self._source(tensor))
+        """Return a copy of a tensor of the module in the memory of every rank's host."""
+        copy = _empty_on_host(tensor) if tensor.is_meta else _copy_on_host(tensor)
+        dist.broadcast(copy, src=self._source(tensor), group=host_group())
         return copy
 
     def _source(self, tensor: Tensor) -> int:
@@ -215,8 +220,27 @@ def state_on(device: torch.device, parameter: Tensor, state: dict[str, Any], opt
 def gather_on_rank_zero(value: Any) -> list[Any] | None:
     """Return the values of all ranks on rank 0, and None on other ranks."""
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, parts, dst=0)
+    dist.gather_object(value, parts, dst=0, group=host_group())
     return parts
+
+
+def _send_value(tensor: Tensor, target: int) -> None:
+    dist.send(_copy_on_host(tensor), dst=target, group=host_group())
+
+
+def _received_value(tensor: Tensor, source: int) -> Tensor:
+    """Return the value of a tensor of the module that its rank sends, in the memory of the host."""
+    value = _empty_on_host(tensor)
+    dist.recv(value, src=source, group=host_group())
+    return value
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _empty_on_host(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _move(tensor: Tensor, device: torch.device) -> None:

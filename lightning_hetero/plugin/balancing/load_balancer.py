@@ -290,7 +290,7 @@ class LoadBalancer(Callback):
             case BeginAgain():
                 self._begin(action.first_step)
             case AdoptSuggestion():
-                first_step = max(all_gather_counts(strategy.fetched_through, strategy.root_device)) + 1
+                first_step = max(all_gather_counts(strategy.fetched_through)) + 1
                 self._perform(self.session.adopt_suggestion(first_step))
             case ExchangeReports():
                 self._exchange_reports()
@@ -340,7 +340,7 @@ class LoadBalancer(Callback):
             by_memory = strategy.micro_batch_size is None and strategy.counts_samples
             return self.session.decide(reports, strategy.limits, memory_limits_shares=by_memory)
 
-        result = decide_on_rank_zero(report.to_numbers(), decide, strategy.root_device)
+        result = decide_on_rank_zero(report.to_numbers(), decide)
         strategy.micro_batch_limits.predicted = result.predicted_micro_batches[strategy.global_rank]
         tuning = not self.finished
         actions = self.session.follow(result)

@@ -7,6 +7,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,10 +16,18 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_hetero.distributed.collectives import (
+    all_gather_counts,
+    all_wait,
+    broadcast_flag,
+    broadcast_from,
+    reduce_in_place,
+)
 from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
 from lightning_hetero.distributed.group.failure import (
     announce,
@@ -32,6 +41,7 @@ from lightning_hetero.distributed.group.failure import (
     why_communication_failed,
 )
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
+from lightning_hetero.distributed.host_group import host_group, is_initialized
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
@@ -39,6 +49,7 @@ from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
 from lightning_hetero.plugin.common.lightning_private import (
     connect_through,
+    leaving_together,
     lightning_closes_group,
     trainer_of,
     wrap_checkpoint_io,
@@ -62,6 +73,7 @@ class BaseStrategy(DDPStrategy):
     strategy_name = ""
     _failed = False
     _last_trainer: weakref.ref[Trainer] | None = None
+    _signals: ExitStack | None = None
 
     def _check_keywords(self, keywords: Mapping[str, Any], not_wrapped: str = "") -> None:
         """Check the arguments that Lightning's DDPStrategy and torch's DistributedDataParallel receive.
@@ -127,13 +139,13 @@ class BaseStrategy(DDPStrategy):
 
     def __copy__(self: Self) -> Self:
         other = type(self).__new__(type(self))
-        vars(other).update(vars(self))
+        vars(other).update(vars(self), _signals=None)
         other.renew()  # the parts of the original know only the original
         return other
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last_trainer": None}
+        return {**super().__getstate__(), "_last_trainer": None, "_signals": None}
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -177,6 +189,11 @@ class BaseStrategy(DDPStrategy):
         self._failed = False
         forget()  # the failures of an earlier run in this process
         super().setup_environment()
+        self._leave_signals()
+        trainer = trainer_of(self.lightning_module)
+        if trainer is not None and self.world_size > 1:
+            self._signals = ExitStack()
+            self._signals.enter_context(leaving_together(trainer, broadcast_flag))
 
     @override
     def setup_distributed(self) -> None:
@@ -192,6 +209,7 @@ class BaseStrategy(DDPStrategy):
         super().setup_distributed()  # keeps a process group that exists
         assert environment is not None
         watch_peers(environment.main_address, lambda: self.is_alone)
+        host_group(self._timeout)  # made here, where all ranks are at the same point
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -215,22 +233,29 @@ class BaseStrategy(DDPStrategy):
         trainer = trainer_of(self.lightning_module)
         return trainer is not None and trainer.interrupted
 
+    # What is no tensor travels between hosts: through a device's backend, it would wait for the devices.
+
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self.is_alone:
-            super().barrier(*args, **kwargs)
+            all_wait()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj if self.is_alone else super().broadcast(obj, src)
+        return broadcast_from(obj, src) if is_initialized() and not self.is_alone else obj
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return tensor if self.is_alone else super().reduce(tensor, group, reduce_op)
+        # Lightning waits for all ranks first, and on a device's backend for the device
+        reduces = isinstance(tensor, Tensor) and is_initialized() and not self.is_alone
+        return reduce_in_place(tensor, reduce_op or "sum", group) if reduces else tensor
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self.is_alone else super().reduce_boolean_decision(decision, all)
+        if self.is_alone:
+            return decision
+        agreeing = sum(all_gather_counts(int(decision)))
+        return agreeing == self.world_size if all else agreeing > 0
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -258,10 +283,16 @@ class BaseStrategy(DDPStrategy):
             leave_group_at_exit()
             if self._process_group_backend == "nccl":
                 lightning_closes_group(True)
+        self._leave_signals()
         try:
             super().teardown()
         finally:
             stop_watching()
+
+    def _leave_signals(self) -> None:
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.close()
 
 
 def _defaults_of(target: type[Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = [
     "before_batch_transfer",
@@ -27,6 +33,7 @@ __all__ = [
     "evaluation_loop",
     "has_comm_hook",
     "inner_batch_sampler",
+    "leaving_together",
     "lightning_closes_group",
     "logged_step",
     "logged_values",
@@ -105,6 +112,45 @@ def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
 def samplers_stay(trainer: Trainer) -> None:
     """Make Lightning leave samplers as they are; a subclass of DDPStrategy cannot request that publicly."""
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+@contextmanager
+def leaving_together(trainer: Trainer, tell: Callable[[bool], bool]) -> Iterator[None]:
+    """End a training that has received SIGTERM on all ranks at the same batch, in this context.
+
+    Before each batch, Lightning 2.6 broadcasts a number of the device and reads it, for which the host waits until the
+    device has finished all that it has been given. It also broadcasts in its signal handler, which meets other
+    collectives of the peers. Nothing public changes how ranks learn of the signal.
+
+    Args:
+        trainer: The Trainer that is about to run; its signal handlers are not registered yet.
+        tell: Function that gives all ranks a flag of rank 0; it is called before each batch.
+    """
+    loop, signals = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    patience: list[int] = []  # for how many batches this rank waits for rank 0, once it has received the signal
+
+    def before_batch() -> None:
+        leaves = tell(bool(patience))
+        if patience:
+            patience[0] -= 1
+        if leaves or patience == [0]:  # nobody has sent the signal to rank 0
+            signals.received_sigterm = True
+            raise SIGTERMException
+
+    def notify(signum: Any, _: Any) -> None:
+        launcher: Any = trainer.strategy.launcher
+        if launcher is not None and not patience:
+            launcher.kill(signum)
+        if trainer.training and trainer.state.fn == TrainerFn.FITTING:
+            patience[:] = patience or [2]
+        else:
+            signals.received_sigterm = True
+
+    with ExitStack() as stack:
+        if hasattr(loop, "_broadcast_sigterm_tensor") and hasattr(signals, "_sigterm_notifier_fn"):
+            stack.enter_context(overridden(loop, "_broadcast_sigterm_tensor", before_batch))
+            stack.enter_context(overridden(signals, "_sigterm_notifier_fn", notify))
+        yield
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------

@@ -102,9 +102,7 @@ class EvaluationData:
     def _joined(self, dataloader: Any) -> Any:
         slices = StepSlices()
         note = partial(slices.note, 0)
-        joined = join_loader(
-            dataloader, Joint(self._strategy.root_device, _samples_or_one, Cursor, note, called_by_lightning_loop)
-        )
+        joined = join_loader(dataloader, Joint(_samples_or_one, Cursor, note, called_by_lightning_loop))
         vars(joined)[_SLICES] = slices
         return joined
 

@@ -146,9 +146,7 @@ class TrainingData:
         count = _one if strategy.num_loss_terms is not None else samples_in
         joined: list[JoinedLoader] = []
         begin = partial(self._begin_joined, joined)
-        joined.append(
-            join_loader(dataloader, Joint(strategy.root_device, count, begin, slices, called_by_lightning_loop))
-        )
+        joined.append(join_loader(dataloader, Joint(count, begin, slices, called_by_lightning_loop)))
         return joined[0]
 
     def _say_undivided(self, dataloader: object, reason: str) -> None:
@@ -207,7 +205,7 @@ class TrainingData:
         strategy = self._strategy
         if not self._stays_equal and strategy.world_size > 1 and strategy.trainer.training:
             self._stays_equal = True
-            self._completed_from = max(all_gather_counts(self.fetched_through, strategy.root_device)) + 1
+            self._completed_from = max(all_gather_counts(self.fetched_through)) + 1
             if strategy.shares == "auto":
                 warn_of_inexact([reason])
 

@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -299,7 +297,7 @@ class HeteroDDPStrategy(BaseStrategy):
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part
         if self.num_loss_terms is not None:
-            return weight_of_rank(self.num_loss_terms, batch, self.root_device, stands_in=self.scope.stands_in)
+            return weight_of_rank(self.num_loss_terms, batch, stands_in=self.scope.stands_in)
         if part is None or (self.loss_reduction == "sum" and not self.scope.stands_in):
             return 1.0
         return part.loss_weight
@@ -380,11 +378,10 @@ class HeteroDDPStrategy(BaseStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not self.scope.stands_in:
-            return super().reduce_boolean_decision(decision, all)
-        # the ranks that agree are counted, so this one agrees with whatever the others decide
-        agreeing = super().reduce(torch.tensor(int(all), device=self.root_device), reduce_op=dist.ReduceOp.SUM)
-        return bool(agreeing == self.world_size if all else agreeing > 0)
+        self.micro_batches.before_collective("reduce_boolean_decision")
+        with self.timer.waiting():
+            # a rank that stands in agrees with whatever the others decide
+            return super().reduce_boolean_decision(all if self.scope.stands_in else decision, all)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

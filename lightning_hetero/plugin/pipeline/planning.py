@@ -73,7 +73,7 @@ def find_stages(
     """
     profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    return decide_on_rank_zero(numbers, _decision(placement.plan, example, schedule, state_per_parameter), device)
+    return decide_on_rank_zero(numbers, _decision(placement.plan, example, schedule, state_per_parameter))
 
 
 def _decision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -11,21 +12,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.loading_ahead import may_load_ahead
 from lightning_hetero.distributed.data.skipping import can_skip, is_stateful
+from lightning_hetero.distributed.host_group import is_initialized
+from lightning_hetero.distributed.pipeline.batch_stream import ReceivedBatches, SentBatches
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
-from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.plugin.common.lightning_private import called_by_lightning_loop
 
 __all__ = ["RankZeroBatches", "TrainingBatches"]
-
-_BATCH, _END, _ERROR = range(3)
 
 
 class RankZeroBatches:
     """A loader that yields rank 0's batches on every rank.
 
     All stages need the same samples in the same order, but each rank draws its own random numbers. So only rank 0 loads
-    batches and broadcasts them.
+    batches and sends them.
 
     Args:
         loader: The user's loader. After an earlier fit, the user's ``CombinedLoader`` may still hold one of these; its
@@ -38,9 +39,10 @@ class RankZeroBatches:
     def __init__(self, loader: Any) -> None:
         self.original: Any = loader.original if isinstance(loader, RankZeroBatches) else loader
         self._loader = self.original
+        self._sent: weakref.ref[SentBatches] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_loader", "original"):
+        if name.startswith("__") or name in ("_loader", "_sent", "original"):
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -48,45 +50,30 @@ class RankZeroBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        if not (dist.is_available() and dist.is_initialized()):  # read before or after a run, or a pickled copy
+        if not is_initialized():  # read before or after a run, or a pickled copy
             return iter(self._loader)
         if dist.get_rank() != 0:
-            return self._receive()
+            return ReceivedBatches()
         in_loop = called_by_lightning_loop()
+        sent = None if self._sent is None else self._sent()
+        if sent is not None:
+            sent.wait()  # workers that stay must not load for two iterations
         try:
             # at once, as on one device: each of several loaders draws its seed before the first one is read
-            return self._send(self._begin(in_loop=in_loop))
+            batches = self._begin(in_loop=in_loop)
         except Exception as error:
-            return self._send(_raise(error))
+            batches = _raise(error)
+        if dist.get_world_size() == 1:
+            return batches
+        sent = SentBatches(batches, ahead=may_load_ahead(self.original))
+        self._sent = weakref.ref(sent)
+        return sent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_sent": None}
 
     def _begin(self, *, in_loop: bool) -> Iterator[Any]:  # noqa: ARG002
         return iter(self._loader)
-
-    def _send(self, batches: Iterator[Any]) -> Iterator[Any]:
-        try:
-            for batch in batches:
-                _tell(_BATCH, batch)
-                yield batch
-        except Exception as error:
-            _tell(_ERROR, f"{type(error).__name__}: {error}")
-            raise
-        _tell(_END, None)
-
-    def _receive(self) -> Iterator[Any]:
-        while True:
-            received: list[Any] = [None]
-            dist.broadcast_object_list(received, src=0)
-            kind, value = received[0]
-            if kind == _END:
-                return
-            if kind == _ERROR:
-                raise RankFailedError(f"Rank 0 could not load a batch: {value}")
-            yield value
-
-
-def _tell(kind: int, value: Any) -> None:
-    if dist.get_world_size() > 1:  # with one rank, pickling the batches would be wasted
-        dist.broadcast_object_list([(kind, value)], src=0)
 
 
 def _raise(error: Exception) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.overridden import overridden
@@ -149,6 +150,7 @@ class Runtime:
         """
         try:
             if complete:
+                end_iterations()
                 self.placement.complete()
         finally:
             self._overrides.close()

@@ -43,9 +43,7 @@ def loss_weights(
     return [weight_in_mean(n, sum(terms), 1) for n in terms]
 
 
-def weight_of_rank(
-    num_loss_terms: Callable[[Any], float], batch: Any, device: torch.device, *, stands_in: bool
-) -> float:
+def weight_of_rank(num_loss_terms: Callable[[Any], float], batch: Any, *, stands_in: bool) -> float:
     """Return the weight of this rank's loss with which the mean over ranks is the mean over all terms.
 
     Every rank must call this at the same point. The ranks exchange their numbers of terms in one small all-reduce. If
@@ -54,7 +52,6 @@ def weight_of_rank(
     Args:
         num_loss_terms: Function that counts the terms over which the loss of a batch is averaged.
         batch: This rank's mini-batch.
-        device: Device from which the process group communicates.
         stands_in: Whether the batch is a stand-in, which has no terms.
 
     Returns:
@@ -68,7 +65,7 @@ def weight_of_rank(
         terms = 0.0 if stands_in else _number_of_terms(num_loss_terms, batch)
     except Exception as raised:
         terms, error = math.nan, raised  # the other ranks wait for a number
-    of_ranks = all_gather_numbers(terms, device)
+    of_ranks = all_gather_numbers(terms)
     if error is not None:
         raise error
     for rank, n in enumerate(of_ranks):

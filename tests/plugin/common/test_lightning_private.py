@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
@@ -26,6 +28,7 @@ from lightning_hetero.plugin.common.lightning_private import (
     connect_through,
     evaluation_loop,
     inner_batch_sampler,
+    leaving_together,
     lightning_closes_group,
     logged_step,
     logged_values,
@@ -142,6 +145,29 @@ def test_a_plugin_that_wraps_another_is_given_ours_unless_it_has_one() -> None:
     assert wrapper.checkpoint_io is inner
     assert not wrap_checkpoint_io(TorchCheckpointIO(), inner)
     assert not wrap_checkpoint_io(None, inner)
+
+
+@pytest.mark.parametrize(("told", "batches"), [(True, 0), (False, 1)])
+def test_ranks_leave_before_a_batch(told: bool, batches: int) -> None:
+    """Rank 0 tells all others before the next batch; a rank that alone has received the signal waits for another."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
+    loop: Any = trainer.fit_loop.epoch_loop
+    signals: Any = trainer._signal_connector
+    with leaving_together(trainer, lambda flag: flag and told):
+        loop._broadcast_sigterm_tensor()
+        signals._sigterm_notifier_fn(15, None)
+        assert not trainer.received_sigterm  # Lightning would leave after this batch, without the peers
+        for _ in range(batches):
+            loop._broadcast_sigterm_tensor()
+        with pytest.raises(SIGTERMException):
+            loop._broadcast_sigterm_tensor()
+        assert trainer.received_sigterm
+    with leaving_together(trainer, lambda _: False):
+        signals.received_sigterm, trainer.state.stage = False, RunningStage.VALIDATING
+        signals._sigterm_notifier_fn(15, None)
+        assert trainer.received_sigterm
+    assert "_sigterm_notifier_fn" not in vars(signals)
 
 
 def test_lightning_closes_the_group_of_nccl_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
