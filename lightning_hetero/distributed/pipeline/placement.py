@@ -7,6 +7,7 @@ checkpoints see the names, order and groups of parameters of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
-from lightning_hetero.distributed.collectives import all_wait
+from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.host_group import host_group
 
 __all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
@@ -24,8 +25,8 @@ __all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
 class TensorPlacement:
     """Keeps on this rank the tensors that its stage needs.
 
-    Parameters and buffers that are in no layer belong to the last stage, where losses are computed. A tensor that
-    several layers share lives on every rank that has one of these layers.
+    Parameters that are in no layer belong to the last stage, where losses are computed. Every rank has the buffers that
+    are in no layer. A tensor that several layers share lives on every rank that has one of these layers.
 
     Args:
         module: The whole model; at first every rank has all of it.
@@ -64,6 +65,8 @@ class TensorPlacement:
                 for tensor in (*self._layers[i].parameters(), *self._layers[i].buffers()):
                     ranks_of.setdefault(id(tensor), set()).add(owner)
         unused = {plan.ranks[-1]}
+        everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
+        ranks_of |= dict.fromkeys(everywhere, {*plan.ranks})
         self._owners = {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
         self.tied = []
         for tensor in self._tensors():
@@ -100,6 +103,52 @@ class TensorPlacement:
     def counts(self, parameter: nn.Parameter) -> bool:
         """Return whether this rank is the one that counts ``parameter`` in a sum over all ranks."""
         return self._source(parameter) == self._rank
+
+    def is_shared(self, buffer: Tensor) -> bool:
+        """Return whether a buffer of the module is in no layer, so that every rank has it."""
+        return len(self._owners.get(id(buffer), self.plan.ranks)) == len(self.plan.ranks)
+
+    def ranks_of_modules(self) -> dict[str, int]:
+        """Return the rank that runs each submodule of the layers, by the submodule's name in the module."""
+        rank_of: dict[int, int] = {}
+        for stage, owner in enumerate(self.plan.ranks):
+            for i in self.plan.layers(stage):
+                for part in self._layers[i].modules():
+                    rank_of.setdefault(id(part), owner)
+        return {name: rank_of[id(part)] for name, part in self._module.named_modules() if id(part) in rank_of}
+
+    @contextmanager
+    def whole(self, *, gradients: bool) -> Iterator[None]:
+        """Give every rank copies of the tensors of other ranks, in the memory of its host, in this context.
+
+        What is changed in the copies is dropped: it counts only on the rank that a tensor lives on. Every rank must
+        enter at the same point.
+
+        Args:
+            gradients: Whether parameters get their gradients too.
+        """
+        foreign: list[Tensor] = []
+        with torch.inference_mode(False):
+            tensors = [] if self._is_complete else list(self._tensors())
+            has_gradient = all_gather([gradients and self.owns(t) and t.grad is not None for t in tensors])
+            for number, tensor in enumerate(tensors):
+                is_foreign, source = tensor.is_meta, self._source(tensor)
+                copy = self._broadcast(tensor)
+                if is_foreign:
+                    _swap(tensor, _like(tensor, copy))
+                    foreign.append(tensor)
+                if has_gradient[source][number]:
+                    gradient = _empty_on_host(tensor) if is_foreign else _copy_on_host(_gradient_of(tensor))
+                    dist.broadcast(gradient, src=source, group=host_group())
+                    if is_foreign:
+                        tensor.grad = gradient
+        try:
+            yield
+        finally:
+            with torch.inference_mode(False):
+                for tensor in foreign:
+                    tensor.grad = None
+                    _swap(tensor, _without_memory(tensor))
 
     def broadcast_layer(self, number: int) -> dict[str, Tensor]:
         """Return copies of a layer's parameters and buffers on every rank; every rank must call this at the same point.
@@ -237,6 +286,11 @@ def _received_value(tensor: Tensor, source: int) -> Tensor:
 
 def _copy_on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def _empty_on_host(tensor: Tensor) -> Tensor:

@@ -1,0 +1,360 @@
+"""Find what steps have changed in the attributes of a module, and give it to the other ranks.
+
+Attributes are compared by a digest of their pickled form, in which a tensor is represented by its identity and the
+number of its changes, so that no tensor is read.  What every rank has, such as the modules themselves, is a reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hetero.distributed.torch_private import version_of
+
+__all__ = ["Changes", "ModuleState"]
+
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+Place = tuple[str, str]  # name of a submodule, and of its attribute
+
+
+@dataclass
+class Changes:
+    """Attributes that have changed on one rank, to be sent to the others.
+
+    Attributes:
+        values: The changed attributes in pickled form, one text for all, so that objects they share stay shared.
+        tensors: The tensors in them, in the memory of the host, and whether each was on the device of its rank.
+        deleted: Attributes that are gone.
+        refused: Attributes that cannot be sent, with the reason.
+    """
+
+    values: bytes = b""
+    tensors: list[tuple[Tensor, bool]] = field(default_factory=list)
+    deleted: list[Place] = field(default_factory=list)
+    refused: dict[Place, str] = field(default_factory=dict)
+
+
+class ModuleState:
+    """The attributes of a module and its submodules that are neither parameters nor in its layers' tensors.
+
+    Args:
+        module: The whole model.
+        device: Device of this rank.
+        known: Function that returns objects that every rank has, by a name.
+        leaves_out: Names of attributes of ``module`` itself that are not the user's.
+        of_this_rank: Function that says, by the name of a submodule, whether its attributes are right on this rank.
+        is_shared: Function that says whether a buffer is in no layer, so that every rank has it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        known: Callable[[], Mapping[Any, Any]],
+        leaves_out: Iterable[str],
+        of_this_rank: Callable[[str], bool],
+        is_shared: Callable[[Tensor], bool],
+    ) -> None:
+        self._module = module
+        self._device = device
+        self._known = known
+        self._leaves_out = frozenset(leaves_out)
+        self._of_this_rank = of_this_rank
+        self._is_shared = is_shared
+        self._before: dict[Place, tuple[bytes, list[Any]]] = {}
+        self._numbers = _Numbers()
+
+    def begin(self, names: frozenset[str] | None = None) -> None:
+        """Note the attributes as they are now; only those with one of ``names`` if that is given."""
+        self._before = self._digests(names)
+
+    def changes(self, names: frozenset[str] | None = None) -> Changes | None:
+        """Return what has changed since :meth:`begin`, which was called with the same ``names``; None if nothing."""
+        now = self._digests(names)
+        changed = [p for p, (digest, _) in now.items() if p not in self._before or self._before[p][0] != digest]
+        deleted = [p for p in self._before if p not in now]
+        if not changed and not deleted:
+            return None
+        found = Changes(deleted=deleted)
+        modules, known = dict(self._module.named_modules()), self._names_of_known()
+        values: dict[Place, Any] = {}
+        for place in changed:
+            value = _get(modules[place[0]], place[1])
+            try:
+                _pickled(value, known, self._locals(place), self._device)
+            except Exception as error:
+                found.refused[place] = str(error) or type(error).__name__
+            else:
+                values[place] = value
+        # each alone was possible; together they share what they share here
+        local = {id(leaf): (p, n) for p in values for n, leaf in enumerate(self._before.get(p, (b"", []))[1])}
+        found.values, found.tensors = _pickled(values, known, local, self._device)
+        return found
+
+    def apply(self, changes: Changes) -> None:
+        """Take over what has changed on another rank."""
+        modules = dict(self._module.named_modules())
+        known = dict(self._known_objects())
+        tensors = [t.to(self._device) if on_device else t for t, on_device in changes.tensors]
+        leaves: dict[Place, list[Any]] = {}
+
+        def local(place: Place, number: int) -> Any:
+            if place not in leaves:
+                leaves[place] = _Digest.of(_get(modules[place[0]], place[1]), self._names_of_known(), _Numbers())[1]
+            return leaves[place][number]
+
+        values: dict[Place, Any] = _Receiving(io.BytesIO(changes.values), known, tensors, local).load()
+        for (owner, name), value in values.items():
+            _set(modules[owner], name, value)
+        for owner, name in changes.deleted:
+            vars(modules[owner]).pop(name, None)
+
+    def _locals(self, place: Place) -> dict[int, Any]:
+        leaves = self._before.get(place, (b"", []))[1]
+        return {id(leaf): (place, number) for number, leaf in enumerate(leaves)}
+
+    def _digests(self, names: frozenset[str] | None) -> dict[Place, tuple[bytes, list[Any]]]:
+        known = self._names_of_known()
+        found: dict[Place, tuple[bytes, list[Any]]] = {}
+        for owner, module in self._module.named_modules():
+            if not self._of_this_rank(owner):
+                continue
+            left_out = self._leaves_out if module is self._module else frozenset()
+            buffers = module.named_buffers(recurse=False)
+            shared = [(name, _Buffer(value)) for name, value in buffers if self._is_shared(value)]
+            for name, value in (*vars(module).items(), *shared):
+                if name not in _OF_MODULES and name not in left_out and (names is None or name in names):
+                    found[owner, name] = _Digest.of(value, known, self._numbers)
+        self._numbers.clean()
+        return found
+
+    def _known_objects(self) -> dict[Any, Any]:
+        module = self._module
+        found: dict[Any, Any] = dict(self._known())
+        found |= {("module", name): value for name, value in module.named_modules(remove_duplicate=False)}
+        found |= {("parameter", name): value for name, value in module.named_parameters(remove_duplicate=False)}
+        return found | {("buffer", name): value for name, value in module.named_buffers(remove_duplicate=False)}
+
+    def _names_of_known(self) -> dict[int, Any]:
+        return {id(value): name for name, value in reversed(self._known_objects().items())}
+
+
+class _Buffer:
+    """A buffer as an attribute: it is a known object, and what counts is its value."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _get(module: nn.Module, name: str) -> Any:
+    if name in vars(module):
+        return vars(module)[name]
+    return _Buffer(getattr(module, name)) if name in dict(module.named_buffers(recurse=False)) else None
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    if isinstance(value, _Buffer):
+        buffer: Tensor = getattr(module, name)
+        if buffer.shape == value.value.shape and not buffer.is_inference():
+            with torch.no_grad():
+                buffer.copy_(value.value)
+        else:
+            buffer.data = value.value
+        return
+    before = vars(module).get(name)
+    # in place where possible: a callback may hold the same list
+    if type(before) is type(value) and before is not value:
+        if isinstance(value, list):
+            before[:] = value
+            return
+        if isinstance(value, dict | set):
+            copied = value.copy()
+            before.clear()
+            before.update(copied)
+            return
+    vars(module)[name] = value
+
+
+# ---- digests ---------------------------------------------------------------------------------------------------------
+
+
+class _Numbers:
+    """Numbers tensors and other objects by their identity, as long as they live."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Any, int]] = {}
+        self._next = 0
+
+    def of(self, obj: Any) -> int:
+        """Return the number of an object; an object that has died is never confused with a new one."""
+        reference, number = self._of.get(id(obj), (None, -1))
+        if reference is None or reference() is not obj:
+            try:
+                reference = weakref.ref(obj)
+            except TypeError:
+                kept = obj
+                reference = lambda: kept  # noqa: E731
+            self._next += 1
+            self._of[id(obj)], number = (reference, self._next), self._next
+        return number
+
+    def new(self) -> int:
+        """Return a number that no object has."""
+        self._next += 1
+        return self._next
+
+    def clean(self) -> None:
+        """Forget what has died."""
+        self._of = {key: kept for key, kept in self._of.items() if kept[0]() is not None}
+
+
+class _Digest(pickle.Pickler):
+    """Computes a digest of a value without keeping its pickled form."""
+
+    def __init__(self, sink: Any, known: Mapping[int, Any], numbers: _Numbers) -> None:
+        super().__init__(sink, protocol=5)
+        self.leaves: list[Any] = []
+        self._known = known
+        self._numbers = numbers
+
+    @classmethod
+    def of(cls, value: Any, known: Mapping[int, Any], numbers: _Numbers) -> tuple[bytes, list[Any]]:
+        """Return the digest, and the objects in the value that cannot be sent but may be on every rank."""
+        if isinstance(value, _Buffer):
+            return repr(_version(value.value, numbers)).encode(), []
+        if value is None or type(value) in (bool, int, float, str):
+            return repr((type(value).__name__, value)).encode(), []
+        sink = _Sink()
+        pickler = cls(sink, known, numbers)
+        try:
+            pickler.dump(value)
+        except Exception:  # objects raise whatever they like when they are pickled
+            return f"object {numbers.of(value)}".encode(), [value]
+        return sink.hash.digest(), pickler.leaves
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor) and id(obj) not in self._known:
+            return _version(obj, self._numbers)
+        if id(obj) in self._known:
+            return str(self._known[id(obj)])
+        if _stays(obj):
+            self.leaves.append(obj)
+            return self._numbers.of(obj)
+        return None
+
+
+class _Sink:
+    def __init__(self) -> None:
+        self.hash = hashlib.blake2b(digest_size=16)
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return len(data)
+
+
+def _version(tensor: Tensor, numbers: _Numbers) -> tuple[int, int]:
+    # changes of inference tensors are not counted
+    return (numbers.new(), 0) if tensor.is_inference() else (numbers.of(tensor), version_of(tensor))
+
+
+def _stays(obj: Any) -> bool:
+    """Return whether an object cannot be pickled, but may have its like on every rank."""
+    if isinstance(obj, FunctionType | type | BuiltinFunctionType):
+        if getattr(obj, "__self__", None) is not None and not isinstance(obj.__self__, ModuleType):
+            return False
+        return not _is_importable(obj)
+    if isinstance(obj, ModuleType | io.IOBase | weakref.ref):
+        return True
+    if isinstance(obj, MethodType):
+        return False
+    return type(obj).__module__ in ("_thread", "_io", "_socket") or type(obj).__name__ in (
+        "generator", "coroutine", "frame", "code",
+    )  # fmt: skip
+
+
+def _is_importable(obj: Any) -> bool:
+    found: Any = sys.modules.get(getattr(obj, "__module__", None) or "builtins")
+    for name in getattr(obj, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is obj
+
+
+# ---- sending ---------------------------------------------------------------------------------------------------------
+
+
+class _Sending(pickle.Pickler):
+    def __init__(self, sink: Any, known: Mapping[int, Any], local: Mapping[int, Any], device: torch.device) -> None:
+        super().__init__(sink, protocol=5)
+        self.tensors: list[tuple[Tensor, bool]] = []
+        self._known, self._local, self._device = known, local, device
+        self._sent: dict[int, tuple[int, Tensor]] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Buffer):
+            return ("buffer", self._number(obj.value))
+        if id(obj) in self._known:
+            return ("known", self._known[id(obj)])
+        if isinstance(obj, Tensor):
+            return ("tensor", self._number(obj), isinstance(obj, nn.Parameter), obj.requires_grad and obj.is_leaf)
+        if _stays(obj):
+            if id(obj) in self._local:
+                return ("local", *self._local[id(obj)])
+            raise TypeError(f"a {type(obj).__name__!r} is known to this process only")
+        return None
+
+    def _number(self, tensor: Tensor) -> int:
+        number, _ = self._sent.get(id(tensor), (-1, tensor))
+        if number < 0:
+            if tensor.is_meta:
+                raise TypeError("a tensor is in the memory of another rank")
+            number = len(self.tensors)
+            self._sent[id(tensor)] = number, tensor
+            with torch.inference_mode(False):
+                copy = tensor.detach().to("cpu", copy=True)
+            self.tensors.append((copy, tensor.device == self._device))
+        return number
+
+
+def _pickled(
+    value: Any, known: Mapping[int, Any], local: Mapping[int, Any], device: torch.device
+) -> tuple[bytes, list[tuple[Tensor, bool]]]:
+    sink = io.BytesIO()
+    pickler = _Sending(sink, known, local, device)
+    pickler.dump(value)
+    return sink.getvalue(), pickler.tensors
+
+
+class _Receiving(pickle.Unpickler):
+    def __init__(
+        self, source: Any, known: Mapping[Any, Any], tensors: list[Tensor], local: Callable[[Place, int], Any]
+    ) -> None:
+        super().__init__(source)
+        self._known, self._tensors, self._local = known, tensors, local
+        self._made: dict[int, Tensor] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid
+        if kind == "known":
+            return self._known[rest[0]]
+        if kind == "local":
+            return self._local(*rest)
+        if kind == "buffer":
+            return _Buffer(self._tensors[rest[0]])
+        number, is_parameter, requires_grad = rest
+        if number not in self._made:
+            tensor = self._tensors[number]
+            self._made[number] = nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+            if requires_grad:
+                self._made[number].requires_grad_()
+        return self._made[number]

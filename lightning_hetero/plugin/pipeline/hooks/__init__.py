@@ -1,0 +1,1 @@
+"""The hooks of modules and callbacks under `hetero_pipeline`."""
