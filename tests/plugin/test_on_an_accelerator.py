@@ -253,6 +253,9 @@ def test_a_device_trains_as_the_host_does(name: str, accelerated: RankPools, ran
         assert_close(one.parameters, other.parameters, EXACT)
         assert one.values.keys() == other.values.keys()
         assert_close(list(one.values.values()), list(other.values.values()), EXACT)
+        for call in (*one.other_calls, *(call for step in one.calls for call in step)):
+            assert call.on_device, call  # what is on the host goes through the hosts' group
+            assert call.dtype != "torch.uint8", call  # as objects do
     assert_close(found[0].saved, expected[0].saved, EXACT)
 
 
