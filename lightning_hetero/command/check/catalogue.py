@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_hetero.command.check.ended import Ended, judge_failure
 from lightning_hetero.command.check.finding import Finding
@@ -135,7 +136,7 @@ CHECKS = (
         "stop",
         "so does a rank that is stopped for longer than the time-out",
         f"{_CHILDREN}.failure:stop",
-        judge=judge_failure,
+        judge=partial(judge_failure, time_out_s=15.0),  # that of the group
         limit_s=90.0,
         last_stays=True,
     ),

@@ -1,8 +1,8 @@
 """Check on this machine's devices what a training relies on, and say what to send if something fails.
 
-It trains for some minutes on small data: exactness, memory that runs out, times, stages, and ranks that fail. Each check
-runs in processes of its own with a time limit. On a machine without GPUs it runs on two processes of the processor, and
-skips what needs a GPU. The exit status is 0 if nothing failed, and 1 otherwise.
+For some minutes it trains on small data: it compares with ddp and with one device, lets memory run out, measures times,
+and makes ranks fail. Each check runs in processes of its own with a time limit. Without a GPU it runs two processes on
+the processor, and skips what needs a GPU. The exit status is 0 if nothing failed, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ def _limit_s(text: str | None) -> float | None:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigurationError(
-            f"`--limit-s` must be a positive number of seconds, got {text!r}. Leave it out for the limits of the checks."
+            f"`--limit-s` must be a positive number of seconds, got {text!r}. Leave it out for each check's own limit."
         )
     return seconds

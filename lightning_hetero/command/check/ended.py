@@ -36,10 +36,14 @@ class Ended:
     fault_s: float | None = None
 
 
-def judge_failure(ended: Sequence[Ended]) -> Finding:
+def judge_failure(ended: Sequence[Ended], *, time_out_s: float = 0.0) -> Finding:
     """Return whether the last rank's failure has ended its peers in time, with its name in their output.
 
     The figure is the time until the last process has ended that could. A rank that is stopped cannot.
+
+    Args:
+        ended: How each rank has ended, in the order of ranks.
+        time_out_s: Seconds after which the peers notice the failure at the latest.
     """
     *peers, culprit = ended
     if culprit.fault_s is None:
@@ -52,7 +56,7 @@ def judge_failure(ended: Sequence[Ended]) -> Finding:
         return failed(f"the output of rank {silent[0]} does not name rank {culprit.rank}, which failed")
     seconds = max(one.ended_s - culprit.fault_s for one in ended if one.ended_s is not None)
     note = f"until all had ended; the others named rank {culprit.rank}"
-    return at_most(_BOUND_S, seconds, "s", note)
+    return at_most(_BOUND_S + time_out_s, seconds, "s", note)
 
 
 def names(text: str, rank: int) -> bool:

@@ -27,7 +27,9 @@ __all__ = ["Result", "run_check"]
 # Once a rank has failed, the others wait for it; they are given this long to say something.
 _PATIENCE_S = 10.0
 _PAUSE_S = 0.05
-_LINES_OF_OUTPUT = 40
+_LINES_OF_OUTPUT = 60
+# The time in which ranks that hang write where.
+_TRACEBACK_S = 1.0
 
 # The copy of this package that runs the command, whatever else is installed. Ranks run in a folder of their own.
 _START = """\
@@ -103,13 +105,14 @@ def run_check(check: Check, layout: Layout, limit_s: float | None = None) -> Res
 def _found(check: Check, layout: Layout, limit_s: float, folder: Path, ranks: list[_Rank]) -> Finding:
     port, count = free_port(), 1 if check.alone else layout.ranks
     for number in range(count):
-        ranks.append(_start(check, layout, folder, number, port))
+        ranks.append(_start(check, layout, folder, number, port))  # noqa: PERF401  # all that run, also if one does not
     late = _wait(check, ranks, limit_s)
-    ended = [_ended(rank) for rank in ranks]
     if late:
-        numbers = ", ".join(map(str, late))
-        return failed(f"rank {numbers} had not ended after {limit_s:g} s", late=late)
-    return check.judge(ended) if check.judge else _worst(ended)
+        _ask_where(ranks)
+    ended = [_ended(rank) for rank in ranks]
+    if late and (check.judge is not None or not any(one.status for one in ended)):
+        return failed(f"rank {', '.join(map(str, late))} had not ended after {limit_s:g} s", late=late)
+    return check.judge(ended) if check.judge else _worst([one for one in ended if one.rank not in late])
 
 
 def _start(check: Check, layout: Layout, folder: Path, number: int, port: int) -> _Rank:
@@ -145,6 +148,15 @@ def _wait(check: Check, ranks: Sequence[_Rank], limit_s: float) -> list[int]:
         time.sleep(_PAUSE_S)
 
 
+def _ask_where(ranks: Sequence[_Rank]) -> None:
+    """Have ranks that run write a traceback to their output."""
+    for rank in ranks:
+        if rank.ended_s is None:
+            with suppress(ProcessLookupError):
+                rank.process.send_signal(signal.SIGUSR1)
+    time.sleep(_TRACEBACK_S)
+
+
 def _ended(rank: _Rank) -> Ended:
     finding = fault_s = None
     with suppress(OSError, ValueError):
@@ -156,16 +168,16 @@ def _ended(rank: _Rank) -> Ended:
 
 
 def _worst(ended: Sequence[Ended]) -> Finding:
-    """Return what rank 0 has found, or what the first rank that failed has, or that a rank has found nothing."""
-    for outcome in ("FAIL", "SKIP"):
-        for one in ended:
-            if one.finding is not None and one.finding.outcome == outcome:
-                return one.finding
+    """Return what the rank has found that failed by itself, or else the one with the largest figure."""
+    found = [one.finding for one in ended if one.finding is not None]
+    failures = [finding for finding in found if finding.outcome == "FAIL"]
+    if failures:
+        return min(failures, key=lambda finding: bool(finding.details.get("because_of_peer")))
     for one in ended:
         if one.finding is None or one.status:
             return failed(f"rank {one.rank} ended with exit status {one.status}")
-    found = [one.finding for one in ended if one.finding is not None]
-    return max(found, key=lambda finding: finding.figure or 0.0)
+    skips = [finding for finding in found if finding.outcome == "SKIP"]
+    return skips[0] if skips else max(found, key=lambda finding: finding.figure or 0.0)
 
 
 def _end(ranks: Sequence[_Rank]) -> None:

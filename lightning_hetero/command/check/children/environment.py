@@ -19,7 +19,7 @@ __all__ = ["environment"]
 _MEMORY_TOLERANCE = 0.1
 
 
-def environment(rank: Rank, nvml: Nvml | None = None) -> Finding:
+def environment(_: Rank, nvml: Nvml | None = None) -> Finding:
     """Return versions and devices; the figure is the number of CUDA devices that work."""
     nvml = nvml or Nvml()
     devices = [_device(number, nvml) for number in range(torch.cuda.device_count())]
@@ -34,7 +34,8 @@ def environment(rank: Rank, nvml: Nvml | None = None) -> Finding:
 
 
 def _versions(nvml: Nvml) -> dict[str, str]:
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    has_nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None
     return {
         "lightning_hetero": __version__,
         "python": platform.python_version(),

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_hetero.command.check.children.rank import Pause, Rank
+from lightning_hetero.command.check.children.clocks import Pause
+from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import Small, loader
 from lightning_hetero.command.check.finding import Finding, failed
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.finding import Finding, failed
+from lightning_hetero.exceptions import RankFailedError
 
 __all__ = ["main"]
 
@@ -25,18 +27,23 @@ def main() -> None:
     """Run the check that the command line describes; an exception ends this process as it would a user's script."""
     settings: dict[str, Any] = json.loads(sys.argv[2])
     _end_with(settings.pop("parent"))
+    faulthandler.register(signal.SIGUSR1)  # where a rank hangs is worth more than that it does
     warnings.filterwarnings("ignore")
     call, folder = settings.pop("call"), Path(settings["folder"])
     module, _, name = call.partition(":")
-    from lightning_hetero.command.check.children.rank import Rank
-
     rank = Rank(**settings)
     try:
         finding = getattr(import_module(module), name)(rank)
     except BaseException as error:
-        _write(folder, rank.rank, failed(traceback.format_exception_only(error)[-1].strip()))
+        _write(folder, rank.rank, _failed(error))
         raise
     _write(folder, rank.rank, finding)
+
+
+def _failed(error: BaseException) -> Finding:
+    """Return the finding of a rank that raised; the whole traceback is in its output."""
+    first = (str(error).splitlines() or [""])[0]
+    return failed(f"{type(error).__name__}: {first}", because_of_peer=isinstance(error, RankFailedError))
 
 
 def _end_with(parent: int) -> None:

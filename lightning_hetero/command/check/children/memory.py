@@ -166,7 +166,7 @@ def largest_batch(rank: Rank) -> Finding:
         shortage.end()
     expected = [_BATCH_SIZE * rank.ranks] * (rank.ranks - 1) + [_FITS]
     farthest = max(abs(n - m) for n, m in zip(finder.found, expected, strict=True))
-    note = f"samples between {list(finder.found)}, which were found to fit, and {expected}, which do"
+    note = f"largest difference of a micro-batch: found {list(finder.found)}, {expected} fit"
     # the allocator may cut its blocks so that a sample less fits
     finding = at_most(1.0 if rank.on_gpu else 0.0, float(farthest), "samples", note)
     if finding.outcome == "PASS" and rank.on_gpu and not _refuses(rank):

@@ -1,4 +1,4 @@
-"""One rank of a check: its device, its Trainers, and work of known duration on its device."""
+"""One rank of a check: its device, its strategies and its Trainers; torch and Lightning are imported when needed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy
-from lightning_hetero.distributed.torch_private import sleep_on_device
+    from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy
 
-__all__ = ["BlockClock", "Pause", "Rank"]
+__all__ = ["Rank"]
 
 _SEED = 7
-_CYCLES_TO_CALIBRATE = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Rank:
         rank: Number of the rank.
         ranks: Number of ranks.
         kind: "cpu" or "cuda".
-        devices: Numbers of the CUDA devices, one per rank, or a single one for all.
+        devices: Numbers of the devices, one per rank, or a single one for all.
         names: Names of these devices.
         backend: Backend of the process group.
         folder: Folder in which the rank writes.
@@ -64,6 +62,8 @@ class Rank:
     @cached_property
     def device(self) -> torch.device:
         """The device of the rank, which is also the process's current one."""
+        import torch
+
         if not self.on_gpu:
             return torch.device("cpu")
         device = torch.device("cuda", self.devices[0 if self.is_shared else self.rank])
@@ -72,10 +72,13 @@ class Rank:
 
     def trainer(self, strategy: Strategy, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
         """Return a quiet Trainer for these ranks; it does not start any."""
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning.pytorch import Trainer, seed_everything
+
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         seed_everything(_SEED, verbose=False)
-        devices: Any = list(self.devices) if self.on_gpu else self.ranks
+        devices: Any = list(self.devices) if self.on_gpu else 1 if self.is_shared else self.ranks
         return Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
             devices=devices,
@@ -96,85 +99,22 @@ class Rank:
 
     def ddp(self, **options: Any) -> DDPStrategy:
         """Return Lightning's own strategy."""
+        from lightning.pytorch.strategies import DDPStrategy
+
         return DDPStrategy(process_group_backend=self.backend, **options)
 
     def hetero(self, **options: Any) -> HeteroDDPStrategy:
         """Return the strategy that divides the batch."""
+        from lightning_hetero import HeteroDDPStrategy
+
         return HeteroDDPStrategy(process_group_backend=self.backend, **options)
 
     def pipeline(self, **options: Any) -> HeteroPipelineStrategy:
         """Return the strategy that divides the layers."""
+        from lightning_hetero import HeteroPipelineStrategy
+
         return HeteroPipelineStrategy(process_group_backend=self.backend, verbose=False, **options)
 
     def note_fault(self) -> None:
         """Note that this rank fails on purpose from now on."""
         Path(self.folder, f"fault-{self.rank}").write_text(str(time.time()), encoding="utf-8")
-
-
-class Pause:
-    """Work of known duration: kernels that count clock cycles on a GPU, sleep on a processor.
-
-    Args:
-        device: Device that works.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-        self._cycles_per_s = 0.0
-        if self._on_gpu:
-            for _ in range(2):  # the first one wakes the device, whose clock is slow while it is idle
-                start, end = self._mark(), None
-                sleep_on_device(_CYCLES_TO_CALIBRATE)
-                end = self._mark()
-                end.synchronize()
-                self._cycles_per_s = _CYCLES_TO_CALIBRATE / (start.elapsed_time(end) / 1e3)
-
-    def __call__(self, seconds: float) -> None:
-        """Keep the device busy for about this many seconds."""
-        begin = self._mark()
-        if self._on_gpu:
-            sleep_on_device(int(self._cycles_per_s * seconds))
-        else:
-            time.sleep(seconds)
-        self._spans.append((begin, self._mark()))
-
-    def seconds(self) -> list[float]:
-        """Return how long each pause has really taken, as the device has measured it."""
-        if not self._on_gpu:
-            return [end - begin for begin, end in self._spans]
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) / 1e3 for begin, end in self._spans]
-
-    def _mark(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-class BlockClock(Callback):
-    """Measures blocks of steps; at the end of each, the host waits for the device, so that a block is whole.
-
-    Args:
-        steps: Number of steps per block.
-        skipped: Number of steps before the first block.
-    """
-
-    def __init__(self, steps: int, skipped: int) -> None:
-        self.steps, self.skipped = steps, skipped
-        self._done = 0
-        self._ends: list[float] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Note the time at the end of a block."""
-        self._done += 1
-        if self._done >= self.skipped and (self._done - self.skipped) % self.steps == 0:
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            self._ends.append(time.perf_counter())
-
-    def seconds_per_step(self) -> list[float]:
-        """Return the mean step of each block."""
-        return [(end - begin) / self.steps for begin, end in zip(self._ends, self._ends[1:], strict=False)]
