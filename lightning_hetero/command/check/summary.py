@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ def _figure(result: Result) -> str:
 def json_line(result: Result) -> str:
     """Return a check and what it found as one line of JSON."""
     fields = {"check": result.check.name, **result.finding.to_dict(), "seconds": round(result.seconds, 2)}
+    if result.finding.figure is not None and not math.isfinite(result.finding.figure):
+        fields["figure"] = None  # JSON has no such numbers
     return json.dumps(fields | ({"output": result.output} if result.output else {}))
 
 

@@ -27,19 +27,19 @@ from lightning_hetero.command.check.summary import json_line, line, summary
 from lightning_hetero.command.main import main
 from lightning_hetero.exceptions import ConfigurationError
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 START = "import sys; sys.argv[0] = 'lightning-hetero'"
 RUN = "from lightning_hetero.command.main import main\nsys.exit(main())"
 
 
 def pretended(name: str, **how: Any) -> Check:
     """Return a check that calls a function of ``pretended.py``."""
-    return Check(name, "", f"pretended:{name}", **how)
+    return Check(name, "", f"command.check.pretended:{name}", **how)
 
 
 @pytest.fixture(autouse=True)
 def _found_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
 
 
 # ---- without running anything ----------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def test_a_rank_that_hangs_is_a_failure_and_nothing_is_left(monkeypatch: pytest.
     token = uuid.uuid4().hex
     monkeypatch.setenv("LIGHTNING_HETERO_TEST_RUN", token)
     with all_ended(token):
-        result = run_check(pretended("hangs"), CPU, 6.0)
+        result = run_check(pretended("hangs"), CPU, 4.0)
         assert result.finding.outcome == "FAIL"
-        assert result.finding.note == "rank 0, 1 had not ended after 6 s"
+        assert result.finding.note == "rank 0, 1 had not ended after 4 s"
         assert "waiting\n" in result.output
         assert 'pretended.py", line' in result.output, "a traceback says where"
 
@@ -182,7 +182,7 @@ def test_a_rank_that_hangs_is_a_failure_and_nothing_is_left(monkeypatch: pytest.
         ("all_raise", "FAIL", None, "OSError: a first line"),
         ("ends", "FAIL", None, "rank 0 ended with exit status 3"),
         ("leaves_a_process", "PASS", 0.2, "a length"),
-        ("missing", "FAIL", None, "AttributeError: module 'pretended' has no attribute 'missing'"),
+        ("missing", "FAIL", None, "AttributeError: module 'command.check.pretended' has no attribute 'missing'"),
     ],
 )
 def test_the_worst_rank_decides(
@@ -197,7 +197,8 @@ def test_the_worst_rank_decides(
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_interruption_leaves_nothing_behind(sent: signal.Signals, status: int) -> None:
     token = uuid.uuid4().hex
     with all_ended(token):
         process = subprocess.Popen(
@@ -212,9 +213,9 @@ def test_ctrl_c_leaves_nothing_behind() -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (130, "")
+        assert (process.returncode, errors) == (status, "")
 
 
 def children_of(pid: int) -> str:
@@ -298,6 +299,7 @@ def test_a_figure_that_is_not_a_number_fails() -> None:
     assert line(result).startswith("FAIL  x ")
     assert Finding.from_dict(result.finding.to_dict()).note == "y"
     assert json.loads(json_line(result))["check"] == "x"
+    assert json.loads(json_line(result))["figure"] is None, "JSON has no NaN"
     assert "0 passed, 1 failed" in summary([result], CPU, {})
 
 
