@@ -99,7 +99,7 @@ CHECKS = (
         "memory that runs out in a communication hook ends all ranks, which name the one that failed",
         f"{_CHILDREN}.memory:out_of_memory_in_hook",
         judge=judge_failure,
-        limit_s=90.0,
+        limit_s=120.0,
     ),
     Check(
         "largest-batch",
@@ -123,21 +123,21 @@ CHECKS = (
         "an exception on one rank ends all ranks, which name the one that failed",
         f"{_CHILDREN}.failure:exception",
         judge=judge_failure,
-        limit_s=90.0,
+        limit_s=120.0,
     ),
     Check(
         "kill",
         "so does a rank that is killed",
         f"{_CHILDREN}.failure:kill",
         judge=judge_failure,
-        limit_s=90.0,
+        limit_s=120.0,
     ),
     Check(
         "stop",
         "so does a rank that is stopped for longer than the time-out",
         f"{_CHILDREN}.failure:stop",
-        judge=partial(judge_failure, time_out_s=15.0),  # that of the group
-        limit_s=90.0,
+        judge=partial(judge_failure, time_out_s=20.0),  # that of the group
+        limit_s=120.0,
         last_stays=True,
     ),
 )

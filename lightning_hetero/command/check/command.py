@@ -68,7 +68,9 @@ def _run(names: Sequence[str], limit_s: float | None, wanted: tuple[int, ...] | 
 
     results = [run_check(ENVIRONMENT, CPU, limit_s)]  # it says which devices there are
     found = results[0].finding.details
-    layout = layout_of(wanted, [device["name"] for device in found.get("devices", ())])
+    devices = found.get("devices", [])
+    broken = [device["number"] for device in devices if device["problem"]]
+    layout = layout_of(wanted, [device["name"] for device in devices], broken)
     print(f"Checking {layout.title}.", flush=True)  # noqa: T201
     _tell(results[0], file)
     for check in named(names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def layout_of(wanted: tuple[int, ...] | None, found: Sequence[str]) -> Layout:
+def layout_of(wanted: tuple[int, ...] | None, found: Sequence[str], broken: Collection[int] = ()) -> Layout:
     """Return the layout for the devices that the user wants, or the best one.
 
     By default two cards are used, of different models if there are any; one card that two ranks share if there is no
@@ -118,13 +118,15 @@ def layout_of(wanted: tuple[int, ...] | None, found: Sequence[str]) -> Layout:
     Args:
         wanted: Numbers of CUDA devices; empty for the processor, None for the default.
         found: Names of the machine's CUDA devices.
+        broken: Numbers of those that do not work, which only the user can want.
 
     Raises:
         ConfigurationError: A device that the user wants does not exist.
     """
     if wanted is None:
-        other = next((number for number, name in enumerate(found) if name != found[0]), 1)
-        wanted = (0, other) if len(found) > 1 else (0,) if found else ()
+        working = [number for number in range(len(found)) if number not in broken]
+        others = [number for number in working if found[number] != found[working[0]]]
+        wanted = tuple(working[:2] if not others else [working[0], others[0]])
     if missing := [number for number in wanted if number >= len(found)]:
         raise ConfigurationError(
             f"`--devices` must be numbers of CUDA devices that torch finds ({len(found)}), got {missing[0]}."

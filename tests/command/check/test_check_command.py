@@ -87,6 +87,9 @@ def test_devices_are_chosen() -> None:
     two = layout_of(None, ["A", "A", "A"])
     assert (two.devices, two.ranks, two.backend, two.shared) == ((0, 1), 2, "nccl", False)
     assert layout_of(None, ["A", "A", "B"]).devices == (0, 2), "different models"
+    assert layout_of(None, ["A", "A", "B"], [0]).devices == (1, 2)
+    assert layout_of(None, ["A", "B"], [0]).devices == (1,)
+    assert layout_of(None, ["A"], [0]) == CPU
     assert layout_of((2, 0, 1), ["A", "A", "B"]).names == ("B", "A", "A")
     with pytest.raises(ConfigurationError, match=r"that torch finds \(1\), got 1\."):
         layout_of((0, 1), ["A"])

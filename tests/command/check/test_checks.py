@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from profiles import thorough
 
 from lightning_hetero.command.check import runner
 from lightning_hetero.command.check.catalogue import CHECKS, Check
-from lightning_hetero.command.check.children import environment, exactness, memory, pipeline
+from lightning_hetero.command.check.children import clocks, environment, exactness, memory, pipeline
 from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.finding import Finding
 from lightning_hetero.command.check.layout import CPU, Layout
@@ -148,6 +150,76 @@ def test_a_card_that_does_not(
 def test_a_part_of_a_card_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     found = card(monkeypatch, Driver(16 * 2**30), uuid="other")
     assert (found.outcome, "driver does not answer" in found.note) == ("PASS", True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "device"), [(Layout("cuda", (2,), ("A",)), "cuda:2"), (Layout("cuda", (0, 2), ("A", "B")), "cuda:2")]
+)
+def test_trainers_on_cards(layout: Layout, device: str) -> None:
+    """Lightning finds three imitated cards; the ranks are nodes where they share one."""
+    with ExitStack() as stack:
+        for name, answer in {
+            "lightning.fabric.accelerators.cuda.num_cuda_devices": 3,
+            "lightning.pytorch.accelerators.cuda.num_cuda_devices": 3,
+            "torch.cuda.is_available": True,
+            "torch.cuda.get_device_capability": (7, 0),
+            "torch.cuda.set_device": None,
+        }.items():
+            stack.enter_context(mock.patch(name, return_value=answer, create=True))
+        stack.enter_context(mock.patch.dict(os.environ, layout.environment(1, 1234, os.environ), clear=True))
+        settings = layout.of_rank(1)
+        rank = Rank(**settings)
+        for strategy in (rank.hetero(), rank.ddp(), rank.pipeline()):
+            trainer = rank.trainer(strategy)
+            assert (str(strategy.root_device), str(rank.device)) == (device, device)
+            assert (trainer.world_size, trainer.global_rank) == (2, 1)
+            assert strategy.process_group_backend == layout.backend
+
+
+class Event:
+    """A mark on the timeline of an imitated device."""
+
+    now_s = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at_s = Event.now_s
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at_s - self.at_s)
+
+
+def test_pauses_of_a_device_whose_clock_speeds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([0.5e9, 1e9, 1e9, 1.25e9])
+
+    def sleep(cycles: int) -> None:
+        Event.now_s += cycles / next(rates)
+
+    monkeypatch.setattr(clocks, "sleep_on_device", sleep)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pause = clocks.Pause(torch.device("cuda"))
+    pause(0.5)
+    pause(0.5)
+    assert pause.seconds() == pytest.approx([0.5, 0.4]), "known is what was measured"
+
+
+def test_memory_of_a_card_is_limited_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    for name, answer in {"synchronize": None, "empty_cache": None, "memory_reserved": 2**27}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    shortage = memory.Shortage(Rank(1, 2, "cuda", [0, 1]), "forward", 6)
+    for step in range(1, 4):
+        shortage.on_train_batch_end(SimpleNamespace(global_step=step))  # type: ignore[arg-type]
+    shortage.end()
+    assert limits == [(2**27 + 6.5 * 2**25) / 2**34, 1.0]
 
 
 # ---- as users run them -----------------------------------------------------------------------------------------------

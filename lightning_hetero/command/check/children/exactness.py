@@ -14,7 +14,6 @@ from lightning_hetero import HeteroDDPStrategy
 from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import FEATURES, Small, largest_difference, loader, numbers_of
 from lightning_hetero.command.check.finding import Finding, at_most, failed
-from lightning_hetero.distributed.collectives import all_gather
 
 __all__ = ["exact", "synchronised_batch_norm"]
 
@@ -66,7 +65,7 @@ def synchronised_batch_norm(rank: Rank) -> Finding:
             trainer = rank.trainer(strategy, [samples], **settings)
             trainer.fit(module, loader(_BATCH_SIZE, (2 * _BATCH_SIZE + 1) * rank.ranks))
             results.append(numbers_of(module))
-        if min(all_gather(min(samples.of_steps))) > 0:
+        if min(rank.gather(min(samples.of_steps))) > 0:
             return failed("no rank was without samples in the last batch of an epoch")
         differences[precision] = largest_difference(*results)
     note = f"largest difference of a number from ddp in bf16, {differences['32-true']:.1e} in float32"

@@ -21,7 +21,7 @@ _STEP = 6
 _STEPS = 40
 _BATCH_SIZE = 8
 # The longest that a rank waits for another; a stopped one is noticed no sooner.
-_TIME_OUT = timedelta(seconds=15)
+_TIME_OUT = timedelta(seconds=20)
 
 
 def exception(rank: Rank) -> Finding:

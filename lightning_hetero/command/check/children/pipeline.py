@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,6 @@ from lightning_hetero.balance.pipeline.stages import Schedule
 from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import FEATURES, Small, largest_difference, loader, numbers_of
 from lightning_hetero.command.check.finding import Finding, at_most, failed, skipped
-from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["bf16", "float32"]
@@ -38,16 +38,16 @@ def bf16(rank: Rank) -> Finding:
 def _compared(rank: Rank, precision: Precision, tolerance: float) -> Finding:
     differences, peaks = {}, {}
     for schedule in _SCHEDULES:
-        _restart_peak(rank)
+        held = _restart_peak(rank)
         try:
             found = _in_stages(rank, schedule, precision)
         except UnsupportedFeatureError as error:  # this version of torch cannot
             return skipped(str(error))
-        peaks[schedule] = all_gather(_peak_bytes(rank))
+        peaks[schedule] = rank.gather(_peak_bytes(rank) - held)
         differences[schedule] = found
-    _restart_peak(rank)
+    held = _restart_peak(rank)
     expected = _on_one_device(rank, precision)
-    peak = _peak_bytes(rank)
+    peak = _peak_bytes(rank) - held
     largest = max(largest_difference(found, expected) for found in differences.values())
     note = f"largest difference of a parameter from one device after {_STEPS} steps"
     if rank.on_gpu:
@@ -99,10 +99,13 @@ def _on_one_device(rank: Rank, precision: Precision) -> Tensor:
     return numbers_of(module)
 
 
-def _restart_peak(rank: Rank) -> None:
-    if rank.on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(rank.device)
+def _restart_peak(rank: Rank) -> int:
+    """Return the bytes that earlier trainings still hold."""
+    if not rank.on_gpu:
+        return 0
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(rank.device)
+    return torch.cuda.memory_allocated(rank.device)
 
 
 def _peak_bytes(rank: Rank) -> int:

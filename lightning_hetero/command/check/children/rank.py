@@ -115,6 +115,14 @@ class Rank:
 
         return HeteroPipelineStrategy(process_group_backend=self.backend, verbose=False, **options)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the picklable values of all ranks, in the order of ranks, on every rank; after a training."""
+        import torch.distributed as dist
+
+        values = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
+
     def note_fault(self) -> None:
         """Note that this rank fails on purpose from now on."""
         Path(self.folder, f"fault-{self.rank}").write_text(str(time.time()), encoding="utf-8")

@@ -17,7 +17,6 @@ from lightning_hetero.command.check.children.clocks import BlockClock, Pause
 from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import Small, loader
 from lightning_hetero.command.check.finding import Finding, at_most, failed, skipped
-from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.testing import SlowDown
 
 __all__ = ["balancer_cost", "best_shares", "equal_ranks", "own_time"]
@@ -50,7 +49,7 @@ def own_time(rank: Rank) -> Finding:
     known_s = median(pause.seconds()[2:])
     percent = 100 * abs(window.own_s / known_s - 1)
     found = [
-        (100 * (own / known - 1), wait) for own, known, wait in all_gather((window.own_s, known_s, window.waiting_s))
+        (100 * (own / known - 1), wait) for own, known, wait in rank.gather((window.own_s, known_s, window.waiting_s))
     ]
     note = "own time differs from that of the work by " + " and ".join(f"{p:+.1f} %" for p, _ in found)
     note += "; waiting " + " and ".join(f"{1e3 * wait:.0f} ms" for _, wait in found)
@@ -74,7 +73,7 @@ def balancer_cost(rank: Rank) -> Finding:
         ratios.append(of_pair[True] / of_pair[False])
     # all ranks must agree, and the slowest decides in each of them
     ratio, error = fmean(ratios), stdev(ratios) / math.sqrt(len(ratios))
-    ratio, error = max(all_gather((ratio, error)))
+    ratio, error = max(rank.gather((ratio, error)))
     note = f"step time with a LoadBalancer over that without, ± {error:.3f} in {_PAIRS} pairs"
     # within three standard errors of the bound, nothing can be said against it
     outcome = at_most(_COST, ratio - 3 * error, "", note).outcome
@@ -194,7 +193,7 @@ def best_shares(rank: Rank) -> Finding:
         if min(samples) > 0:
             clock = BlockClock(_SWEEP_STEPS - _SWEEP_SKIPPED, _SWEEP_SKIPPED)
             _train_unequal(rank, rank.hetero(shares=[float(n) for n in samples]), _SWEEP_STEPS, clock)
-            seconds[tuple(samples)] = max(all_gather(median(clock.seconds_per_step())))
+            seconds[tuple(samples)] = max(rank.gather(median(clock.seconds_per_step())))
     percent = 100 * (seconds[tuple(found)] / min(seconds.values()) - 1)
     best = min(seconds, key=lambda samples: seconds[samples])
     note = f"step time of the shares {list(found)} above that of {list(best)}, the best of {len(seconds)}"
