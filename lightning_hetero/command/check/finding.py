@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Finding", "at_most", "failed", "skipped"]
+__all__ = ["Finding", "at_most", "failed", "measured_at_most", "skipped"]
+
+_ERRORS = 3.0
 
 Outcome = Literal["PASS", "FAIL", "SKIP"]
 
@@ -44,6 +46,18 @@ class Finding:
 def at_most(bound: float, figure: float, unit: str, note: str, **details: Any) -> Finding:
     """Return a finding that passes if the figure does not exceed the bound; NaN does not pass."""
     return Finding("PASS" if figure <= bound else "FAIL", figure, unit, bound, note, details)
+
+
+def measured_at_most(bound: float, figure: float, error: float, unit: str, note: str, **details: Any) -> Finding:
+    """Return a finding on a figure with a standard error, which is skipped where the error is too large to tell.
+
+    It fails if the figure exceeds the bound by more than three standard errors.
+    """
+    finding = at_most(bound, figure, unit, note, error=error, **details)
+    if finding.outcome == "FAIL" and figure - _ERRORS * error <= bound:
+        reason = f"this machine is too busy to tell: {figure:.3g} ± {error:.1g} {unit}, to be at most {bound:g}"
+        return skipped(reason, figure=figure, error=error, **details)
+    return finding
 
 
 def failed(note: str, **details: Any) -> Finding:

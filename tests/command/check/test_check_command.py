@@ -20,7 +20,7 @@ from faults.launch import all_ended
 from lightning_hetero.command.check import command, runner
 from lightning_hetero.command.check.catalogue import CHECKS, ENVIRONMENT, Check, named
 from lightning_hetero.command.check.ended import Ended, judge_failure
-from lightning_hetero.command.check.finding import Finding, at_most, failed, skipped
+from lightning_hetero.command.check.finding import Finding, at_most, failed, measured_at_most, skipped
 from lightning_hetero.command.check.layout import CPU, Layout, layout_of, parse_devices
 from lightning_hetero.command.check.runner import Result, run_check
 from lightning_hetero.command.check.summary import json_line, line, summary
@@ -294,6 +294,15 @@ def test_it_succeeds_if_nothing_fails(monkeypatch: pytest.MonkeyPatch, capsys: p
     capsys.readouterr()
     assert main(["check", "--devices", "1"]) == 2
     assert "that torch finds (1), got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figure", "error", "outcome"),
+    [(1.0, 9.0, "PASS"), (1.2, 0.05, "FAIL"), (1.2, 0.1, "SKIP"), (9.0, 0.1, "FAIL"), (float("nan"), 0.1, "FAIL")],
+)
+def test_what_cannot_be_told_is_skipped(figure: float, error: float, outcome: str) -> None:
+    finding = measured_at_most(1.0, figure, error, "x", "", ratios=[1.0])
+    assert (finding.outcome, finding.details["error"], finding.details["ratios"]) == (outcome, error, [1.0])
 
 
 def test_a_figure_that_is_not_a_number_fails() -> None:

@@ -246,7 +246,7 @@ def test_all_that_can_run_on_the_processor_passes(capfd: pytest.CaptureFixture[s
     assert list(found) == [check.name for check in CHECKS]
     skips = {name for name, entry in found.items() if entry["outcome"] == "SKIP"}
     assert "sync-batch-norm" in skips
-    assert skips <= {"sync-batch-norm", "balancer-cost"}, "the latter on a busy machine"
+    assert skips <= {"sync-batch-norm", "balancer-cost", "own-time"}, "the latter two on a busy machine"
 
 
 @thorough

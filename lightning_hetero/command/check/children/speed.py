@@ -16,7 +16,7 @@ from lightning_hetero import HeteroDDPStrategy, LoadBalancer
 from lightning_hetero.command.check.children.clocks import BlockClock, Pause
 from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import Small, loader
-from lightning_hetero.command.check.finding import Finding, at_most, failed, skipped
+from lightning_hetero.command.check.finding import Finding, at_most, failed, measured_at_most, skipped
 from lightning_hetero.testing import SlowDown
 
 __all__ = ["balancer_cost", "best_shares", "equal_ranks", "own_time"]
@@ -53,13 +53,13 @@ def own_time(rank: Rank) -> Finding:
     ]
     note = "own time differs from that of the work by " + " and ".join(f"{p:+.1f} %" for p, _ in found)
     note += "; waiting " + " and ".join(f"{1e3 * wait:.0f} ms" for _, wait in found)
-    return at_most(_OWN_TIME_PERCENT, percent, "%", note, own_s=window.own_s, known_s=known_s)
+    error = 100 * window.deviation_s / known_s / math.sqrt(window.steps)
+    return measured_at_most(_OWN_TIME_PERCENT, percent, error, "%", note, own_s=window.own_s, known_s=known_s)
 
 
 # ---- the cost of measuring -------------------------------------------------------------------------------------------
 
 _COST = 1.01
-_NOISE = 0.02
 _PAIRS = 6
 _SHORT_S = 0.02
 _BLOCK, _BLOCKS, _SKIPPED = 10, 4, 20
@@ -75,11 +75,7 @@ def balancer_cost(rank: Rank) -> Finding:
     ratio, error = fmean(ratios), stdev(ratios) / math.sqrt(len(ratios))
     ratio, error = max(rank.gather((ratio, error)))
     note = f"step time with a LoadBalancer over that without, ± {error:.3f} in {_PAIRS} pairs"
-    # within three standard errors of the bound, nothing can be said against it
-    outcome = at_most(_COST, ratio - 3 * error, "", note).outcome
-    if outcome == "PASS" and error > _NOISE:
-        return skipped(f"this machine is too busy to tell 1 %: {ratio:.3f} ± {error:.3f}", ratios=ratios)
-    return Finding(outcome, ratio, "x", _COST, note, {"ratios": ratios, "error": error})
+    return measured_at_most(_COST, ratio, error, "x", note, ratios=ratios)
 
 
 def _step_s(rank: Rank, pause: Pause, *, on: bool) -> float:
