@@ -246,7 +246,7 @@ def test_all_that_can_run_on_the_processor_passes(capfd: pytest.CaptureFixture[s
     assert list(found) == [check.name for check in CHECKS]
     skips = {name for name, entry in found.items() if entry["outcome"] == "SKIP"}
     assert "sync-batch-norm" in skips
-    assert skips <= {"sync-batch-norm", "balancer-cost", "own-time"}, "the latter two on a busy machine"
+    assert skips <= {"sync-batch-norm", "balancer-cost", "equal-ranks", "own-time"}, "the latter on a busy machine"
 
 
 @thorough
@@ -269,6 +269,8 @@ def test_each_check_fails_where_what_it_guards_is_broken(name: str, monkeypatch:
     check = named(name)
     if not check.why_not(CPU):
         result = run_check(replace(check, call=f"command.check.broken:{check.call.partition(':')[2]}"), CPU)
+        if "too busy" in result.finding.note:
+            pytest.skip(line(result))
         assert result.finding.outcome == "FAIL", line(result)
 
 
