@@ -38,6 +38,9 @@ class SlowDown(Callback):
     ``factor * (overhead_s + seconds_per_sample * n)`` including its real work, as long as the real work is shorter.
     That is accurate to a few per cent even on a busy machine, so use it for comparisons.
 
+    Where ranks wait for each other inside a forward or backward pass, as in synchronised batch normalisation, a rank
+    counts its waiting as work of its own and sleeps less or more than it should.
+
     Args:
         factors: How many times as long each rank takes for a step, one positive number per rank. Without
             ``seconds_per_sample`` every factor must be at least 1.

@@ -168,6 +168,7 @@ def make_trainer(
     seed_everything(SEED, verbose=False)
     assert "LOCAL_RANK" in os.environ
     settings: dict[str, Any] = {
+        "accelerator": "cpu",
         "max_epochs": -1,
         "logger": False,
         "enable_checkpointing": False,
@@ -177,7 +178,6 @@ def make_trainer(
         "limit_val_batches": 0,
     }
     return Trainer(
-        accelerator="cpu",
         devices=world_size,
         strategy=strategy,
         callbacks=list(callbacks),

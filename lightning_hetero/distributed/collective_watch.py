@@ -2,6 +2,9 @@
 
 torch must be watched where all Python code passes: at the methods of process groups, whatever function has called them.
 DDP itself communicates in C++ and does not pass here. A step that makes no collective pays nothing.
+
+Layers communicate too: in synchronised batch normalisation every rank waits for the slowest one, in the forward and in
+the backward pass. On a device torch runs a backward pass in another thread than the one that has started it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import FrameType
@@ -20,7 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.distributed.calling_line import is_of_library
-from lightning_hetero.distributed.torch_private import collective_methods, functional_resolvers
+from lightning_hetero.distributed.torch_private import (
+    collective_methods,
+    current_backward_pass,
+    functional_resolvers,
+    running_function,
+)
 
 __all__ = ["Collective", "CollectiveWatch", "refused_collectives"]
 
@@ -80,24 +88,36 @@ Notice = Callable[[Collective], None]
 
 
 class CollectiveWatch:
-    """Calls a function before each collective that this thread starts while it is watched."""
+    """Calls a function before each collective that the training starts while it is watched.
 
-    def __init__(self) -> None:
+    Args:
+        waiting: Function that returns the context in which the training waits for other ranks in a collective, watched
+            or not; None where nobody asks for how long it waits.
+    """
+
+    def __init__(self, waiting: Callable[[], AbstractContextManager[Any] | None]) -> None:
+        self._waiting = waiting
         self._notice: Notice | None = None
         self._thread = 0  # a data loader or a logger may communicate in another one
         self._compiled: list[int] = []
+        self._of_layers: set[type] = set()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Watch the process groups of this process; costs nothing where no collective is made."""
-        with _wrapped(self._calling, self._resolving):
+        self._thread = threading.get_ident()
+        with _wrapped(self._calling, self._resolving), _wrapped_wait(self._waiting_in):
             yield
+
+    @property
+    def _is_of_training(self) -> bool:
+        """Whether this thread is the training's: the one that trains, or the one of its backward pass on a device."""
+        return self._thread == threading.get_ident() or current_backward_pass() != -1
 
     @contextmanager
     def watching(self, notice: Notice | None) -> Iterator[None]:
         """Call ``notice`` before each collective of this context; None to let them pass."""
-        before = self._notice
-        self._notice, self._thread = notice, threading.get_ident()
+        before, self._notice = self._notice, notice
         self._compiled.clear()
         try:
             yield
@@ -110,12 +130,26 @@ class CollectiveWatch:
     def _calling(self, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            if not self._is_of_training:
+                return original(group, *args, **kwargs)
             if self._notice is not None:
                 tensors = tuple(_tensors_in((args, kwargs)))
                 self._note(group, tensors, method.startswith(_OF_ONE_SHAPE), method != "barrier")
-            return original(group, *args, **kwargs)
+            with self._waiting() or nullcontext():  # some collectives wait before they return, others in their `Work`
+                return original(group, *args, **kwargs)
 
         return call
+
+    def _waiting_in(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            waiting = self._waiting()
+            if waiting is None or not self._is_of_training:
+                return original(*args, **kwargs)
+            with waiting:
+                return original(*args, **kwargs)
+
+        return wait
 
     def _resolving(self, original: Callable[..., Any]) -> Callable[..., Any]:
         compiled = self._compiled
@@ -124,7 +158,7 @@ class CollectiveWatch:
         def resolve(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 compiled.append(1)  # the compiler repeats that in every call of what it compiles
-            else:
+            elif self._is_of_training:
                 self._note()
             return original(*args, **kwargs)
 
@@ -138,12 +172,33 @@ class CollectiveWatch:
         moves_tensors: bool = True,
     ) -> None:
         notice = self._notice
-        if notice is None or self._thread != threading.get_ident():
-            return
-        called = _user_call(sys._getframe(2))
-        if called is not None:
+        called = None if notice is None else self._user_call(sys._getframe(2))
+        if notice is not None and called is not None:
             with self.watching(None):  # what `notice` exchanges itself
                 notice(Collective(*called, group, tensors, needs_one_shape, moves_tensors))
+
+    def _user_call(self, frame: FrameType | None) -> tuple[str, str] | None:
+        """Return the function that the user's code has called, and the line; None if no user has called it."""
+        name, called = "", None
+        functions: set[type] = set()  # of autograd, which have led to the call
+        while frame is not None:
+            module = f"{frame.f_globals.get('__name__', '')}."
+            if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
+                return called
+            if not is_of_library(frame):
+                if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm | torch.optim.Optimizer):
+                    # of the user's: it synchronises statistics, or parameters that are equal on all ranks
+                    self._of_layers |= functions
+                    return None
+                called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            if module.startswith("torch.distributed.") and not module.startswith("torch.distributed.c10d_logger."):
+                name = frame.f_code.co_name
+            if (function := running_function(frame)) is not None:
+                if function in self._of_layers:  # in its backward pass no layer is seen
+                    return None
+                functions.add(function)
+            frame = frame.f_back
+        return called
 
 
 @contextmanager
@@ -171,36 +226,37 @@ def _wrapped(
 ) -> Iterator[None]:
     """Wrap everything that collectives pass in this context: methods of process groups, and resolvers of groups."""
     functional, resolvers = functional_resolvers()
-    # as the class holds them, because they do not bind as Python's functions do
-    methods = {name: vars(dist.ProcessGroup)[name] for name in collective_methods()}
+    # as the classes hold them, because those of torch do not bind as Python's functions do
+    methods = [(cls, name, vars(cls)[name]) for cls in _groups() for name in collective_methods() if name in vars(cls)]
     for name, original in resolvers.items():
         setattr(functional, name, resolver(original))
-    for name in methods:
-        setattr(dist.ProcessGroup, name, method(name, getattr(dist.ProcessGroup, name)))
+    for cls, name, _ in methods:
+        setattr(cls, name, method(name, getattr(cls, name)))
     try:
         yield
     finally:
         for name, original in resolvers.items():
             setattr(functional, name, original)
-        for name, original in methods.items():
-            setattr(dist.ProcessGroup, name, original)
+        for cls, name, original in methods:
+            setattr(cls, name, original)
 
 
-def _user_call(frame: FrameType | None) -> tuple[str, str] | None:
-    """Return the name of the function that the user's code has called, and the line; None if no user has called it."""
-    name, called = "", None
-    while frame is not None:
-        module = f"{frame.f_globals.get('__name__', '')}."
-        if module.startswith(_EXEMPT) and not (called and module.startswith("torch.nn.modules.")):
-            return called
-        if not is_of_library(frame):
-            if isinstance(frame.f_locals.get("self"), nn.SyncBatchNorm | torch.optim.Optimizer):
-                return None  # of the user's: it synchronises statistics, or parameters that are equal on all ranks
-            called = called or (name, f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        if module.startswith("torch.distributed.") and not module.startswith("torch.distributed.c10d_logger."):
-            name = frame.f_code.co_name
-        frame = frame.f_back
-    return called
+def _groups(base: type[Any] = dist.ProcessGroup) -> Iterator[type[Any]]:
+    """Yield the classes of process groups, among them those that a library has written in Python."""
+    yield base
+    for cls in base.__subclasses__():
+        yield from _groups(cls)
+
+
+@contextmanager
+def _wrapped_wait(wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Wrap the wait for a collective in this context."""
+    original = vars(dist.Work)["wait"]
+    setattr(dist.Work, "wait", wrapper(dist.Work.wait))  # noqa: B010  # a method, for the type checker
+    try:
+        yield
+    finally:
+        setattr(dist.Work, "wait", original)  # noqa: B010
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

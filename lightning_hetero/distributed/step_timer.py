@@ -1,15 +1,18 @@
 """Measure a rank's own time: the time that a step takes without waiting for other ranks.
 
 The timer is a stopwatch.  It stops wherever the rank may be waiting for others: from its last local gradient until the
-gradients are combined, and wherever the training loop communicates outside the backward pass.  A step's own time is
-what the stopwatch measured between the last gradients of two consecutive steps.  So it includes the optimiser, the
-callbacks, the waiting for data, the transfer, and the forward and backward passes; the rest of the time between those
-gradients is waiting.  Only durations of a single clock are used; clocks are never compared.
+gradients are combined, and wherever the training loop or a layer communicates, in a forward pass, in a backward pass or
+outside of them.  A step's own time is what the stopwatch measured between the last gradients of two consecutive steps.
+So it includes the optimiser, the callbacks, the waiting for data, the transfer, and the forward and backward passes;
+the rest of the time between those gradients is waiting.  Only durations of a single clock are used; clocks are never
+compared.
 
 If a backward pass runs others inside it (reentrant checkpointing), ranks wait for each other in an inner one, and hooks
 on the parameters mark the last gradient.  The first step, which is not counted, shows whether that is so.
 
-On CUDA the marks are events in the current stream.  They are read when the timings are requested, steps later.
+On a device that has events the marks are events in the current stream.  They are read when the timings are requested,
+steps later.  A collective runs in this stream, or the stream waits for the one in which it runs; so what lies between
+the mark before a collective and the mark after the wait for it is the waiting and the transfer.
 
 A host that launches a step's work more slowly than its device does it leaves gaps between the kernels.  How much of
 them lies in a rank's own time depends on how far its host has run ahead, and so on how long the rank has waited for
@@ -20,9 +23,11 @@ before (:meth:`StepTimer.wait_for_device`) holds all gaps, as the slowest rank's
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hetero.balance.types import StepTiming
 from lightning_hetero.distributed.torch_private import current_backward_pass, queue_after_backward
 
-__all__ = ["Clock", "CudaClock", "HostClock", "StepTimer"]
+__all__ = ["Clock", "CudaClock", "EventClock", "HostClock", "StepTimer", "clock_of"]
 
 
 class Clock(Protocol):
@@ -65,23 +70,66 @@ class HostClock:
         """Return at once: the processor has passed it."""
 
 
-class CudaClock:
-    """A clock that records events in the current stream of the current device."""
+class EventClock:
+    """A clock that records events in the current stream of the current device.
 
-    def mark(self) -> torch.cuda.Event:
+    Args:
+        event: Function that returns an event which measures time.
+    """
+
+    def __init__(self, event: Callable[[], Any]) -> None:
+        self._event = event
+
+    def mark(self) -> Any:
         """Record an event and return it."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._event()
         event.record()
         return event
 
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    def seconds(self, start: Any, end: Any) -> float:
         """Wait until the device has passed both events, and return the seconds between them."""
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
-    def wait(self, mark: torch.cuda.Event) -> None:
+    def wait(self, mark: Any) -> None:
         """Wait until the device has passed ``mark``."""
         mark.synchronize()
+
+
+class CudaClock(EventClock):
+    """A clock that records events in the current stream of the current CUDA device."""
+
+    def __init__(self) -> None:
+        super().__init__(_cuda_event)
+
+
+def _cuda_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return the clock of a device; warn if that is only the host's, because the device's events do not measure time.
+
+    Args:
+        device: Device of this rank, which is the current one.
+    """
+    if device.type == "cpu":
+        return HostClock()
+    if device.type == "cuda":
+        return CudaClock()
+    try:
+        clock = EventClock(partial(torch.get_device_module(device).Event, enable_timing=True))
+        clock.seconds(clock.mark(), clock.mark())
+    except Exception as error:  # whatever a backend raises for what it does not have
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        warnings.warn(
+            f"`hetero_ddp`: events of {device} do not measure time ({reason}), so the host's clock measures this rank:"
+            f" it sees how long the host takes to launch a step, not how long the device works. Give the shares, for"
+            f" example HeteroDDPStrategy(shares=[1, 2]).",
+            stacklevel=2,
+        )
+        return HostClock()
+    return clock
 
 
 _Span = tuple[Any, Any]
@@ -113,7 +161,7 @@ class StepTimer:
         self._nested: bool | None = None  # None until a step was examined
         self._pass: int | None = None  # the watched backward pass while it runs
         self._waits = 0
-        self._last_gradient: Any = None
+        self._last_gradient: tuple[Any, list[_Span]] | None = None  # its mark, and the own time up to it
         self._gradient_hooks: list[RemovableHandle] = []
 
     @property
@@ -192,7 +240,9 @@ class StepTimer:
             return
         if current_backward_pass() != self._pass:
             self._nested = True
-        self._last_gradient = self._clock.mark()
+        mark = self._clock.mark()
+        # layers may communicate later in the pass, when DDP has waited
+        self._last_gradient = mark, [*self._running, *([] if self._since is None else [(self._since, mark)])]
 
     def backward_interrupted(self) -> None:
         """Note that an error has ended the watched backward pass, and that its gradients are computed in other ways."""
@@ -204,10 +254,13 @@ class StepTimer:
         if not self._enabled:
             return
         noted, self._last_gradient = self._last_gradient, None
-        self._ready = noted if self._nested and noted is not None else self._clock.mark()
-        if self._since is not None:
-            self._running.append((self._since, self._ready))
-            self._since = None
+        if self._nested and noted is not None:
+            self._ready, self._running = noted
+        else:
+            self._ready = self._clock.mark()
+            if self._since is not None:
+                self._running.append((self._since, self._ready))
+        self._since = None
         self._step.own += self._running
         self._running = []
 
@@ -238,7 +291,7 @@ class StepTimer:
             self._clock.wait(self._clock.mark())
 
     def take(self) -> list[StepTiming]:
-        """Return the steps measured since the last call; on CUDA this waits for the latest of them."""
+        """Return the steps measured since the last call; waits until the device has done the latest of them."""
         measured, self._measured = self._measured, []
         return [self._timing(step) for step in measured]
 

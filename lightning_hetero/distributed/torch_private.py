@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ __all__ = [
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
+    "running_function",
     "sleep_on_device",
     "version_of",
     "without_tensor_hooks",
@@ -56,6 +58,18 @@ def current_backward_pass() -> int:
     gradients (``torch.autograd.graph``) use the number to tell passes apart.
     """
     return int(torch._C._current_graph_task_id())
+
+
+def running_function(frame: FrameType) -> type | None:
+    """Return the user's autograd function that ``frame`` runs, in its forward or backward pass; None if it runs none.
+
+    In a backward pass nothing public tells which function's it is, or which layer has called the function.
+    """
+    if frame.f_code is torch.autograd.Function.apply.__code__:
+        return cast("type", frame.f_locals["cls"])
+    if frame.f_code is torch.autograd.function.BackwardCFunction.apply.__code__:
+        return cast("type", frame.f_locals["self"]._forward_cls)
+    return None
 
 
 def version_of(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from lightning_hetero.balance.types import StepTiming
-from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
+from lightning_hetero.distributed.step_timer import CudaClock, EventClock, HostClock, StepTimer, clock_of
 
 
 class ScriptedClock:
@@ -183,6 +184,23 @@ def test_nothing_starts_the_stopwatch_while_ranks_wait() -> None:
     assert timer.take() == [StepTiming(1, 5.0, 2.0)]
 
 
+def test_waiting_within_the_passes_is_not_own_time() -> None:
+    """Layers communicate in the forward and in the backward pass."""
+    timer = StepTimer(ScriptedClock([float(m) for m in [1, 5, 9, 10, 20, 22, 31, 33, 40]]))
+    timer.enable()
+    timer.gradients_ready()
+    timer.finish_step(1)
+    timer.resume()
+    for _ in range(2):
+        with timer.waiting():
+            pass
+    with timer.waiting():
+        timer.gradients_ready()
+    timer.finish_step(1)
+    # works 5..9, 10..20 and 22..31; the last gradient comes at 33, from what the layers have communicated
+    assert timer.take() == [StepTiming(1, 23.0, 9.0)]
+
+
 class Checkpointed(nn.Module):
     """Layers whose activations are computed again in the backward pass."""
 
@@ -277,6 +295,24 @@ def test_cuda_marks_are_events_that_nobody_waits_for_until_they_are_read(monkeyp
     assert FakeEvent.synchronised == 0
     assert timer.take() == [StepTiming(8, own_s=0.5, waiting_s=0.5)]
     assert FakeEvent.synchronised > 0
+
+
+def test_each_device_has_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(clock_of(torch.device("cpu")), HostClock)
+    assert isinstance(clock_of(torch.device("cuda", 0)), CudaClock)
+    monkeypatch.setattr(torch.xpu, "Event", FakeEvent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clock = clock_of(torch.device("xpu", 0))
+    assert isinstance(clock, EventClock)
+    assert clock.seconds(clock.mark(), clock.mark()) == 0.5
+
+
+def test_the_hosts_clock_is_named_where_a_device_has_no_other() -> None:
+    """No device of this kind is here, so its events cannot be recorded; torch knows no module of the second kind."""
+    for device in (torch.device("xpu", 0), torch.device("meta")):
+        with pytest.warns(UserWarning, match=f"events of {device} do not measure time .* the host's clock"):
+            assert isinstance(clock_of(device), HostClock)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any, ClassVar
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +27,7 @@ from lightning_hetero.distributed.torch_private import (
     queue_after_all_reduce,
     queue_after_backward,
     reduces_after_backward,
+    running_function,
     sleep_on_device,
     version_of,
     without_tensor_hooks,
@@ -63,6 +67,39 @@ def test_nested_backward_passes_have_numbers_of_their_own() -> None:
     assert current_backward_pass() == -1
     assert len(set(numbers)) == 2
     assert -1 not in numbers
+
+
+class Seen(torch.autograd.Function):
+    """Notes which functions run, in both passes."""
+
+    found: ClassVar[list[Any]] = []
+
+    @staticmethod
+    def note() -> None:
+        frame: Any = sys._getframe()
+        while frame is not None:
+            if (function := running_function(frame)) is not None:
+                Seen.found.append(function)
+            frame = frame.f_back
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        Seen.note()
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+        Seen.note()
+        return slopes
+
+
+def test_the_function_that_runs_is_known_in_both_passes() -> None:
+    """Otherwise collectives of the user's own synchronised layers are taken for others, and the shares stay equal."""
+    Seen.found.clear()
+    Seen.apply(torch.ones(1, requires_grad=True)).sum().backward()  # type: ignore[no-untyped-call]
+    assert Seen.found == [Seen, Seen]
+    Seen.note()
+    assert len(Seen.found) == 2
 
 
 def test_a_change_in_place_shows() -> None:

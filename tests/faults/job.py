@@ -6,6 +6,7 @@ and writes what it has found when the training is over.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -43,6 +44,7 @@ class Fault:
         when: "step", "replan", "checkpoint", "validation", or "sample" for inside the dataset.
         step: Earliest training step at which it happens.
         seconds: Duration of a stop; 0 for ever.
+        others_wait: Whether the other ranks wait meanwhile where no exception reaches them.
     """
 
     rank: int
@@ -50,6 +52,7 @@ class Fault:
     when: str
     step: int = 0
     seconds: float = 0.0
+    others_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Job:
         return Path(self.folder, f"fault-{number}.happened")
 
 
+def wait_in_c() -> None:
+    """Wait for ever in a call that lets other threads run and that nothing interrupts, like one of a device."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
 def happen(job: Job, fault: Fault) -> None:
     """Make the fault happen to this process."""
     next(mark for n in range(len(job.faults)) if not (mark := job.mark_of(n)).exists()).touch()
@@ -121,8 +131,14 @@ class Happening(Callback):
 
     def maybe(self, trainer: Trainer, when: str, step: int) -> None:
         fault = self.job.next_fault  # the one before it may have been another rank's
-        if fault is not None and (fault.rank, fault.when) == (trainer.global_rank, when) and step >= fault.step:
+        if fault is None or fault.when != when or step < fault.step:
+            return
+        if fault.rank == trainer.global_rank:
+            if fault.others_wait:
+                time.sleep(1.0)  # until they do
             happen(self.job, fault)
+        elif fault.others_wait:
+            wait_in_c()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy

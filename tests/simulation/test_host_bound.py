@@ -43,6 +43,14 @@ def test_unequal_devices_are_balanced_soon(ratio: int) -> None:
     assert sum(run.step_s[25:45]) / 20 < 1.02 * best * 1.01
 
 
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_devices_that_wait_for_each_other_in_layers_are_balanced(ratio: int) -> None:
+    """Every rank takes as long for each layer as the slowest one."""
+    ranks = [VirtualRank(1 * MS, 0.5 * MS, 0.2 * MS), VirtualRank(1 * MS, 0.5 * MS, 0.2 * ratio * MS)]
+    run = train_virtually(ranks, BATCH, 60, meetings=20, communication_s=0.05 * MS)
+    assert abs(run.plan.samples[0] / BATCH - ratio / (ratio + 1)) < 0.05 * ratio / (ratio + 1)
+
+
 @pytest.mark.parametrize("per_sample", [(0.02, 0.04), (0.02, 0.08), (0.05, 0.2)])
 def test_host_bound_ranks_are_never_slower_than_with_equal_shares(per_sample: tuple[float, float]) -> None:
     ranks = [VirtualRank(8 * MS, 0.5 * MS, s * MS) for s in per_sample]

@@ -11,6 +11,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from simulation.ranks import SimulatedRanks
@@ -93,6 +94,17 @@ class VirtualRun:
         return sum(self.step_s[-last:]) / last
 
 
+def _meet(devices: Sequence[_Device], timers: Sequence[StepTimer], communication_s: float) -> None:
+    with ExitStack() as waiting:
+        for timer in timers:
+            waiting.enter_context(timer.waiting())
+        end = max(device.mark() for device in devices) + communication_s
+        for device in devices:
+            device.device = end
+    for device in devices:
+        device.wait(end)  # torch reads how many ranks have samples
+
+
 def train_virtually(
     ranks: Sequence[VirtualRank],
     global_batch_size: int,
@@ -102,6 +114,7 @@ def train_virtually(
     seed: int = 0,
     communication_s: float = 0.2e-3,
     stall: tuple[int, int, float] = (-1, 1, 0.0),
+    meetings: int = 0,
     tuned: bool = True,
 ) -> VirtualRun:
     """Train on virtual devices.
@@ -114,6 +127,8 @@ def train_virtually(
         seed: Seed of the jitter.
         communication_s: Seconds of an all-reduce.
         stall: A rank, and every how many steps its host waits how long for data.
+        meetings: Number of times in a step at which the devices wait for each other before the last gradient, and their
+            hosts for them, as in synchronised batch normalisation.
         tuned: Whether the shares are tuned.
     """
     rng = random.Random(seed)
@@ -127,14 +142,21 @@ def train_virtually(
     ends, before = [], 0.0
     for step in range(steps):
         plan = simulated.schedule.at(step)
+        work = []
         for r, (rank, device, timer, n) in enumerate(zip(ranks, devices, timers, plan.samples, strict=True)):
             host_s = rank.host_s * max(0.2, rng.gauss(1, jitter))
             device_s = (rank.overhead_s + rank.seconds_per_sample * n) * max(0.2, rng.gauss(1, jitter))
+            work.append((host_s / (meetings + 1), device_s / (meetings + 1)))
             timer.resume()
             if r == stall[0] and step % stall[1] == 0:
                 device.host += stall[2]
-            device.launch(host_s * (1 - _BACKWARD), device_s * (1 - _BACKWARD))
-            device.launch(host_s * _BACKWARD, device_s * _BACKWARD)
+        for part in range(meetings + 1):
+            for device, (host_s, device_s) in zip(devices, work, strict=True):
+                device.launch(host_s * (1 - _BACKWARD), device_s * (1 - _BACKWARD))
+                device.launch(host_s * _BACKWARD, device_s * _BACKWARD)
+            if part < meetings:
+                _meet(devices, timers, communication_s)
+        for timer in timers:
             timer.gradients_ready()
         end = max(device.device for device in devices) + communication_s
         for rank, device, timer in zip(ranks, devices, timers, strict=True):

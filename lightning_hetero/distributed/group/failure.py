@@ -1,30 +1,125 @@
-"""Announce why a rank fails, so that its peers, whose communication breaks off, can report the reason."""
+"""Announce why a rank fails, so that its peers, whose communication breaks off, can report the reason.
+
+The announcement lies in the ranks' common store, where a peer whose communication has failed looks for it.  Peers that
+wait in a device call do not look; a thread of theirs is told (:mod:`~lightning_hetero.distributed.group.peer_watch`).
+"""
 
 from __future__ import annotations
 
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
+from lightning_hetero.distributed.group.peer_links import Hub, Spoke
+from lightning_hetero.distributed.group.peer_watch import PeerWatch, WatchTimes
 from lightning_hetero.distributed.torch_private import default_store
 from lightning_hetero.exceptions import HeteroError, RankFailedError
 
-__all__ = ["announce", "announced", "failure_of_peers", "forget", "why_communication_failed"]
+__all__ = [
+    "announce",
+    "announced",
+    "begin_teardown",
+    "failure_of_peers",
+    "finishing",
+    "forget",
+    "pass_on",
+    "stop_watching",
+    "watch_peers",
+    "why_communication_failed",
+]
 
 _KEY = "lightning_hetero/failure"
+_WATCH = "lightning_hetero/watch"
 _SEEN = "lightning_hetero/seen"
 # Words in the errors of gloo and NCCL; torch has no exception type for most of them.
 _COMMUNICATION = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|timed out", re.IGNORECASE)
 # Peers that are alive notice the same failure at about the same time.
 _PATIENCE_S = 5.0
+_PREFIX = "Another rank has failed: "
+_TIMES = WatchTimes()
+
+_active: list[PeerWatch] = []  # at most one
+_finishing: list[None] = []  # an entry for each piece of work that must not be cut off
+
+
+# ---- the watch -------------------------------------------------------------------------------------------------------
+
+
+def watch_peers(host: str, is_excused: Callable[[], bool]) -> None:
+    """Watch the peers until :func:`stop_watching`, also while the main thread waits in a device call.
+
+    If a peer has failed or died and the main thread has not left by itself after some seconds, the process is ended.
+
+    Args:
+        host: Address at which this rank reaches the machine of rank 0.
+        is_excused: Returns whether the main thread has noticed a failure and does what must be done before it leaves.
+    """
+    stop_watching()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    rank = dist.get_rank()
+    try:
+        link = Hub(host, _publish) if rank == 0 else Spoke(rank, host, lambda: _read(_WATCH), lambda: _read(_KEY))
+    except (OSError, RuntimeError):  # no port to listen at, or no store: the ranks go on without it
+        return
+    _active.append(PeerWatch(link, rank, lambda: bool(_finishing) or is_excused(), _TIMES))
+
+
+def stop_watching() -> None:
+    """Leave the peers in good order."""
+    while _active:
+        _active.pop().stop()
+
+
+def begin_teardown() -> None:
+    """End the process if the tear-down of a run that has failed waits for the device."""
+    for watch in _active:
+        watch.begin_teardown()
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Do not end the process because of a failed peer while in this context, for example in a checkpoint."""
+    _finishing.append(None)
+    try:
+        yield
+    finally:
+        _finishing.pop()
+
+
+def pass_on(reason: str) -> None:
+    """Tell the peers why another rank has failed, since they may wait where they do not notice."""
+    for watch in _active:
+        watch.tell(reason.removeprefix(_PREFIX))
+
+
+def _publish(place: str) -> None:
+    default_store().set(_WATCH, place)
+
+
+def _read(key: str) -> str | None:
+    with suppress(Exception):
+        store = default_store()
+        if store is not None and store.check([key]):
+            return str(store.get(key).decode())
+    return None
+
+
+def _told() -> str | None:
+    return next((watch.reason for watch in _active), None)
+
+
+# ---- the store -------------------------------------------------------------------------------------------------------
 
 
 def announce(message: str) -> None:
     """Leave ``message`` for the peers; never raises."""
+    for watch in _active:
+        watch.tell(message)
     with suppress(Exception):
         store = default_store()
         if store is not None:
@@ -33,11 +128,7 @@ def announce(message: str) -> None:
 
 def announced() -> str | None:
     """Return the message of a failing rank; None if there is none, or if the rank that keeps the store is gone."""
-    with suppress(Exception):
-        store = default_store()
-        if store is not None and store.check([_KEY]):
-            return str(store.get(_KEY).decode())
-    return None
+    return _told() or _read(_KEY)
 
 
 def forget() -> None:
@@ -47,6 +138,8 @@ def forget() -> None:
         if store is not None:
             store.delete_key(_KEY)
             store.delete_key(f"{_SEEN}/{dist.get_rank()}")
+            if dist.get_rank() == 0:
+                store.delete_key(_WATCH)
 
 
 @contextmanager
@@ -62,7 +155,7 @@ def failure_of_peers() -> Iterator[None]:
         reason = None if isinstance(error, HeteroError) else announced() or why_communication_failed(error)
         if reason is None:
             raise
-        raise RankFailedError(f"Another rank has failed: {reason}") from error
+        raise RankFailedError(f"{_PREFIX}{reason}") from error
 
 
 def why_communication_failed(error: BaseException) -> str | None:
@@ -79,12 +172,15 @@ def why_communication_failed(error: BaseException) -> str | None:
     enough = threading.Event()
     search = threading.Thread(target=lambda: found.append(_silent_ranks(enough)), daemon=True)
     search.start()
+    deadline = time.monotonic() + 2 * _PATIENCE_S
     try:
-        search.join(2 * _PATIENCE_S)
+        with finishing():
+            while search.is_alive() and time.monotonic() < deadline and _told() is None:
+                search.join(0.1)
     finally:  # a signal may interrupt this, and a thread that is still inside the store would abort the process
         enough.set()
         search.join(1.0)
-    reason = announced() if found else None  # it may have arrived late
+    reason = announced() if found else _told()  # it may have arrived late
     if reason is not None:
         return reason
     if not found:

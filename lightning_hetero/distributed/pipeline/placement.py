@@ -41,11 +41,17 @@ class TensorPlacement:
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
         self._set_owners(plan)
+        foreign = []
         for tensor in self._tensors():
             if self.owns(tensor):
-                tensor.data = tensor.data.to(device)
-            else:
-                _swap(tensor, _without_memory(tensor))
+                _move(tensor, device)
+            else:  # on the device for now, because nothing moves from "meta"
+                foreign.append((tensor, _without_memory(tensor)))
+                _swap(tensor, _like(tensor, torch.empty(0, dtype=tensor.dtype, device=device)))
+        # What moves with a module is not only its tensors: metrics have states, and users write `_apply` themselves.
+        module.to(device)
+        for tensor, without_memory in foreign:
+            _swap(tensor, without_memory)
         for parameter, group in self.tied:  # without a seed, ranks begin with different values
             dist.broadcast(parameter.data, src=self._source(parameter), group=group)
 
@@ -165,7 +171,7 @@ class TensorPlacement:
             if tensor.is_meta:
                 _swap(tensor, _like(tensor, copy.cpu()))
             else:
-                tensor.data = tensor.data.cpu()
+                _move(tensor, torch.device("cpu"))
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         dist.barrier()
@@ -211,6 +217,15 @@ def gather_on_rank_zero(value: Any) -> list[Any] | None:
     parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, parts, dst=0)
     return parts
+
+
+def _move(tensor: Tensor, device: torch.device) -> None:
+    """Move a tensor to ``device``; all references to it see it there."""
+    value = tensor.data.to(device)
+    try:
+        tensor.data = value
+    except RuntimeError:  # tensors of some devices, such as XLA's, are of another kind than the host's
+        _swap(tensor, _like(tensor, value))
 
 
 def _swap(tensor: Tensor, other: Tensor) -> None:

@@ -20,14 +20,29 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_hetero.distributed.group.attempt_store import attempt_store, may_be_stale
-from lightning_hetero.distributed.group.failure import announce, announced, forget, why_communication_failed
+from lightning_hetero.distributed.group.failure import (
+    announce,
+    announced,
+    begin_teardown,
+    finishing,
+    forget,
+    pass_on,
+    stop_watching,
+    watch_peers,
+    why_communication_failed,
+)
 from lightning_hetero.distributed.group.leave_group import leave_group_at_exit, stay_in_group
 from lightning_hetero.exceptions import RankFailedError
 from lightning_hetero.lightning_packages import become_native, is_foreign
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.checkpoint_file import WholeFileCheckpointIO
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment, differs_from_torchrun
-from lightning_hetero.plugin.common.lightning_private import connect_through, trainer_of, wrap_checkpoint_io
+from lightning_hetero.plugin.common.lightning_private import (
+    connect_through,
+    lightning_closes_group,
+    trainer_of,
+    wrap_checkpoint_io,
+)
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 
 __all__ = ["BaseStrategy"]
@@ -145,7 +160,8 @@ class BaseStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.is_global_zero:
             checkpoint = {**checkpoint, _LOADERS_KEY: {self.strategy_name: self.loaders_state()}}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with finishing():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -174,6 +190,8 @@ class BaseStrategy(DDPStrategy):
             store = attempt_store(*where, self.global_rank, self.world_size, timeout)
             connect_through(environment, self._process_group_backend, store, timeout, self.root_device)
         super().setup_distributed()  # keeps a process group that exists
+        assert environment is not None
+        watch_peers(environment.main_address, lambda: self.is_alone)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -218,21 +236,32 @@ class BaseStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
         stay_in_group()
-        if not isinstance(exception, RankFailedError):
+        lightning_closes_group(False)
+        if isinstance(exception, RankFailedError):
+            pass_on(str(exception))
+        else:
             reason = announced() or why_communication_failed(exception)
             if reason is None:
                 told = "".join(traceback.format_exception(exception))
                 # this rank's own output may be cut off when all ranks are ended
                 announce(f"rank {self.global_rank} with\n{told}")
             else:
+                pass_on(reason)
                 _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
-        if not self._failed:  # a process started by `spawn` does not get here if it fails
+        if self._failed:
+            begin_teardown()
+        else:  # a process started by `spawn` does not get here if it fails
             leave_group_at_exit()
-        super().teardown()
+            if self._process_group_backend == "nccl":
+                lightning_closes_group(True)
+        try:
+            super().teardown()
+        finally:
+            stop_watching()
 
 
 def _defaults_of(target: type[Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
+from lightning_hetero.distributed.group.failure import finishing
+
 __all__ = ["WholeFileCheckpointIO"]
 
 
@@ -31,7 +33,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         # One temporary name per destination, so the next save overwrites what a killed process has left.
         part = place.with_name(f".{place.name}.part")
         try:
-            with part.open("wb") as file:
+            with finishing(), part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())

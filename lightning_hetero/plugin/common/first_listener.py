@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
+from lightning_hetero.plugin.common.lightning_private import current_hook
 from lightning_hetero.plugin.common.overridden import overridden_method
 
 __all__ = ["listening_first", "logging_through"]
@@ -21,7 +22,8 @@ def listening_first(trainer: Trainer, module: LightningModule, listener: Callbac
 
     ``trainer.callbacks`` is the user's list: scripts take callbacks from it by their position, and change it while they
     run. The hooks of every callback and of the module are therefore preceded by those of the listener, which are called
-    for the first of them only. Lightning calls the module's hooks after those of the callbacks.
+    for the first of them only. Lightning calls the module's hooks after those of the callbacks. A hook that a callback
+    calls itself, from another one of its hooks, is preceded by none.
 
     Args:
         trainer: The Trainer that calls the hooks.
@@ -33,7 +35,7 @@ def listening_first(trainer: Trainer, module: LightningModule, listener: Callbac
         for name, hook in vars(type(listener)).items():
             if not callable(hook) or name.startswith("_") or not hasattr(Callback, name):
                 continue
-            once = _Once(getattr(listener, name), (trainer, module), has_last=hasattr(module, name))
+            once = _Once(name, getattr(listener, name), trainer, module)
             for callback in callbacks:
                 # Lightning calls these after the module's
                 monitors = name == "on_train_epoch_end" and isinstance(callback, EarlyStopping | Checkpoint)
@@ -47,23 +49,29 @@ def listening_first(trainer: Trainer, module: LightningModule, listener: Callbac
 class _Once:
     """Calls a hook of the listener once, before the first of the hooks that Lightning calls together."""
 
-    def __init__(self, listen: Any, of_module: tuple[Any, ...], has_last: bool) -> None:
+    def __init__(self, name: str, listen: Any, trainer: Trainer, module: LightningModule) -> None:
+        self._name = name
         self._listen = listen
-        self._of_module = of_module
-        self._has_last = has_last
+        self._of_module = (trainer, module)
+        self._module = module
+        self._has_last = hasattr(module, name)
         self._called = False
 
     def before_callback(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._called:
+        if not self._called and self._by_lightning():
             self._called = self._has_last
             self._listen(*args, **kwargs)
         return hook(*args, **kwargs)
 
     def before_module(self, hook: Any, *args: Any, **kwargs: Any) -> Any:
-        called, self._called = self._called, False
-        if not called:
-            self._listen(*self._of_module, *args, **kwargs)
+        if self._by_lightning():
+            called, self._called = self._called, False
+            if not called:
+                self._listen(*self._of_module, *args, **kwargs)
         return hook(*args, **kwargs)
+
+    def _by_lightning(self) -> bool:
+        return current_hook(self._module) == self._name
 
 
 @contextmanager

@@ -5,12 +5,13 @@ tests/plugin/common/test_lightning_private.py fails if Lightning changes one of 
 
 from __future__ import annotations
 
+import atexit
 import sys
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.distributed import _destroy_dist_connection, _init_dist_connection
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -26,6 +27,7 @@ __all__ = [
     "evaluation_loop",
     "has_comm_hook",
     "inner_batch_sampler",
+    "lightning_closes_group",
     "logged_step",
     "logged_values",
     "samplers_stay",
@@ -164,3 +166,14 @@ def connect_through(
         device_id=None if device.type == "cpu" else device,
         store=store,
     )
+
+
+def lightning_closes_group(closes: bool) -> None:
+    """Set whether Lightning closes NCCL's group when this process exits, for which it has registered a handler.
+
+    To close the group of a rank that has failed would wait for its peers, which wait for this rank.  Without the
+    handler the group is aborted when it is deleted.
+    """
+    atexit.unregister(_destroy_dist_connection)
+    if closes:
+        atexit.register(_destroy_dist_connection)

@@ -41,6 +41,7 @@ class BatchScope(Callback):
         train_data: The training loaders.
         eval_data: The loaders of validation and test.
         before_collective: Function that is called before a collective that the user's code makes, with its name.
+        waiting: Function that returns the context in which this rank waits for others in a collective, or None.
 
     Attributes:
         part: This rank's part of the batch; None between batches, or if it is unknown.
@@ -49,12 +50,16 @@ class BatchScope(Callback):
     """
 
     def __init__(
-        self, train_data: TrainingData, eval_data: EvaluationData, before_collective: Callable[[str], None]
+        self,
+        train_data: TrainingData,
+        eval_data: EvaluationData,
+        before_collective: Callable[[str], None],
+        waiting: Callable[[], AbstractContextManager[None] | None],
     ) -> None:
         self._train_data = train_data
         self._eval_data = eval_data
         self._before_collective = before_collective
-        self._watch = CollectiveWatch()
+        self._watch = CollectiveWatch(waiting)
         self._own_collectives = OwnCollectives(train_data, eval_data)
         self._samples: dict[str, tuple[int, ...]] = {}
         self._stage = ""

@@ -7,7 +7,7 @@ the backward pass, in synchronised batch normalisation, in logging. Its contribu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
     """Exclude the samples in this context from the statistics of synchronised batch normalisation.
 
     The rank takes part in the communication with an empty batch, which torch supports. Its own samples pass through
-    unchanged; nobody uses the results.
+    unchanged; nobody uses the results. Compiled code ignores hooks that are added after it was compiled, so nothing
+    runs compiled meanwhile; what the rank sends to its peers is the same.
     """
     handles: list[RemovableHandle] = []
     passing: dict[nn.Module, torch.Tensor] = {}
@@ -73,11 +74,12 @@ def _left_out_of_statistics(module: nn.Module) -> Iterator[None]:
         # adding the empty sum keeps the communication of the backward pass in the graph
         return passing.pop(layer) + output.sum()
 
-    for layer in module.modules():
-        if isinstance(layer, nn.SyncBatchNorm) and layer.training:
-            handles += [layer.register_forward_pre_hook(empty_input), layer.register_forward_hook(input_as_output)]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.SyncBatchNorm) and layer.training]
+    for layer in layers:
+        handles += [layer.register_forward_pre_hook(empty_input), layer.register_forward_hook(input_as_output)]
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ from lightning_hetero.balance.types import (
 )
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
-from lightning_hetero.distributed.step_timer import CudaClock, HostClock, StepTimer
+from lightning_hetero.distributed.step_timer import HostClock, StepTimer, clock_of
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import MemoryMeter, meter_of
 from lightning_hetero.hardware.probe import TorchDeviceProbe
@@ -128,7 +128,7 @@ class HeteroDDPStrategy(BaseStrategy):
         self.micro_batches = MicroBatches(self, self.micro_batch_limits)
         self.memory: MemoryMeter | None = None
         self.loss_weight = 1.0
-        self.scope = BatchScope(self.train_data, self.eval_data, self.micro_batches.before_collective)
+        self.scope = BatchScope(self.train_data, self.eval_data, self.micro_batches.before_collective, self.waiting)
 
     # ---- for the balancer ------------------------------------------------------------------------------------------
 
@@ -156,6 +156,10 @@ class HeteroDDPStrategy(BaseStrategy):
     def training_slice(self) -> BatchSlice | None:
         """This rank's part of the latest global batch; None before the first."""
         return self.train_data.part
+
+    def waiting(self) -> AbstractContextManager[None] | None:
+        """Return a context in which this rank may wait for others, which is not its own time; None if none is kept."""
+        return self.timer.waiting() if self.timer.enabled else None
 
     def nominal_plan(self) -> BatchPlan | None:
         """Return the plan that the devices' nominal speeds suggest before measuring; None if they suggest none."""
@@ -227,8 +231,8 @@ class HeteroDDPStrategy(BaseStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.root_device.type == "cuda":
-            self.timer = StepTimer(CudaClock())
+        if self.root_device.type != "cpu":
+            self.timer = StepTimer(clock_of(self.root_device))
         self.memory = meter_of(self.root_device)
         self.profiles = tuple(all_gather(TorchDeviceProbe().profile(self.root_device)))
         # raises if a mapping lacks a device; every rank sees all devices, so all of them raise

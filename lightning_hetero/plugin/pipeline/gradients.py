@@ -43,6 +43,6 @@ def clip_by_norm(optimizer: Optimizer, clip_val: float, placement: TensorPlaceme
     own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     squares = [p.grad.square().sum() for p in own if placement.counts(p)]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-    total = total.to(torch.float64) if device.type == "cpu" else total.float()
+    total = total.to(torch.float32 if device.type == "mps" else torch.float64)  # MPS has no other
     dist.all_reduce(total)
     nn.utils.clip_grads_with_norm_(own, clip_val, total.sqrt())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -14,12 +17,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from lightning_hetero import HeteroDDPStrategy
+from lightning_hetero.plugin.common import base_strategy
 from lightning_hetero.plugin.common.lightning_private import (
     before_batch_transfer,
     called_by_lightning_loop,
     combined_loaders,
+    connect_through,
     evaluation_loop,
     inner_batch_sampler,
+    lightning_closes_group,
     logged_step,
     logged_values,
     samplers_stay,
@@ -135,3 +142,40 @@ def test_a_plugin_that_wraps_another_is_given_ours_unless_it_has_one() -> None:
     assert wrapper.checkpoint_io is inner
     assert not wrap_checkpoint_io(TorchCheckpointIO(), inner)
     assert not wrap_checkpoint_io(None, inner)
+
+
+def test_lightning_closes_the_group_of_nccl_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no NCCL here, so no group is started either."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    handlers: list[Any] = []
+
+    def unregister(handler: Any) -> None:
+        while handler in handlers:
+            handlers.remove(handler)
+
+    monkeypatch.setattr(atexit, "register", handlers.append)
+    monkeypatch.setattr(atexit, "unregister", unregister)
+    connect_through(LightningEnvironment(), "nccl", None, None, torch.device("cpu"))
+    assert len(handlers) == 1
+    lightning_closes_group(True)
+    assert len(handlers) == 1
+    lightning_closes_group(False)
+    assert not handlers
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_a_rank_that_has_failed_leaves_its_group_to_be_aborted(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    told: list[bool] = []
+    for name, value in vars(base_strategy).items():
+        if value is lightning_closes_group:
+            monkeypatch.setattr(base_strategy, name, told.append)
+    strategy = HeteroDDPStrategy(process_group_backend=backend)
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda _: None)
+    strategy.teardown()
+    assert told == [True] * (backend == "nccl")
+    told.clear()
+    strategy.on_exception(ValueError("raised by a test"))
+    strategy.teardown()
+    assert told == [False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -141,3 +142,57 @@ def test_ragged_batches_train_as_on_one_device(ranks: RankPools, precision: str,
     for parameters in ranks.run(4, train, precision, [1, 2, 4, 1], timeout_s=90.0):
         comparison = f"single process, torch's synchronised batch normalisation, {precision}"
         assert_close(parameters, expected, tolerance, comparison=comparison)
+
+
+# ---- compiled layers, which ignore hooks that are added later ------------------------------------------------------
+
+
+class Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        total = slopes[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class Captured(nn.SyncBatchNorm):
+    """Can be compiled with its collectives, which torch's own layer cannot, because it selects ranks with samples."""
+
+    def forward(self, batch: Tensor) -> Tensor:
+        count = torch.ones_like(batch[:, 0]).sum()
+        total = Summed.apply(torch.cat([batch.sum(0), batch.square().sum(0), count[None]]))  # type: ignore[no-untyped-call]
+        features = batch.shape[1]
+        mean = total[:features] / total[-1]
+        variance = total[features:-1] / total[-1] - mean.square()
+        return (batch - mean) / (variance + self.eps).sqrt() * self.weight + self.bias  # type: ignore[no-any-return]
+
+
+def normalised_by_compiled_layers(kind: str) -> float:
+    """Return how far rank 0 is from normalising its own samples, beside a rank that stands in."""
+    torch._dynamo.reset()
+    module: Any = SmallModule()
+    module._trainer = Holder()
+    module.norm = (Captured if kind == "captured" else nn.SyncBatchNorm)(3).double()
+    network: Any = torch.compile(nn.Sequential(nn.Identity(), module.norm), backend="eager")
+    with synchronised_on_cpu():
+        for stands_in in (False, bool(dist.get_rank())):  # compiled before any hook
+            batch = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+            with stand_in(module) if stands_in else nullcontext():
+                output = network(batch)
+                output.square().sum().backward()
+    assert not stands_in or output.equal(batch)
+    return (
+        0.0 if stands_in else float((output - nn.functional.batch_norm(batch, None, None, training=True)).abs().max())
+    )
+
+
+@pytest.mark.parametrize("kind", ["captured", "torch's"])
+def test_a_rank_without_samples_is_left_out_where_layers_are_compiled(ranks: RankPools, kind: str) -> None:
+    for difference in ranks.run(2, normalised_by_compiled_layers, kind, timeout_s=60.0):
+        assert difference < 1e-10
