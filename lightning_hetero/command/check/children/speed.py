@@ -71,8 +71,10 @@ def own_time(rank: Rank) -> Finding:
 # ---- the cost of measuring -------------------------------------------------------------------------------------------
 
 _COST = 1.01
-_PAIRS = 6
-_BLOCK, _BLOCKS, _SKIPPED = 10, 4, 20
+_PAIRS = 5
+# Ranks exchange their measurements after each ten steps at most, in some milliseconds of their hosts.
+_STEP_S = 0.08
+_BLOCK, _BLOCKS, _SKIPPED = 10, 3, 20
 
 
 def balancer_cost(rank: Rank) -> Finding:
@@ -87,7 +89,7 @@ def balancer_cost(rank: Rank) -> Finding:
     ratio, error = max(rank.gather((ratio, error)))
     note = f"step time with a LoadBalancer over that without, ± {error:.3f} in {_PAIRS} pairs"
     finding = measured_at_most(_COST, ratio, error, "x", note, ratios=ratios)
-    return _unless_busy(rank, finding, median(without), _SHORT_S)
+    return _unless_busy(rank, finding, median(without), _STEP_S)
 
 
 def _step_s(rank: Rank, pause: Pause, *, on: bool) -> float:
@@ -95,7 +97,7 @@ def _step_s(rank: Rank, pause: Pause, *, on: bool) -> float:
     strategy = rank.hetero(shares=[1.0] * rank.ranks)
     steps = _SKIPPED + _BLOCK * _BLOCKS
     trainer = rank.trainer(strategy, [*([_balancer()] if on else []), clock], max_steps=steps)
-    module = Small(before=lambda samples: pause(_SHORT_S))
+    module = Small(before=lambda samples: pause(_STEP_S))
     trainer.fit(module, loader(_BATCH_SIZE, _BATCH_SIZE * rank.ranks * (steps + 1)))
     return min(clock.seconds_per_step())  # whatever else the machine does only adds to a block
 
