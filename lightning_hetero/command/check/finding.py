@@ -55,7 +55,7 @@ def measured_at_most(bound: float, figure: float, error: float, unit: str, note:
     """
     finding = at_most(bound, figure, unit, note, error=error, **details)
     if finding.outcome == "FAIL" and figure - _ERRORS * error <= bound:
-        reason = f"this machine is too busy to tell: {figure:.3g} ± {error:.1g} {unit}, to be at most {bound:g}"
+        reason = f"this machine is too busy to tell: {figure:.4g} ± {error:.1g} {unit}, to be at most {bound:g}"
         return skipped(reason, figure=figure, error=error, **details)
     return finding
 

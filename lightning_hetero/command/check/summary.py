@@ -27,7 +27,7 @@ def _figure(result: Result) -> str:
     finding = result.finding
     if finding.figure is None:
         return ""
-    figure = f"{finding.figure:.3g} {finding.unit}".rstrip()
+    figure = f"{finding.figure:.4g} {finding.unit}".rstrip()
     return figure if finding.bound is None else f"{figure} (at most {finding.bound:g})"
 
 
