@@ -29,6 +29,7 @@ __all__ = [
     "queue_after_backward",
     "reduces_after_backward",
     "running_function",
+    "sleep_on_device",
     "version_of",
     "without_tensor_hooks",
 ]
@@ -155,3 +156,11 @@ def functional_resolvers() -> tuple[Any, dict[str, Any]]:
     """
     names = ("_resolve_group", "_resolve_group_name", "_expand_group")
     return _functional_collectives, {name: f for name in names if (f := getattr(_functional_collectives, name, None))}
+
+
+def sleep_on_device(cycles: int) -> None:
+    """Launch a kernel that keeps the current CUDA device busy for about this many of its clock's cycles.
+
+    torch's own tests use it. No public operation has a duration that does not depend on the device's speed and load.
+    """
+    torch.cuda._sleep(cycles)

@@ -24,6 +24,7 @@ from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
+from lightning_hetero.distributed.pipeline.shared_value import share
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
@@ -302,18 +303,20 @@ class PipelineStep:
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Tell every rank the output of a step and what it has logged; log that here."""
         told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
-        broadcast_from((_on_cpu(returned), told), self._pipeline.last_rank)
+        self._shared((returned, told))
         for call in calls:
             self._module.log(**call)
         return returned
 
     def _hear(self) -> Any:
-        told: Any = broadcast_from(None, self._pipeline.last_rank)
-        returned, calls = told
+        returned, calls = self._shared(None)
         for call in calls:
             if not call.get("rank_zero_only"):
                 self._module.log(**{**call, "value": self._local(call["value"])})
         return move_data_to_device(returned, self._module.device)
+
+    def _shared(self, value: Any) -> Any:
+        return share(value, self._pipeline.last_rank, self._module.device)
 
     def _local(self, value: Any) -> Any:
         if isinstance(value, _MetricOf):
@@ -327,10 +330,10 @@ class PipelineStep:
 
 def _portable(value: Any, names: dict[int, str]) -> Any:
     if isinstance(value, Metric):
-        return _MetricOf(names[id(value)], _on_cpu(step_value(value)))
+        return _MetricOf(names[id(value)], step_value(value))
     if isinstance(value, Mapping):
         return {key: _portable(entry, names) for key, entry in value.items()}
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _on_cpu(value: Any) -> Any:
