@@ -108,6 +108,10 @@ class TensorPlacement:
         """Return whether a buffer of the module is in no layer, so that every rank has it."""
         return len(self._owners.get(id(buffer), self.plan.ranks)) == len(self.plan.ranks)
 
+    def is_outside_layers(self, parameter: Tensor) -> bool:
+        """Return whether a parameter of the module is in no layer."""
+        return all(parameter is not own for layer in self._layers for own in layer.parameters())
+
     def ranks_of_modules(self) -> dict[str, int]:
         """Return the rank that runs each submodule of the layers, by the submodule's name in the module."""
         rank_of: dict[int, int] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = ["PipelineMetrics"]
+
+_LARGEST_CONTAINER = 1000  # what has more entries holds data
 
 
 class PipelineMetrics:
@@ -33,17 +36,18 @@ class PipelineMetrics:
     Attributes:
         names: Name of each metric in the module, by its identity.
         is_alone: Whether this rank runs code that the others do not run, so that no collective may be used.
+        share: Function that returns the value of the last stage on every rank.
     """
 
     def __init__(self, module: LightningModule, last_rank: int, *, is_last: bool) -> None:
         self._module = module
-        self._last_rank = last_rank
         self._is_last = is_last
         self.is_alone = False
+        self.share: Callable[[Any], Any] = partial(broadcast_from, source=last_rank)
         metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         self.names = {id(metric): name for name, metric in metrics.items()}
         self._overrides = ExitStack()
-        for metric in metrics.values():
+        for metric in {id(m): m for m in (*metrics.values(), *_kept_in(vars(module)))}.values():
             for name, value in (("compute", self._broadcasting(metric.compute)), ("distributed_available_fn", _never)):
                 self._overrides.enter_context(overridden(metric, name, value))
 
@@ -68,10 +72,19 @@ class PipelineMetrics:
             if self._is_last:
                 with self.alone():  # a metric that is composed of others calls their `compute`
                     value = compute(*args, **kwargs)
-            received = broadcast_from(move_data_to_device(value, torch.device("cpu")), self._last_rank)
+            received = self.share(move_data_to_device(value, torch.device("cpu")))
             return value if self._is_last else move_data_to_device(received, self._module.device)
 
         return compute_and_broadcast
+
+
+def _kept_in(value: Any) -> Iterator[Metric]:
+    """Yield the metrics in a user's containers, which are no submodules."""
+    for entry in value.values() if isinstance(value, dict) else value:
+        if isinstance(entry, Metric):
+            yield entry
+        elif type(entry) in (list, tuple, dict) and len(entry) <= _LARGEST_CONTAINER:
+            yield from _kept_in(entry)
 
 
 def _never() -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,14 +19,13 @@ from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
+from lightning_hetero.plugin.pipeline.hooks.running import HookRunner
 from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 
 __all__ = ["Runtime", "not_moved_to_cpu"]
-
-_END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
 LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
 
@@ -54,6 +52,7 @@ class Runtime:
         placement: Where the parts of the model live. It outlives the run, because a checkpoint may be saved afterwards.
         metrics: The metrics of the module.
         pipeline: The pipeline, which runs the layers of this rank's stage.
+        hooks: The hooks of the module and of callbacks.
         steps: The user's steps on this rank.
         seed: Seed of the random numbers that are the same on all ranks.
     """
@@ -84,8 +83,11 @@ class Runtime:
         self._overrides.callback(self.metrics.restore)
         try:
             self.pipeline = self._new_pipeline()
+            self.hooks = HookRunner(module, self.called, self.placement, lambda: self.pipeline, rank, device, self.seed)
             self.steps = self._new_steps()
-            self._run_hooks_where_steps_end()
+            if len(plan.ranks) > 1:
+                self.metrics.share = self.hooks.share_value
+                self._overrides.enter_context(self.hooks.installed(self._recorded_log))
         except BaseException:
             self._overrides.close()
             raise
@@ -103,31 +105,22 @@ class Runtime:
             self._loss_weights,
             self.metrics,
             self.seed,
+            self.hooks.traces,
         )
+
+    def _recorded_log(self) -> Any:
+        return self.steps.recorded_log()
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
         with torch.inference_mode(False):
             self.placement.move(plan, optimizers)
+        self.hooks.traces.moved()
         self.pipeline.close()
         self.pipeline = self._new_pipeline()
         self.steps = self._new_steps()
 
     # ---- what is overridden ----------------------------------------------------------------------------------------
-
-    def _run_hooks_where_steps_end(self) -> None:
-        """Run hooks at the end of an epoch on the rank that holds what the steps have collected for them."""
-
-        def where_steps_end(hook: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                with self.steps.collected() as here:
-                    return hook() if here else None
-
-            return run
-
-        for name in _END_OF_EPOCH:
-            if is_overridden(name, self._module):
-                self._override(self._module, name, where_steps_end(getattr(self._module, name)))
 
     def clip_whole_model(self, precision: Precision) -> None:
         """Clip by the norm of the whole model when Lightning asks ``precision`` to clip gradients by norm."""
@@ -151,6 +144,7 @@ class Runtime:
         try:
             if complete:
                 end_iterations()
+                self.hooks.traces.equalise()
                 self.placement.complete()
         finally:
             self._overrides.close()

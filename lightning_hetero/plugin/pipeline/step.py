@@ -29,6 +29,7 @@ from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
+from lightning_hetero.plugin.pipeline.hooks.traces import StepTraces
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
@@ -100,6 +101,7 @@ class PipelineStep:
             sizes.
         metrics: The module's metrics.
         seed: Seed of the random numbers of the user's step, the same on all ranks.
+        traces: What the steps change in the module and its Trainer.
     """
 
     def __init__(
@@ -111,8 +113,10 @@ class PipelineStep:
         loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
         metrics: PipelineMetrics,
         seed: int,
+        traces: StepTraces,
     ) -> None:
         self._module = module
+        self.traces = traces
         self._called = called
         self._pipeline = pipeline
         self._micro_batches = micro_batches
@@ -137,6 +141,7 @@ class PipelineStep:
         """
         batch, *rest = args
         self._times_run += 1
+        self.traces.begin()
         groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
         sizes = [size for count, size in groups for _ in range(count)]
         parts = self._split(batch, sizes)
@@ -164,7 +169,8 @@ class PipelineStep:
                         return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
                     return loss * (weights[i] / accumulated_batches)
 
-                self._pipeline.train(_kind(parts[first]), count, inputs, loss_of_part)
+                kind = (_kind(parts[first]), self.traces.trained())
+                self._pipeline.train(kind, count, inputs, loss_of_part)
                 first += count
         if not self._pipeline.is_last:
             return self._hear()
@@ -184,6 +190,7 @@ class PipelineStep:
         """
         batch, *rest = args
         self._times_run += 1
+        self.traces.begin()
         groups = _groups(samples_in(batch), self._micro_batches)
         sizes = [size for count, size in groups for _ in range(count)]
         parts = self._split(batch, sizes)
@@ -221,21 +228,22 @@ class PipelineStep:
         return Example(inputs, loss, sum(sizes), len(sizes), training)
 
     @contextmanager
-    def collected(self) -> Iterator[bool]:
-        """Run the code that follows an epoch on the rank that ran the steps; elsewhere, log what that code has logged.
+    def recorded_log(self) -> Iterator[Callable[[Callable[[Any], Any]], None]]:
+        """Record what a hook logs in this context, which every rank runs.
 
         Yields:
-            Whether this rank is to run the code.
+            Function that logs on every rank what the last stage has recorded, given a function that returns the message
+            of the last stage on every rank.
         """
-        if not self._pipeline.is_last:
-            yield False
-            self._hear()
-            return
         calls: list[dict[str, Any]] = []
-        recorded = overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named)))
-        with recorded, self._metrics.alone():
-            yield True
-        self._tell(None, calls)
+
+        def pass_on(exchange: Callable[[Any], Any]) -> None:
+            told = [{**call, "value": _hosted(_portable(call["value"], self._metrics.names))} for call in calls]
+            heard = exchange(told)
+            self._log_heard(heard) if not self._pipeline.is_last else self._log(calls)
+
+        with overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named))):
+            yield pass_on
 
     # ---- the user's step -------------------------------------------------------------------------------------------
 
@@ -252,8 +260,8 @@ class PipelineStep:
             raise _Called(args)
 
         with ExitStack() as stack:
-            if not self._pipeline.is_last:
-                stack.enter_context(discarded_metrics(self._module))
+            stack.enter_context(discarded_metrics(self._module))
+            stack.enter_context(self.traces.undone())
             stack.enter_context(self._seeded(number))
             stack.enter_context(self._metrics.alone())
             for context in (silent_log(self._module), overridden(self._called, "forward", note)):
@@ -303,17 +311,24 @@ class PipelineStep:
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Tell every rank the output of a step and what it has logged; log that here."""
         told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
-        self._shared((returned, told))
-        for call in calls:
-            self._module.log(**call)
+        self._shared((returned, told, self.traces.found()))
+        self._log(calls)
         return returned
 
     def _hear(self) -> Any:
-        returned, calls = self._shared(None)
+        returned, calls, traces = self._shared(None)
+        self.traces.take(traces)
+        self._log_heard(calls)
+        return move_data_to_device(returned, self._module.device)
+
+    def _log(self, calls: Sequence[dict[str, Any]]) -> None:
+        for call in calls:
+            self._module.log(**call)
+
+    def _log_heard(self, calls: Sequence[dict[str, Any]]) -> None:
         for call in calls:
             if not call.get("rank_zero_only"):
                 self._module.log(**{**call, "value": self._local(call["value"])})
-        return move_data_to_device(returned, self._module.device)
 
     def _shared(self, value: Any) -> Any:
         return share(value, self._pipeline.last_rank, self._module.device)
@@ -325,7 +340,7 @@ class PipelineStep:
             return metric
         if isinstance(value, Mapping):
             return {key: self._local(entry) for key, entry in value.items()}
-        return value
+        return value.to(self._module.device) if isinstance(value, Tensor) else value
 
 
 def _portable(value: Any, names: dict[int, str]) -> Any:
@@ -334,6 +349,14 @@ def _portable(value: Any, names: dict[int, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _portable(entry, names) for key, entry in value.items()}
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _hosted(value: Any) -> Any:
+    if isinstance(value, _MetricOf):
+        return _MetricOf(value.name, _on_cpu(value.in_step))
+    if isinstance(value, Mapping):
+        return {key: _hosted(entry) for key, entry in value.items()}
+    return _on_cpu(value)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -325,6 +325,46 @@ class HeteroPipelineStrategy(BaseStrategy):
         """Return ``tensor`` as it is, as on one device: every rank has every sample."""
         return tensor
 
+    # In a hook, a rank first learns whether its peers are at the same line; see Meeting.
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._together()
+        super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self._together()
+        return super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        self._together()
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._together()
+        return super().reduce_boolean_decision(decision, all)
+
+    def _together(self) -> None:
+        if self._runtime is not None and not self.is_alone:
+            self._runtime.hooks.meeting.together()
+
+    @contextmanager
+    def whole_model(self, *, gradients: bool = False) -> Iterator[None]:
+        """Give every rank copies of the parameters and buffers of other ranks in this context, in its host's memory.
+
+        What is changed in a copy is dropped; what every rank changes in the same way counts. Every rank must enter at
+        the same point, outside of steps.
+
+        Args:
+            gradients: Whether parameters get their gradients too.
+        """
+        self._together()
+        with nullcontext() if self._runtime is None else self._runtime.placement.whole(gradients=gradients):
+            yield
+
     def record_step(self) -> None:
         """Record when each stage computes what; every rank must call this at the same point."""
         self._running.pipeline.record()
@@ -351,6 +391,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._together()
         if self.world_size > 1 and (self._failed or super().is_alone):
             refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
         # the process that has spawned the ranks holds the whole model
@@ -363,6 +404,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        self._together()
         runtime = self._runtime
         return optimizer.state_dict() if runtime is None else gathered_state(optimizer, runtime.placement)
 

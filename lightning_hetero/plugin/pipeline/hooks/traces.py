@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_hetero.distributed.collectives import all_gather
-from lightning_hetero.distributed.pipeline.module_state import Changes, ModuleState
+from lightning_hetero.distributed.module_state import Changes, ModuleState
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.distributed.torch_private import version_of
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.lightning_private import trainer_of
 
@@ -34,7 +36,7 @@ class Traces:
     changes: Changes | None
     should_stop: bool
     groups: list[list[dict[str, Any]]] | None
-    trained: list[bool] | None
+    trained: tuple[bool, ...] | None
 
 
 class StepTraces:
@@ -48,6 +50,7 @@ class StepTraces:
         placement: Where the parts of the model live.
         rank: This rank.
         device: This rank's device.
+        read_before: Names that are read before the model is called.
         read_in_steps: Names that are read before the model is called, or in hooks of a batch.
         read_in_hooks: Names that are read in any hook.
     """
@@ -58,12 +61,14 @@ class StepTraces:
         placement: TensorPlacement,
         rank: int,
         device: torch.device,
+        read_before: Callable[[], frozenset[str]],
         read_in_steps: Callable[[], frozenset[str]],
         read_in_hooks: Callable[[], frozenset[str]],
     ) -> None:
         self._module = module
         self._placement = placement
         self._rank = rank
+        self._read_before = read_before
         self._read_in_steps = read_in_steps
         self._read_in_hooks = read_in_hooks
         self._is_last = placement.plan.ranks[-1] == rank
@@ -91,12 +96,12 @@ class StepTraces:
             names = self._read_in_steps()
             if names:
                 self._step.begin(names)
-            self._before = (self._groups(), self._trained())
+            self._before = (self._groups(), self.trained())
 
     def found(self) -> Traces:
         """Return what the step has changed, on the rank that runs all of it."""
         names = self._read_in_steps()
-        groups, trained = self._groups(), self._trained()
+        groups, trained = self._groups(), self.trained()
         changes = self._step.changes(names) if names else None
         if changes is not None and changes.refused:
             self._refuse(changes)
@@ -120,12 +125,34 @@ class StepTraces:
 
     def _groups(self) -> list[list[dict[str, Any]]]:
         return [
-            [{k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)} for group in o.param_groups]
+            [
+                {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+                for group in o.param_groups
+            ]
             for o in self._module.trainer.optimizers
         ]
 
-    def _trained(self) -> list[bool]:
-        return [parameter.requires_grad for parameter in self._module.parameters()]
+    def trained(self) -> tuple[bool, ...]:
+        """Return whether each parameter of the module is trained."""
+        return tuple(parameter.requires_grad for parameter in self._module.parameters())
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undo what a step that is run up to its model changes in the module, since it is run as a whole, too."""
+        module, names = self._module, self._read_before()
+        attributes = vars(module)
+        before = {name: (value, _copied(value)) for name, value in attributes.items() if name in names}
+        buffers = [(b, _copied(b)) for name, b in module.named_buffers(recurse=False) if name in names]
+        try:
+            yield
+        finally:
+            for name in [name for name in attributes if name in names and name not in before]:
+                del attributes[name]
+            for name, (value, copy) in before.items():
+                _undo(value, copy)
+                attributes[name] = value
+            for buffer, copy in buffers:
+                _undo(buffer, copy)
 
     # ---- an epoch --------------------------------------------------------------------------------------------------
 
@@ -166,9 +193,7 @@ class StepTraces:
         found: dict[Any, Any] = {"trainer": trainer, "strategy": trainer.strategy}
         for kind in ("optimizers", "callbacks", "loggers", "lr_scheduler_configs"):
             found |= {(kind, number): value for number, value in enumerate(getattr(trainer, kind))}
-        found |= {
-            ("scheduler", number): config.scheduler for number, config in enumerate(trainer.lr_scheduler_configs)
-        }
+        found |= {("scheduler", number): config.scheduler for number, config in enumerate(trainer.lr_scheduler_configs)}
         datamodule = getattr(trainer, "datamodule", None)
         return found if datamodule is None else {**found, "datamodule": datamodule}
 
@@ -179,3 +204,25 @@ class StepTraces:
 
     def _is_shared(self, buffer: Tensor) -> bool:
         return self._is_last and self._placement.is_shared(buffer)
+
+
+def _copied(value: Any) -> Any:
+    """Return what :func:`_undo` needs to undo changes of a value in place; None if such changes are not undone."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else (version_of(value), value.detach().clone())
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
+def _undo(value: Any, copy: Any) -> None:
+    if copy is None:
+        return
+    if isinstance(value, Tensor):
+        version, before = copy
+        if version_of(value) != version:
+            with torch.no_grad():
+                value.copy_(before)
+    elif isinstance(value, list):
+        value[:] = copy
+    else:
+        value.clear()
+        value.update(copy)

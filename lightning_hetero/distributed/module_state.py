@@ -118,7 +118,7 @@ class ModuleState:
         for (owner, name), value in values.items():
             _set(modules[owner], name, value)
         for owner, name in changes.deleted:
-            vars(modules[owner]).pop(name, None)
+            modules[owner].__dict__.pop(name, None)
 
     def _locals(self, place: Place) -> dict[int, Any]:
         leaves = self._before.get(place, (b"", []))[1]
@@ -172,7 +172,7 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         else:
             buffer.data = value.value
         return
-    before = vars(module).get(name)
+    before: Any = vars(module).get(name)
     # in place where possible: a callback may hold the same list
     if type(before) is type(value) and before is not value:
         if isinstance(value, list):
@@ -271,7 +271,8 @@ def _version(tensor: Tensor, numbers: _Numbers) -> tuple[int, int]:
 def _stays(obj: Any) -> bool:
     """Return whether an object cannot be pickled, but may have its like on every rank."""
     if isinstance(obj, FunctionType | type | BuiltinFunctionType):
-        if getattr(obj, "__self__", None) is not None and not isinstance(obj.__self__, ModuleType):
+        owner = getattr(obj, "__self__", None)  # of a bound method in C
+        if owner is not None and not isinstance(owner, ModuleType):
             return False
         return not _is_importable(obj)
     if isinstance(obj, ModuleType | io.IOBase | weakref.ref):
