@@ -54,14 +54,17 @@ def _until(step: Any, owner: Any, called: str, seen: set[CodeType]) -> tuple[set
         return set(), False
     seen.add(function.__code__)
     found: set[str] = set()
+    is_called = False
     for instruction in dis.get_instructions(function.__code__):
+        # the arguments of the call follow the name; the call ends with its statement
+        if is_called and instruction.opname.startswith(("STORE_", "RETURN_", "POP_TOP", "POP_JUMP")):
+            return found, True
         if isinstance(instruction.argval, CodeType):
             found |= {name for code in _codes(instruction.argval) for name in _names(code)}
         name = instruction.argval if isinstance(instruction.argval, str) else None
         if name is None:
             continue
-        if name == called:
-            return found, True
+        is_called = is_called or name == called
         if instruction.opname.startswith(("LOAD_", "STORE_ATTR", "DELETE_ATTR")):
             found.add(name)
         for helper in _helpers(function, name, owner):
@@ -69,7 +72,7 @@ def _until(step: Any, owner: Any, called: str, seen: set[CodeType]) -> tuple[set
             found |= inner
             if ended:
                 return found, True
-    return found, False
+    return found, is_called
 
 
 def _helpers(function: FunctionType, name: str, *owners: Any) -> Iterator[FunctionType]:
