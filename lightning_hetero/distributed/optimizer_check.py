@@ -89,7 +89,9 @@ def _stepped(optimizer: Optimizer, scales: Sequence[float]) -> tuple[list[Tensor
 
 def _corner(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     corner = value.detach()[tuple(slice(_SIDE) for _ in value.shape)]
-    return torch.zeros_like(corner, device=device, dtype=dtype) if value.is_meta else corner.to(device, dtype, copy=True)
+    return (
+        torch.zeros_like(corner, device=device, dtype=dtype) if value.is_meta else corner.to(device, dtype, copy=True)
+    )
 
 
 def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
@@ -99,7 +101,7 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
     """
     if id(optimizer) in memo:
         return memo[id(optimizer)]
-    copied = type(optimizer).__new__(type(optimizer))
+    copied: Any = object.__new__(type(optimizer))
     memo[id(optimizer)] = copied
     for name, value in vars(optimizer).items():
         if name == "step" or callable(value):  # schedulers replace the method by one of the original
@@ -112,4 +114,4 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b) or (a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return bool(torch.equal(a, b) or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num())))

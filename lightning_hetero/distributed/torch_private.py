@@ -24,6 +24,7 @@ __all__ = [
     "current_backward_pass",
     "default_store",
     "functional_resolvers",
+    "has_hooks",
     "node_before_ddp",
     "queue_after_all_reduce",
     "queue_after_backward",
@@ -75,6 +76,11 @@ def running_function(frame: FrameType) -> type | None:
 def version_of(tensor: Tensor) -> int:
     """Return a number that grows whenever the tensor is changed in place."""
     return tensor._version
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Return whether the user has registered hooks on the gradient of a parameter; nothing public lists them."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 @contextmanager

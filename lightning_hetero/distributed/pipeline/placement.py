@@ -66,7 +66,7 @@ class TensorPlacement:
                     ranks_of.setdefault(id(tensor), set()).add(owner)
         unused = {plan.ranks[-1]}
         everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
-        ranks_of |= dict.fromkeys(everywhere, {*plan.ranks})
+        ranks_of |= {key: {*plan.ranks} for key in everywhere}
         self._owners = {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
         self.tied = []
         for tensor in self._tensors():

@@ -33,6 +33,7 @@ from lightning_hetero.distributed.group.failure import (
     announce,
     announced,
     begin_teardown,
+    failure_of_peers,
     finishing,
     forget,
     pass_on,
@@ -236,21 +237,25 @@ class BaseStrategy(DDPStrategy):
     # What is no tensor travels between hosts: through a device's backend, it would wait for the devices.
 
     @override
+    @failure_of_peers()
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self.is_alone:
             all_wait()
 
     @override
+    @failure_of_peers()
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return broadcast_from(obj, src) if is_initialized() and not self.is_alone else obj
 
     @override
+    @failure_of_peers()
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         # Lightning waits for all ranks first, and on a device's backend for the device
         reduces = isinstance(tensor, Tensor) and is_initialized() and not self.is_alone
         return reduce_in_place(tensor, reduce_op or "sum", group) if reduces else tensor
 
     @override
+    @failure_of_peers()
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if self.is_alone:
             return decision

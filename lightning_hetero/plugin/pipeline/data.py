@@ -8,9 +8,11 @@ from lightning.pytorch import Trainer
 
 from lightning_hetero.balance.batch.blocks import blocks_before
 from lightning_hetero.distributed.collectives import length_of
+from lightning_hetero.distributed.data.divided_by_user import what_divides
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress, resume_exactly, training_loaders
 from lightning_hetero.plugin.pipeline.rank_zero_batches import RankZeroBatches, TrainingBatches
+from lightning_hetero.plugin.pipeline.refusals import refuse_divided_data
 
 __all__ = ["PipelineData"]
 
@@ -31,7 +33,12 @@ class PipelineData:
         self._saved: list[Any] = []
 
     def process(self, dataloader: object) -> RankZeroBatches:
-        """Return the object over which Lightning iterates instead of a loader."""
+        """Return the object over which Lightning iterates instead of a loader; every rank must call this.
+
+        Raises:
+            UnsupportedFeatureError: The user has divided the data by rank; raised on every rank.
+        """
+        refuse_divided_data(what_divides(getattr(dataloader, "original", dataloader)))
         if not self._trainer.training:
             return RankZeroBatches(dataloader)
         resume_exactly()  # TrainingBatches warns if it cannot

@@ -7,22 +7,38 @@ and broadcasts it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.plugin.common.overridden import overridden
+from lightning_hetero.plugin.step.metrics import step_value
 
-__all__ = ["PipelineMetrics"]
+__all__ = ["MetricOf", "PipelineMetrics", "hosted", "portable"]
 
 _LARGEST_CONTAINER = 1000  # what has more entries holds data
+
+
+@dataclass(frozen=True)
+class MetricOf:
+    """A placeholder for a metric of the module, which is sent to another rank in its place.
+
+    Attributes:
+        name: Name of the metric in the module.
+        in_step: Value of the metric in the latest step, known on the rank that updated it.
+    """
+
+    name: str
+    in_step: Any
 
 
 class PipelineMetrics:
@@ -76,6 +92,24 @@ class PipelineMetrics:
             return value if self._is_last else move_data_to_device(received, self._module.device)
 
         return compute_and_broadcast
+
+
+def portable(value: Any, names: dict[int, str]) -> Any:
+    """Return a logged value with placeholders for metrics, given their names."""
+    if isinstance(value, Metric):
+        return MetricOf(names[id(value)], step_value(value))
+    if isinstance(value, Mapping):
+        return {key: portable(entry, names) for key, entry in value.items()}
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def hosted(value: Any) -> Any:
+    """Return a portable value in the memory of the host."""
+    if isinstance(value, MetricOf):
+        return MetricOf(value.name, move_data_to_device(value.in_step, torch.device("cpu")))
+    if isinstance(value, Mapping):
+        return {key: hosted(entry) for key, entry in value.items()}
+    return move_data_to_device(value, torch.device("cpu"))
 
 
 def _kept_in(value: Any) -> Iterator[Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_hetero.distributed.data.changed_loader import changed_loader
+from lightning_hetero.distributed.data.divided_by_user import AsSingleProcess
 from lightning_hetero.distributed.data.loading_ahead import may_load_ahead
 from lightning_hetero.distributed.data.skipping import can_skip, is_stateful
 from lightning_hetero.distributed.host_group import is_initialized
@@ -60,7 +62,7 @@ class RankZeroBatches:
             sent.wait()  # workers that stay must not load for two iterations
         try:
             # at once, as on one device: each of several loaders draws its seed before the first one is read
-            batches = self._begin(in_loop=in_loop)
+            batches: Iterator[Any] = AsSingleProcess(partial(self._begin, in_loop=in_loop))
         except Exception as error:
             batches = _raise(error)
         if dist.get_world_size() == 1:

@@ -9,12 +9,22 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
-from torch.optim import LBFGS, Optimizer
+from lightning.pytorch.callbacks import ModelPruning, OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_hetero.distributed.optimizer_check import why_whole_model
+from lightning_hetero.distributed.torch_private import has_hooks
 from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
 
-__all__ = ["refuse_backend", "refuse_optimizers", "refuse_saving", "refuse_training"]
+__all__ = [
+    "refuse_backend",
+    "refuse_divided_data",
+    "refuse_optimizers",
+    "refuse_saving",
+    "refuse_tensor_hooks",
+    "refuse_training",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +66,8 @@ def _why_not(callback: Callback, world_size: int) -> str | None:
         )
     if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
         return f"{name} copies the whole model, of which each rank has only a part"
+    if isinstance(callback, ModelPruning) and world_size > 1:
+        return f"{name} replaces parameters after the layers have been given to ranks; prune the model before training"
     return None
 
 
@@ -82,10 +94,51 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
     Raises:
         UnsupportedFeatureError: One of them needs it.
     """
-    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        try:
+            reason = why_whole_model(optimizer)
+        except Exception as error:  # optimisers raise whatever they like if they do not fit the trial
+            rank_zero_warn(
+                f"`hetero_pipeline`: whether {name} steps each parameter by itself could not be tried out: {error!r}."
+                f" If it needs the gradients of all parameters at once, it trains another model than on one device."
+            )
+            continue
+        if reason is not None:
+            raise UnsupportedFeatureError(
+                f"`hetero_pipeline` cannot train with {name}, which {reason}. Each stage steps the parameters of"
+                f" its own layers. Use another optimiser."
+            )
+
+
+def refuse_tensor_hooks(module: LightningModule) -> None:
+    """Refuse hooks on parameters, which a pipeline would call for each micro-batch, and not on every rank.
+
+    Raises:
+        UnsupportedFeatureError: A parameter has a hook.
+    """
+    for name, parameter in module.named_parameters():
+        if has_hooks(parameter):
+            raise UnsupportedFeatureError(
+                f"`hetero_pipeline` computes gradients for each micro-batch, so a hook on the gradient of a parameter"
+                f" does not see that of the batch, got one on {name!r}. Change the gradient in"
+                f" `on_before_optimizer_step` instead."
+            )
+
+
+def refuse_divided_data(what: str | None) -> None:
+    """Refuse data that the user has divided by rank.
+
+    Args:
+        what: Name of the class that divides the data; None if there is none.
+
+    Raises:
+        UnsupportedFeatureError: There is one.
+    """
+    if what is not None:
         raise UnsupportedFeatureError(
-            "`hetero_pipeline` cannot train with LBFGS, which runs the step several times and compares gradients of all"
-            " parameters. Use another optimiser."
+            f"`hetero_pipeline` trains all stages on the same batches, so data must not be divided by rank, got"
+            f" {what!r}, which gives each rank a part. Give every rank all of the data, as on one device."
         )
 
 

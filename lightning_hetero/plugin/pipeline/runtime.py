@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.distributed.data.divided_by_user import functions_of_single_process
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
@@ -86,6 +88,8 @@ class Runtime:
             self.hooks = HookRunner(module, self.called, self.placement, lambda: self.pipeline, rank, device, self.seed)
             self.steps = self._new_steps()
             if len(plan.ranks) > 1:
+                for name, function in functions_of_single_process().items():
+                    self._override(dist, name, function)
                 self.metrics.share = self.hooks.share_value
                 self._overrides.enter_context(self.hooks.installed(self._recorded_log))
         except BaseException:

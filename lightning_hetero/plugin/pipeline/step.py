@@ -20,7 +20,6 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
@@ -30,10 +29,10 @@ from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.hooks.traces import StepTraces
-from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
+from lightning_hetero.plugin.pipeline.metrics import MetricOf, PipelineMetrics, hosted, portable
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
-from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value, step_value
+from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value
 from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
@@ -74,19 +73,6 @@ class Example:
     samples: int
     micro_batches: int
     training: bool
-
-
-@dataclass(frozen=True)
-class _MetricOf:
-    """A placeholder for a metric of the module, which is sent to another rank in its place.
-
-    Attributes:
-        name: Name of the metric in the module.
-        in_step: Value of the metric in the latest step, known on the rank that updated it.
-    """
-
-    name: str
-    in_step: Any
 
 
 class PipelineStep:
@@ -238,7 +224,7 @@ class PipelineStep:
         calls: list[dict[str, Any]] = []
 
         def pass_on(exchange: Callable[[Any], Any]) -> None:
-            told = [{**call, "value": _hosted(_portable(call["value"], self._metrics.names))} for call in calls]
+            told = [{**call, "value": hosted(portable(call["value"], self._metrics.names))} for call in calls]
             heard = exchange(told)
             self._log_heard(heard) if not self._pipeline.is_last else self._log(calls)
 
@@ -310,7 +296,7 @@ class PipelineStep:
 
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Tell every rank the output of a step and what it has logged; log that here."""
-        told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
+        told = [{**call, "value": portable(call["value"], self._metrics.names)} for call in calls]
         self._shared((returned, told, self.traces.found()))
         self._log(calls)
         return returned
@@ -334,29 +320,13 @@ class PipelineStep:
         return share(value, self._pipeline.last_rank, self._module.device)
 
     def _local(self, value: Any) -> Any:
-        if isinstance(value, _MetricOf):
+        if isinstance(value, MetricOf):
             metric: Any = self._module.get_submodule(value.name)
             set_step_value(metric, move_data_to_device(value.in_step, self._module.device))
             return metric
         if isinstance(value, Mapping):
             return {key: self._local(entry) for key, entry in value.items()}
         return value.to(self._module.device) if isinstance(value, Tensor) else value
-
-
-def _portable(value: Any, names: dict[int, str]) -> Any:
-    if isinstance(value, Metric):
-        return _MetricOf(names[id(value)], step_value(value))
-    if isinstance(value, Mapping):
-        return {key: _portable(entry, names) for key, entry in value.items()}
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _hosted(value: Any) -> Any:
-    if isinstance(value, _MetricOf):
-        return _MetricOf(value.name, _on_cpu(value.in_step))
-    if isinstance(value, Mapping):
-        return {key: _hosted(entry) for key, entry in value.items()}
-    return _on_cpu(value)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -28,12 +27,11 @@ from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
-from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
+from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
-from lightning_hetero.plugin.pipeline.optimizer_state import gathered_state, own_state
 from lightning_hetero.plugin.pipeline.planning import (
     PipelineFindings,
     budget_bytes,
@@ -41,7 +39,11 @@ from lightning_hetero.plugin.pipeline.planning import (
     first_plan,
     report_findings,
 )
-from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_saving, refuse_training
+from lightning_hetero.plugin.pipeline.refusals import (
+    refuse_optimizers,
+    refuse_tensor_hooks,
+    refuse_training,
+)
 from lightning_hetero.plugin.pipeline.runtime import Runtime, not_moved_to_cpu
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
@@ -50,7 +52,7 @@ from lightning_hetero.plugin.step.seeded import seeded
 __all__ = ["HeteroPipelineStrategy"]
 
 
-class HeteroPipelineStrategy(BaseStrategy):
+class HeteroPipelineStrategy(SavingStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
     ``self.model`` of the LightningModule is an ``nn.Sequential``, or one of the two defines ``pipeline_layers()``,
@@ -187,6 +189,7 @@ class HeteroPipelineStrategy(BaseStrategy):
             super().setup_distributed()
 
     @override
+    @failure_of_peers()
     def setup(self, trainer: Trainer) -> None:
         # as DDPStrategy.setup, without wrapping and synchronising the whole module
         assert self.accelerator is not None
@@ -200,6 +203,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def model_to_device(self) -> None:
+        if self.world_size > 1:
+            refuse_tensor_hooks(self._module)
         _, layers = layers_of(self._module)
         found = None if self.findings is None else self.findings.plan
         self.plan = first_plan(len(layers), self.world_size, self.splits, self.speeds, found)
@@ -245,7 +250,8 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        refuse_optimizers(self.optimizers)
+        if self.world_size > 1:
+            refuse_optimizers(self.optimizers)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -253,6 +259,7 @@ class HeteroPipelineStrategy(BaseStrategy):
         self._running.clip_whole_model(self.precision_plugin)
 
     @override
+    @failure_of_peers()
     def process_dataloader(self, dataloader: object) -> object:
         dataloader = super().process_dataloader(dataloader)
         return dataloader if self._data is None else self._data.process(dataloader)
@@ -267,6 +274,8 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.world_size > 1:
+            refuse_tensor_hooks(self._module)  # registered in hooks
         if self.global_rank:  # dropout of one stage must not repeat that of another; rank 0 shuffles
             torch.manual_seed(torch.initial_seed() + self.global_rank)
         elif self._data is not None:
@@ -275,12 +284,12 @@ class HeteroPipelineStrategy(BaseStrategy):
     # ---- steps -----------------------------------------------------------------------------------------------------
 
     @override
+    @failure_of_peers()
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         accumulated = self._module.trainer.accumulate_grad_batches
         self._plan_by_measuring(self._module.training_step, args, training=True)
         running = self._running
         with (
-            failure_of_peers(),
             self.precision_plugin.train_step_context(),
             taken_aside(running.placement.parameters) as gradients,
         ):
@@ -289,6 +298,12 @@ class HeteroPipelineStrategy(BaseStrategy):
         return output
 
     @override
+    @failure_of_peers()
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().optimizer_step(*args, **kwargs)
+
+    @override
+    @failure_of_peers()
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Hand the optimisers the gradients that the stages have computed within the step."""
         loss = self.precision_plugin.pre_backward(closure_loss, self._module)
@@ -297,21 +312,24 @@ class HeteroPipelineStrategy(BaseStrategy):
         return self.precision_plugin.post_backward(loss, self._module)
 
     @override
+    @failure_of_peers()
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.validation_step, args, training=False)
-        with failure_of_peers(), self.precision_plugin.val_step_context():
+        with self.precision_plugin.val_step_context():
             return self._running.steps.evaluate(self._module.validation_step, args, logs=True)
 
     @override
+    @failure_of_peers()
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.test_step, args, training=False)
-        with failure_of_peers(), self.precision_plugin.test_step_context():
+        with self.precision_plugin.test_step_context():
             return self._running.steps.evaluate(self._module.test_step, args, logs=True)
 
     @override
+    @failure_of_peers()
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         self._plan_by_measuring(self._module.predict_step, args, training=False)
-        with failure_of_peers(), self.precision_plugin.predict_step_context():
+        with self.precision_plugin.predict_step_context():
             return self._running.steps.evaluate(self._module.predict_step, args, logs=False)
 
     @property
@@ -320,50 +338,15 @@ class HeteroPipelineStrategy(BaseStrategy):
         # code that one rank runs alone must run as on one device: the peers would not answer
         return super().is_alone or (self._runtime is not None and self._runtime.metrics.is_alone)
 
+    @property
+    @override
+    def runtime(self) -> Runtime | None:
+        return self._runtime
+
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Return ``tensor`` as it is, as on one device: every rank has every sample."""
         return tensor
-
-    # In a hook, a rank first learns whether its peers are at the same line; see Meeting.
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._together()
-        super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self._together()
-        return super().broadcast(obj, src)
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self._together()
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        self._together()
-        return super().reduce_boolean_decision(decision, all)
-
-    def _together(self) -> None:
-        if self._runtime is not None and not self.is_alone:
-            self._runtime.hooks.meeting.together()
-
-    @contextmanager
-    def whole_model(self, *, gradients: bool = False) -> Iterator[None]:
-        """Give every rank copies of the parameters and buffers of other ranks in this context, in its host's memory.
-
-        What is changed in a copy is dropped; what every rank changes in the same way counts. Every rank must enter at
-        the same point, outside of steps.
-
-        Args:
-            gradients: Whether parameters get their gradients too.
-        """
-        self._together()
-        with nullcontext() if self._runtime is None else self._runtime.placement.whole(gradients=gradients):
-            yield
 
     def record_step(self) -> None:
         """Record when each stage computes what; every rank must call this at the same point."""
@@ -373,13 +356,6 @@ class HeteroPipelineStrategy(BaseStrategy):
         """Return what was recorded; every rank must call this at the same point."""
         return self._running.pipeline.stop_recording()
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
     @override
     def loaders_state(self) -> Any:
         return [] if self._data is None else self._data.state()  # None in the process that has spawned the ranks
@@ -388,33 +364,6 @@ class HeteroPipelineStrategy(BaseStrategy):
     def load_loaders_state(self, state: Any) -> None:
         if self._data is not None:
             self._data.load(state)
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._together()
-        if self.world_size > 1 and (self._failed or super().is_alone):
-            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
-        # the process that has spawned the ranks holds the whole model
-        runtime = self._runtime
-        return super().lightning_module_state_dict() if runtime is None else runtime.placement.state_dict()
-
-    @override
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        self._running.placement.load(checkpoint["state_dict"], strict=strict)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        self._together()
-        runtime = self._runtime
-        return optimizer.state_dict() if runtime is None else gathered_state(optimizer, runtime.placement)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        own = [
-            own_state(optimizer, saved, self._running.placement)
-            for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        ]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class Meeting:
                 self._run_forward(message)
             elif kind != _VALUE:
                 raise UnsupportedFeatureError(
-                    f"`hetero_pipeline` needs {self._hooks[-1]!r} to save checkpoints, to call the model and to"
-                    f" communicate on all ranks, got a call that rank {self._leader} makes alone or leaves out. Remove the"
-                    f" condition on the rank around it."
+                    f"`hetero_pipeline` needs {self._hooks[-1]!r} to save checkpoints, to communicate and"
+                    f" to call the model on all ranks, got a call that rank {self._leader} makes alone or leaves out. Remove"
+                    f" the condition on the rank around it."
                 )

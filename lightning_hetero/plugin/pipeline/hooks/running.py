@@ -178,7 +178,7 @@ class HookRunner:
             return self._together(name, record, hook)
 
     def _run_of_batch(
-        self, name: str, names: frozenset[str], record: Callable[[], Any] | None, hook: Callable[[], Any]
+        self, name: str, names: frozenset[str], _: Callable[[], Any] | None, hook: Callable[[], Any]
     ) -> Any:
         self._hooks_run += 1
         with (
@@ -202,7 +202,7 @@ class HookRunner:
 
     @contextmanager
     def _random_numbers_of_leader(self) -> Iterator[None]:
-        """Draw the numbers on every rank that the last stage draws, whose generators go on where those of others stay."""
+        """Draw the same numbers as the last stage, without changing the generators of other ranks."""
         is_cuda = self._device.type == "cuda"
         state = {**random_state(None), "cuda": torch.cuda.get_rng_state(self._device) if is_cuda else None}
         state = broadcast_from(state if self._leads else {}, self._last_rank)
