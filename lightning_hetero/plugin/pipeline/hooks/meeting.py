@@ -78,6 +78,6 @@ class Meeting:
             elif kind != _VALUE:
                 raise UnsupportedFeatureError(
                     f"`hetero_pipeline` needs {self._hooks[-1]!r} to save checkpoints, to communicate and"
-                    f" to call the model on all ranks, got a call that rank {self._leader} makes alone or leaves out. Remove"
-                    f" the condition on the rank around it."
+                    f" to call the model on all ranks, got a call that rank {self._leader} makes alone, or leaves out."
+                    f" Remove the condition on the rank around it."
                 )

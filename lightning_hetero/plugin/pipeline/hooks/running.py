@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -118,9 +120,10 @@ class HookRunner:
             for owner in (module, *self._callbacks()):
                 for name in (*_OF_EPOCHS, *_OF_BATCHES):
                     hook = getattr(owner, name, None)
-                    if hook is None or not is_users(hook):
+                    compares = isinstance(owner, BaseFinetuning) and name in _OF_EPOCHS
+                    if hook is None or not (is_users(hook) or (compares and is_overridden(name, owner, Callback))):
                         continue
-                    names = frozenset(names_read([hook], owner, module))
+                    names = _TENSORS if compares else frozenset(names_read([hook], owner, module))
                     run: Any = self._run_of_epoch if name in _OF_EPOCHS else self._run_of_batch
                     record = record_log if owner is module else None
                     around = partial(self._by_lightning, name, partial(run, name, names, record))
