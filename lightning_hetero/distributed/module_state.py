@@ -74,6 +74,7 @@ class ModuleState:
         self._is_shared = is_shared
         self._before: dict[Place, tuple[bytes, list[Any]]] = {}
         self._numbers = _Numbers()
+        self._found: _Objects | None = None
 
     def begin(self, names: frozenset[str] | None = None) -> None:
         """Note the attributes as they are now; only those with one of ``names`` if that is given."""
@@ -87,31 +88,29 @@ class ModuleState:
         if not changed and not deleted:
             return None
         found = Changes(deleted=deleted)
-        modules, known = dict(self._module.named_modules()), self._names_of_known()
-        values: dict[Place, Any] = {}
-        for place in changed:
-            value = _get(modules[place[0]], place[1])
-            try:
-                _pickled(value, known, self._locals(place), self._device)
-            except Exception as error:
-                found.refused[place] = str(error) or type(error).__name__
-            else:
-                values[place] = value
-        # each alone was possible; together they share what they share here
-        local = {id(leaf): (p, n) for p in values for n, leaf in enumerate(self._before.get(p, (b"", []))[1])}
-        found.values, found.tensors = _pickled(values, known, local, self._device)
+        modules, known = self._objects.modules, self._objects.names
+        values = {place: _get(modules[place[0]], place[1]) for place in changed}
+        try:
+            found.values, found.tensors = _pickled(values, known, self._leaves_of(values), self._device)
+        except Exception:  # of at least one of them
+            for place in changed:
+                try:
+                    _pickled(values[place], known, self._leaves_of([place]), self._device)
+                except Exception as error:
+                    found.refused[place] = str(error) or type(error).__name__
+                    del values[place]
+            found.values, found.tensors = _pickled(values, known, self._leaves_of(values), self._device)
         return found
 
     def apply(self, changes: Changes) -> None:
         """Take over what has changed on another rank."""
-        modules = dict(self._module.named_modules())
-        known = dict(self._known_objects())
+        modules, known, names = self._objects.modules, self._objects.known, self._objects.names
         tensors = [t.to(self._device) if on_device else t for t, on_device in changes.tensors]
         leaves: dict[Place, list[Any]] = {}
 
         def local(place: Place, number: int) -> Any:
             if place not in leaves:
-                leaves[place] = _Digest.of(_get(modules[place[0]], place[1]), self._names_of_known(), _Numbers())[1]
+                leaves[place] = _Digest.of(_get(modules[place[0]], place[1]), names, _Numbers())[1]
             return leaves[place][number]
 
         values: dict[Place, Any] = _Receiving(io.BytesIO(changes.values), known, tensors, local).load()
@@ -120,34 +119,61 @@ class ModuleState:
         for owner, name in changes.deleted:
             modules[owner].__dict__.pop(name, None)
 
-    def _locals(self, place: Place) -> dict[int, Any]:
-        leaves = self._before.get(place, (b"", []))[1]
-        return {id(leaf): (place, number) for number, leaf in enumerate(leaves)}
+    def refresh(self) -> None:
+        """Look for submodules and objects that every rank has again, at the next call."""
+        self._found = None
+
+    def _leaves_of(self, places: Iterable[Place]) -> dict[int, Any]:
+        """Return where each object that cannot be sent was, at :meth:`begin`, by its identity."""
+        return {id(leaf): (p, n) for p in places for n, leaf in enumerate(self._before.get(p, (b"", []))[1])}
 
     def _digests(self, names: frozenset[str] | None) -> dict[Place, tuple[bytes, list[Any]]]:
-        known = self._names_of_known()
         found: dict[Place, tuple[bytes, list[Any]]] = {}
-        for owner, module in self._module.named_modules():
-            if not self._of_this_rank(owner):
-                continue
-            left_out = self._leaves_out if module is self._module else frozenset()
-            buffers = module.named_buffers(recurse=False)
-            shared = [(name, _Buffer(value)) for name, value in buffers if self._is_shared(value)]
-            for name, value in (*vars(module).items(), *shared):
-                if name not in _OF_MODULES and name not in left_out and (names is None or name in names):
-                    found[owner, name] = _Digest.of(value, known, self._numbers)
+        objects = self._objects
+        for owner, module, buffers in objects.own:
+            attributes = vars(module)
+            wanted = attributes.keys() - _OF_MODULES if names is None else attributes.keys() & names
+            for name in (wanted - self._leaves_out) if module is self._module else wanted:
+                found[owner, name] = _Digest.of(attributes[name], objects.names, self._numbers)
+            for name in buffers if names is None else buffers & names:
+                buffer = _Buffer(getattr(module, name))
+                found[owner, name] = _Digest.of(buffer, objects.names, self._numbers)
         self._numbers.clean()
         return found
 
-    def _known_objects(self) -> dict[Any, Any]:
-        module = self._module
-        found: dict[Any, Any] = dict(self._known())
-        found |= {("module", name): value for name, value in module.named_modules(remove_duplicate=False)}
-        found |= {("parameter", name): value for name, value in module.named_parameters(remove_duplicate=False)}
-        return found | {("buffer", name): value for name, value in module.named_buffers(remove_duplicate=False)}
+    @property
+    def _objects(self) -> _Objects:
+        if self._found is None:
+            module = self._module
+            known: dict[Any, Any] = dict(self._known())
+            known |= {("module", name): value for name, value in module.named_modules(remove_duplicate=False)}
+            known |= {("parameter", name): value for name, value in module.named_parameters(remove_duplicate=False)}
+            known |= {("buffer", name): value for name, value in module.named_buffers(remove_duplicate=False)}
+            own = []
+            for name, part in module.named_modules():
+                if self._of_this_rank(name):
+                    buffers = {n for n, buffer in part.named_buffers(recurse=False) if self._is_shared(buffer)}
+                    own.append((name, part, buffers))
+            names = {id(value): name for name, value in reversed(known.items())}
+            self._found = _Objects(dict(module.named_modules()), known, names, own)
+        return self._found
 
-    def _names_of_known(self) -> dict[int, Any]:
-        return {id(value): name for name, value in reversed(self._known_objects().items())}
+
+@dataclass(frozen=True)
+class _Objects:
+    """What :class:`ModuleState` looks up once in a while.
+
+    Attributes:
+        modules: Submodules by name.
+        known: Objects that every rank has, by name.
+        names: Their names, by identity.
+        own: Submodules whose attributes are right on this rank, with the names of their buffers that are in no layer.
+    """
+
+    modules: dict[str, nn.Module]
+    known: dict[Any, Any]
+    names: dict[int, Any]
+    own: list[tuple[str, nn.Module, set[str]]]
 
 
 class _Buffer:

@@ -84,6 +84,8 @@ class StepTraces:
     def moved(self) -> None:
         """Forget which rank runs which layer."""
         self._ranks = None
+        self._epoch.refresh()
+        self._step.refresh()
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ class StepTraces:
         """Note what there is before a step; every rank must call this."""
         if not self._has_run:
             self._has_run = True
+            self.moved()  # a hook may have replaced submodules
             self._epoch.begin()
         if self._is_last:
             names = self._read_in_steps()
