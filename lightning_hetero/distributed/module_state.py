@@ -94,10 +94,9 @@ class ModuleState:
             found.values, found.tensors = _pickled(values, known, self._leaves_of(values), self._device)
         except Exception:  # of at least one of them
             for place in changed:
-                try:
-                    _pickled(values[place], known, self._leaves_of([place]), self._device)
-                except Exception as error:
-                    found.refused[place] = str(error) or type(error).__name__
+                reason = _why_not_sent(values[place], known, self._leaves_of([place]), self._device)
+                if reason is not None:
+                    found.refused[place] = reason
                     del values[place]
             found.values, found.tensors = _pickled(values, known, self._leaves_of(values), self._device)
         return found
@@ -360,6 +359,14 @@ def _pickled(
     pickler = _Sending(sink, known, local, device)
     pickler.dump(value)
     return sink.getvalue(), pickler.tensors
+
+
+def _why_not_sent(*arguments: Any) -> str | None:
+    try:
+        _pickled(*arguments)
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 class _Receiving(pickle.Unpickler):

@@ -23,6 +23,7 @@ from lightning_hetero.distributed.torch_private import (
     current_backward_pass,
     default_store,
     functional_resolvers,
+    has_hooks,
     node_before_ddp,
     queue_after_all_reduce,
     queue_after_backward,
@@ -216,3 +217,12 @@ def test_a_device_can_be_kept_busy() -> None:
     else:
         with pytest.raises((AttributeError, AssertionError, RuntimeError), match=r"not linked|NVIDIA|CUDA|_cuda_sleep"):
             sleep_on_device(1000)
+
+
+def test_hooks_on_gradients_are_seen() -> None:
+    plain, hooked, accumulating = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    handle = hooked.register_hook(lambda gradient: gradient * 2)
+    accumulating.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert [has_hooks(parameter) for parameter in (plain, hooked, accumulating)] == [False, True, True]
+    handle.remove()
+    assert not has_hooks(hooked)

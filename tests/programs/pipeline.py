@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +22,8 @@ class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and WHAT == "layer":
             raise KeyError("of a layer")
+        if WHAT == "planning" and dist.get_rank() == 1:
+            raise ValueError("of rank 1 alone")
         return x
 
 
@@ -30,6 +33,8 @@ class Module(LightningModule):
         layers: list[nn.Module] = [nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)]
         if WHAT == "layer":
             layers[int(sys.argv[3])] = Fails()
+        if WHAT == "planning":
+            layers[0] = Fails()
         self.model = nn.Sequential(*layers)
         self.before = nn.Linear(2, 2)
 
@@ -47,6 +52,12 @@ class Module(LightningModule):
             raise KeyError("of a loss")
         loss: Tensor = y.square().mean()
         return loss
+
+    def on_train_start(self) -> None:
+        if WHAT == "hook" and self.global_rank == 1:
+            raise ValueError("of rank 1 alone")
+        if WHAT == "alone" and self.trainer.is_global_zero:
+            self.trainer.save_checkpoint("alone.ckpt")
 
     def on_train_end(self) -> None:
         if self.global_rank == 0:

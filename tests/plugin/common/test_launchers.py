@@ -121,3 +121,23 @@ def test_an_error_on_any_stage_ends_all_and_is_told(
         assert "RankFailedError: `hetero" not in done.stderr
     assert "trained" not in done.stdout
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "what", "reason"),
+    [
+        ("HeteroPipelineStrategy()", "planning", "ValueError: of rank 1 alone"),
+        pytest.param(SPLIT.format("popen"), "hook", "ValueError: of rank 1 alone", marks=thorough),
+        (SPLIT.format(POPEN), "alone", "needs 'on_train_start' to save checkpoints"),
+    ],
+)
+def test_peers_end_with_the_reason_of_the_rank_that_has_failed(
+    tmp_path: Path, strategy: str, what: str, reason: str
+) -> None:
+    """While stages are planned, in a hook, and where one rank saves alone, which would wait for ever."""
+    done = pipeline(tmp_path, strategy, what)
+    assert done.returncode != 0
+    assert reason in done.stderr
+    if what != "alone":  # the processes are forked, and the one that has forked them tells of the first error
+        assert "RankFailedError: Another rank has failed: rank 1" in done.stderr
+    assert "trained" not in done.stdout
