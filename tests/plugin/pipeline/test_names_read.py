@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import grad_norm
-from torch import Tensor
 
 from lightning_hetero.plugin.pipeline.hooks.names_read import is_users, names_before, names_read
 
@@ -20,21 +19,21 @@ class Module(LightningModule):
     after = read_before = read_in_argument = in_list = read_in_method = 1
 
     @property
-    def read_by_property(self) -> int:
+    def read_by_property(self) -> Any:
         return self.behind_property
 
     def own(self) -> int:
         return self.read_in_method
 
-    def shared_step(self, x: Tensor) -> Tensor:
+    def shared_step(self, x: Any) -> Any:
         x = x * self.read_before
-        y: Tensor = self.model(
+        y: Any = self.model(  # type: ignore[operator]
             x + self.read_in_argument,
             [self.in_list for _ in range(2)],
         )
         return y * self.after
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         batch = batch + self.own()
         return self.shared_step(batch) + self.after_everything
 
