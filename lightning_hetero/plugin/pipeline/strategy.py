@@ -58,8 +58,7 @@ class HeteroPipelineStrategy(SavingStrategy):
     ``self.model`` of the LightningModule is an ``nn.Sequential``, or one of the two defines ``pipeline_layers()``,
     which returns the layers in the order in which they are called. Steps call the model exactly once. Layers exchange
     tensors, in tuples, lists and dicts. Rank 0 runs the last stage, loads the data and computes the losses. All ranks
-    know what a step returns and logs. What steps collect in the module is on rank 0 only, so the module's hooks at the
-    end of an epoch run there, and all ranks log what these hooks log.
+    know what a step returns and logs. Hooks run on all ranks, with what steps have collected in the module.
 
     Args:
         splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the

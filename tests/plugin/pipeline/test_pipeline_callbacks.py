@@ -135,7 +135,7 @@ CASES: dict[str, tuple[type[Plain], Callable[[], list[Callback]]]] = {
 def trainer_with(callbacks: list[Callback], **options: Any) -> Trainer:
     quiet: dict[str, Any] = {
         "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
-        "max_epochs": 3, "num_sanity_val_steps": 1, "limit_val_batches": None, **options,
+        "max_epochs": 2, "num_sanity_val_steps": 1, "limit_val_batches": None, **options,
     }  # fmt: skip
     if "LOCAL_RANK" not in os.environ:
         return Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **quiet)

@@ -21,6 +21,8 @@ from lightning_hetero.plugin.common.lightning_private import trainer_of
 
 __all__ = ["StepTraces", "Traces"]
 
+_SETTINGS = (bool, int, float, str, tuple)  # of optimisers; to compare tensors would wait for their device
+
 
 @dataclass(frozen=True)
 class Traces:
