@@ -137,7 +137,8 @@ class ModuleState:
             for name in buffers if names is None else buffers & names:
                 buffer = _Buffer(getattr(module, name))
                 found[owner, name] = _Digest.of(buffer, objects.names, self._numbers)
-        self._numbers.clean()
+        if names is None:
+            self._numbers.clean()
         return found
 
     @property

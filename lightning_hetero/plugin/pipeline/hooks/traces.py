@@ -79,13 +79,14 @@ class StepTraces:
         arguments: Any = (module, device, self._known, left_out, self._is_of_this_rank, self._is_shared)
         self._epoch = ModuleState(*arguments)
         self._step = ModuleState(*arguments)
+        self._parameters: list[Any] | None = None
         self._has_run = False
         self._warned: set[Any] = set()
         self._before: tuple[Any, ...] = ()
 
     def moved(self) -> None:
         """Forget which rank runs which layer."""
-        self._ranks = None
+        self._ranks = self._parameters = None
         self._epoch.refresh()
         self._step.refresh()
 
@@ -130,16 +131,15 @@ class StepTraces:
 
     def _groups(self) -> list[list[dict[str, Any]]]:
         return [
-            [
-                {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
-                for group in o.param_groups
-            ]
+            [{k: v for k, v in group.items() if k != "params" and isinstance(v, _SETTINGS)} for group in o.param_groups]
             for o in self._module.trainer.optimizers
         ]
 
     def trained(self) -> tuple[bool, ...]:
         """Return whether each parameter of the module is trained."""
-        return tuple(parameter.requires_grad for parameter in self._module.parameters())
+        if self._parameters is None:
+            self._parameters = list(self._module.parameters())
+        return tuple(parameter.requires_grad for parameter in self._parameters)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
