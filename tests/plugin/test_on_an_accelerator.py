@@ -112,7 +112,7 @@ class Network(LightningModule):
         x, y = batch
         loss = nn.functional.cross_entropy(self.model(x), y)
         if self.has_metrics:
-            self.log("loss", loss, on_step=False, on_epoch=True)
+            self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
