@@ -41,6 +41,7 @@ class TensorPlacement:
         self._device = device
         self._rank = dist.get_rank()
         self._owners: dict[int, tuple[int, ...]] = {}
+        self._everywhere: set[int] = set()  # identities of buffers that are in no layer
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
         self._set_owners(plan)
@@ -65,8 +66,8 @@ class TensorPlacement:
                 for tensor in (*self._layers[i].parameters(), *self._layers[i].buffers()):
                     ranks_of.setdefault(id(tensor), set()).add(owner)
         unused = {plan.ranks[-1]}
-        everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
-        ranks_of |= {key: {*plan.ranks} for key in everywhere}
+        self._everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
+        ranks_of |= {key: {*plan.ranks} for key in self._everywhere}
         self._owners = {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
         self.tied = []
         for tensor in self._tensors():
@@ -106,7 +107,7 @@ class TensorPlacement:
 
     def is_shared(self, buffer: Tensor) -> bool:
         """Return whether a buffer of the module is in no layer, so that every rank has it."""
-        return len(self._owners.get(id(buffer), self.plan.ranks)) == len(self.plan.ranks)
+        return id(buffer) in self._everywhere or id(buffer) not in self._owners
 
     def is_outside_layers(self, parameter: Tensor) -> bool:
         """Return whether a parameter of the module is in no layer."""
@@ -174,6 +175,8 @@ class TensorPlacement:
         before = self._owners
         self._set_owners(plan)
         for tensor in self._tensors():
+            if id(tensor) in self._everywhere:  # perhaps only since a step has replaced a buffer, on one rank
+                continue
             source, new = before[id(tensor)][0], self._owners[id(tensor)]
             for target in new:
                 if target not in before[id(tensor)]:

@@ -207,7 +207,8 @@ class PipelineStep:
         inputs = move_data_to_device(broadcast_from(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
 
         def loss_of_output(output: Any) -> Tensor:
-            with discarded_metrics(self._module), silent_log(self._module):
+            undone = self.traces.undone(whole_step=True)
+            with discarded_metrics(self._module), silent_log(self._module), undone:
                 return loss_of(self._finished(step, part, rest, output, 0))
 
         loss = loss_of_output if training and self._pipeline.is_last else None

@@ -65,7 +65,7 @@ def _until(step: Any, owner: Any, called: str, seen: set[CodeType]) -> tuple[set
         if name is None:
             continue
         is_called = is_called or name == called
-        if instruction.opname.startswith(("LOAD_", "STORE_ATTR", "DELETE_ATTR")):
+        if instruction.opname.startswith("LOAD_"):
             found.add(name)
         for helper in _helpers(function, name, owner):
             inner, ended = _until(helper, owner, called, seen)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.module_state import Changes, ModuleState
@@ -21,6 +22,8 @@ from lightning_hetero.plugin.common.lightning_private import trainer_of
 
 __all__ = ["StepTraces", "Traces"]
 
+_INTERNAL = frozenset(vars(nn.Module()))
+_LIGHTNING = frozenset(vars(LightningModule()))
 _SETTINGS = (bool, int, float, str, tuple)  # of optimisers; to compare tensors would wait for their device
 
 
@@ -75,7 +78,7 @@ class StepTraces:
         self._read_in_hooks = read_in_hooks
         self._is_last = placement.plan.ranks[-1] == rank
         self._ranks: dict[str, int] | None = None
-        left_out = vars(LightningModule())
+        left_out = _LIGHTNING
         arguments: Any = (module, device, self._known, left_out, self._is_of_this_rank, self._is_shared)
         self._epoch = ModuleState(*arguments)
         self._step = ModuleState(*arguments)
@@ -142,22 +145,39 @@ class StepTraces:
         return tuple(parameter.requires_grad for parameter in self._parameters)
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Undo what a step that is run up to its model changes in the module, since it is run as a whole, too."""
-        module, names = self._module, self._read_before()
-        attributes = vars(module)
-        before = {name: (value, _copied(value)) for name, value in attributes.items() if name in names}
-        buffers = [(b, _copied(b)) for name, b in module.named_buffers(recurse=False) if name in names]
+    def undone(self, *, whole_step: bool = False) -> Iterator[None]:
+        """Undo what a step changes in the module, which is run again, and then counts.
+
+        Args:
+            whole_step: Whether the step is run as a whole, and not only up to its model.
+        """
+        places = [(self._module, name) for name in vars(self._module).keys() & self._read_before()]
+        modules = [self._module]
+        if whole_step:
+            of_layers = self._placement.ranks_of_modules()
+            modules = [m for n, m in self._module.named_modules() if n not in of_layers and not isinstance(m, Metric)]
+            places = [(m, name) for m in modules for name in vars(m) if m is not self._module or name not in _LIGHTNING]
+        known = [set(vars(m)) for m in modules]
+        before = [(m, name, vars(m)[name], _copied(vars(m)[name])) for m, name in places if name not in _INTERNAL]
+        buffers = [
+            (m, name, buffer, _copied(buffer))
+            for m in modules
+            for name, buffer in m.named_buffers(recurse=False)
+            if whole_step or name in self._read_before()
+        ]
         try:
             yield
         finally:
-            for name in [name for name in attributes if name in names and name not in before]:
-                del attributes[name]
-            for name, (value, copy) in before.items():
+            for m, names in zip(modules, known, strict=True):
+                for name in vars(m).keys() - names:
+                    del m.__dict__[name]
+            for m, name, value, copy in before:
                 _undo(value, copy)
-                attributes[name] = value
-            for buffer, copy in buffers:
+                m.__dict__[name] = value
+            for m, name, buffer, copy in buffers:
                 _undo(buffer, copy)
+                if getattr(m, name) is not buffer:
+                    setattr(m, name, buffer)
 
     # ---- an epoch --------------------------------------------------------------------------------------------------
 
