@@ -33,32 +33,28 @@ class SavingStrategy(MeetingStrategy):
         # the process that has spawned the ranks holds the whole model
         if self.runtime is None:
             return super().lightning_module_state_dict()
-        return self._placement.state_dict()
+        state: dict[str, Any] = self.runtime.placement.state_dict()
+        return state
 
     @override
     @failure_of_peers()
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        self._placement.load(checkpoint["state_dict"], strict=strict)
+        self.runtime.placement.load(checkpoint["state_dict"], strict=strict)
 
     @override
     @failure_of_peers()
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         self.keep_together()
-        return optimizer.state_dict() if self.runtime is None else gathered_state(optimizer, self._placement)
+        return optimizer.state_dict() if self.runtime is None else gathered_state(optimizer, self.runtime.placement)
 
     @override
     @failure_of_peers()
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         own = [
-            own_state(optimizer, saved, self._placement)
+            own_state(optimizer, saved, self.runtime.placement)
             for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
         ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": own})
-
-    @property
-    def _placement(self) -> TensorPlacement:
-        placement: TensorPlacement = self.runtime.placement
-        return placement
 
 
 def gathered_state(optimizer: Optimizer, placement: TensorPlacement) -> dict[str, Any]:

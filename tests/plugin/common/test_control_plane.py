@@ -183,6 +183,7 @@ def test_a_pipeline_exchanges_activations_and_gradients_and_nothing_else(ranks: 
             "step 0",
             f"step {SAVED - 1}",
             f"step {SAVED}",
+            f"step {STEPS}",  # after the last: the hooks of the epoch
         }
     # a batch: what follows, and its three tensors
     ordinary, _ = of_steps(first)
