@@ -30,6 +30,7 @@ from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
+from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu, refuse_saving
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
@@ -41,8 +42,8 @@ from lightning_hetero.plugin.pipeline.planning import (
     first_plan,
     report_findings,
 )
-from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_saving, refuse_training
-from lightning_hetero.plugin.pipeline.runtime import Runtime, not_moved_to_cpu
+from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_training
+from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
 from lightning_hetero.plugin.step.seeded import seeded
@@ -352,7 +353,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.world_size > 1 and (self._failed or super().is_alone):
-            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
+            refuse_saving(self.strategy_name, None if self._failed else sys.exc_info()[1], self.on_exception)
         # the process that has spawned the ranks holds the whole model
         runtime = self._runtime
         return super().lightning_module_state_dict() if runtime is None else runtime.placement.state_dict()
