@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement, gather_on_rank_zero
+from lightning_hetero.plugin.common.parts_of_model import refuse_saving
 from lightning_hetero.plugin.pipeline.hooks.meeting_strategy import MeetingStrategy
-from lightning_hetero.plugin.pipeline.refusals import refuse_saving
 
 __all__ = ["SavingStrategy", "gathered_state", "own_state"]
 
@@ -29,7 +29,7 @@ class SavingStrategy(MeetingStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.keep_together()
         if self.world_size > 1 and (self._failed or super().is_alone):
-            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
+            refuse_saving(self.strategy_name, None if self._failed else sys.exc_info()[1], self.on_exception)
         # the process that has spawned the ranks holds the whole model
         if self.runtime is None:
             return super().lightning_module_state_dict()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
@@ -27,7 +26,7 @@ from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 
-__all__ = ["Runtime", "not_moved_to_cpu"]
+__all__ = ["Runtime"]
 
 LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
 
@@ -153,13 +152,3 @@ class Runtime:
         finally:
             self._overrides.close()
             self.pipeline.close()
-
-
-@contextmanager
-def not_moved_to_cpu(module: nn.Module) -> Iterator[None]:
-    """Leave a module where it is in this context, even if it is told to move to the CPU.
-
-    The peers of a failed rank may never send their parts of the model, so it cannot be moved as a whole.
-    """
-    with overridden(module, "cpu", lambda: module):
-        yield

@@ -28,6 +28,7 @@ from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
+from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu
 from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
@@ -39,12 +40,8 @@ from lightning_hetero.plugin.pipeline.planning import (
     first_plan,
     report_findings,
 )
-from lightning_hetero.plugin.pipeline.refusals import (
-    refuse_optimizers,
-    refuse_tensor_hooks,
-    refuse_training,
-)
-from lightning_hetero.plugin.pipeline.runtime import Runtime, not_moved_to_cpu
+from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_tensor_hooks, refuse_training
+from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
 from lightning_hetero.plugin.step.seeded import seeded
