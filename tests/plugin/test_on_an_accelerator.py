@@ -294,8 +294,10 @@ def test_a_balanced_training_waits_and_communicates_where_it_measures(accelerate
 def test_an_ordinary_step_of_a_pipeline_makes_nobody_wait(accelerated: RankPools, tmp_path: Path) -> None:
     case = Case("hetero_pipeline", {"splits": [3]}, {"gradient_clip_val": 0.5})
     for outcome in accelerated.run(2, partial(trained, accelerated=True), case, str(tmp_path)):
+        per_epoch = len(outcome.calls) // case.epochs
         for step in range(FIRST_STEPS, len(outcome.calls)):
-            assert waits_at(outcome, step) == []
+            if (step + 1) % per_epoch:  # what steps have left in the module reaches other hosts before a hook reads it
+                assert waits_at(outcome, step) == []
             carried = Counter(carried_at(outcome, step))
             # activations and their gradients, the step's output, the norm of the gradients
             assert carried == {("send", 24): 4, ("recv", 24): 4, ("broadcast", 2): 1, ("allreduce", 1): 1}

@@ -116,6 +116,7 @@ class Runtime:
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
+        self.hooks.traces.equalise()  # while each attribute is still where it has changed
         with torch.inference_mode(False):
             self.placement.move(plan, optimizers)
         self.hooks.traces.moved()
