@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any, cast
 
@@ -24,11 +25,13 @@ __all__ = [
     "current_backward_pass",
     "default_store",
     "functional_resolvers",
+    "is_without_memory",
     "node_before_ddp",
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
     "running_function",
+    "tensor_without_memory",
     "version_of",
     "without_tensor_hooks",
 ]
@@ -155,3 +158,27 @@ def functional_resolvers() -> tuple[Any, dict[str, Any]]:
     """
     names = ("_resolve_group", "_resolve_group_name", "_expand_group")
     return _functional_collectives, {name: f for name in names if (f := getattr(_functional_collectives, name, None))}
+
+
+@cache
+def _without_memory() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensor_without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor without memory that says it is on ``device``.
+
+    Tensors on "meta" name that device, and code that makes a mask on the device of a tensor would make it there.
+    Operations with such a tensor give another one, and those without run as usual.
+    """
+    with _without_memory():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def is_without_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor was made by :func:`tensor_without_memory`, or computed with one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)

@@ -110,8 +110,21 @@ class TensorPlacement:
         copies: dict[str, Tensor] = {}
         for name, tensor in _named(layer):
             copy = self._broadcast(tensor).to(self._device)
-            copies[name] = copy.requires_grad_(tensor.requires_grad)
+            copies[name] = _parameter_like(tensor, copy)
         return copies
+
+    def broadcast_all(self, rank: int) -> dict[str, Tensor]:
+        """Return all parameters and buffers on ``rank``, and an empty dict elsewhere; every rank must call this.
+
+        Those of other ranks are copies.
+        """
+        copies: dict[int, Tensor] = {}
+        for tensor in self._tensors():
+            copy = self._broadcast(tensor)
+            if self._rank == rank:
+                copies[id(tensor)] = _parameter_like(tensor, copy.to(self._device)) if tensor.is_meta else tensor
+            del copy
+        return {name: copies[id(tensor)] for name, tensor in _named(self._module)} if self._rank == rank else {}
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
@@ -266,6 +279,10 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     """Return a copy of ``value`` as a parameter if ``tensor`` is one, and otherwise as a plain tensor."""
     value = value.clone()  # finished communication may still hold the tensor that it wrote to
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _parameter_like(tensor: Tensor, copy: Tensor) -> Tensor:
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -200,7 +200,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def model_to_device(self) -> None:
-        _, layers = layers_of(self._module)
+        layers = layers_of(self._module).layers
         found = None if self.findings is None else self.findings.plan
         self.plan = first_plan(len(layers), self.world_size, self.splits, self.speeds, found)
         self._batches = 0
@@ -216,6 +216,7 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Change to the best stages before the first step, not counting Lightning's sanity check."""
+        self._running.verify(step, args, training=training, context=self._context_of(training=training))
         if (
             self.splits != "auto"
             or self.speeds is not None
@@ -226,10 +227,10 @@ class HeteroPipelineStrategy(BaseStrategy):
             return
         running = self._running
         example = running.steps.example(step, args, training=training)
-        with self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context():
+        with self._context_of(training=training):
             self.findings = find_stages(
                 running.placement,
-                running.layers,
+                running.found.calls,
                 example,
                 self.schedule,
                 self.root_device,
@@ -241,6 +242,9 @@ class HeteroPipelineStrategy(BaseStrategy):
             running.move(self.plan, self.optimizers)
         if self.verbose:
             report_findings(self._module.trainer, self.findings)
+
+    def _context_of(self, *, training: bool) -> AbstractContextManager[None]:
+        return self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context()
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
