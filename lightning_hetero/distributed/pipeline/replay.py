@@ -266,7 +266,11 @@ def _intercepting(kind: type[nn.Module]) -> Any:
         handler = _handlers[-1]
         return original(*args, **kwargs) if handler is None else handler(self, original, args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    made = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    # Classes of transformers wrap the `forward` of each class that derives from them, to checkpoint it.
+    if "forward" in vars(made):
+        del made.forward
+    return made
 
 
 def _signature(value: Any) -> Hashable:

@@ -54,37 +54,37 @@ def layers_in(model: nn.Module) -> list[tuple[nn.Module, ...]]:
 
     A layer is one module, or several that are called one after another.
     """
-    for kind in type(model).__mro__:
-        if kind.__qualname__ in _registered:
-            registered = _registered[kind.__qualname__](model)
-            return [layer if isinstance(layer, tuple) else (layer,) for layer in registered]
-    found: list[nn.Module] = []
-    _collect_children(model, found)
-    unique = list({id(module): module for module in reversed(found)}.values())[::-1]
-    summed = len(list(takewhile(lambda module: isinstance(module, nn.Embedding), unique)))
-    # the sum of the embeddings of tokens and positions is the first thing that can be handed on
-    together = summed + 1 if summed > 1 else 1
-    layers: list[tuple[nn.Module, ...]] = [tuple(unique[:together]), *((module,) for module in unique[together:])]
+    found: list[Layer] = []
+    _collect(model, found, is_entry=False, is_model=True)
+    layers: list[tuple[nn.Module, ...]] = []
+    seen: set[int] = set()
+    for layer in found:
+        modules = tuple(m for m in (layer if isinstance(layer, tuple) else (layer,)) if id(m) not in seen)
+        seen.update(map(id, modules))
+        if modules:
+            layers.append(modules)
+    summed = len(list(takewhile(lambda layer: len(layer) == 1 and isinstance(layer[0], nn.Embedding), layers)))
+    if summed > 1:  # the sum of the embeddings of tokens and positions is the first thing that can be handed on
+        layers[: summed + 1] = [tuple(module for layer in layers[: summed + 1] for module in layer)]
     return layers if len(layers) > 1 else []
 
 
-def _collect(module: nn.Module, found: list[nn.Module], *, is_entry: bool) -> None:
-    if isinstance(module, nn.ModuleList) or _is_sequence(module):
+def _collect(module: nn.Module, found: list[Layer], *, is_entry: bool, is_model: bool = False) -> None:
+    registered = next((_registered[name] for k in type(module).__mro__ if (name := k.__qualname__) in _registered), None)
+    if registered is not None:
+        found.extend(registered(module))
+    elif isinstance(module, nn.ModuleList) or _is_sequence(module):
         for child in _children(module):
             _collect(child, found, is_entry=True)
-    elif _stages(module) if is_entry else _has_one_stack(module):
-        _collect_children(module, found)
+    elif is_model or (_stages(module) if is_entry else _has_one_stack(module)):
+        whole = _decoder_of(module)
+        for child in _children(module):
+            if child is whole:
+                found.append(child)
+            else:
+                _collect(child, found, is_entry=False)
     else:
         found.append(module)
-
-
-def _collect_children(module: nn.Module, found: list[nn.Module]) -> None:
-    whole = _decoder_of(module)
-    for child in _children(module):
-        if child is whole:
-            found.append(child)
-        else:
-            _collect(child, found, is_entry=False)
 
 
 def _decoder_of(module: nn.Module) -> nn.Module | None:

@@ -127,6 +127,9 @@ class PipelineStep:
         self._fewest_samples = 2 if normalises else 1
         self._metrics = metrics
         self._seed = seed
+        # what transformers keep for generating text would hold the keys and values of every layer
+        configs: dict[int, Any] = {id(c): c for part in layers.called.modules() if (c := getattr(part, "config", None))}
+        self._caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
         self._times_run = 0
         self._in_one_piece = False
         known = {id(part) for part in module.modules()}
@@ -257,9 +260,7 @@ class PipelineStep:
         for wrapper in self._wrappers:
             wrapper.training = self._called.training
         with ExitStack() as stack:
-            config: Any = getattr(self._called, "config", None)
-            if getattr(config, "use_cache", False) is True:
-                # what transformers keep for generating text would hold every layer's keys and values
+            for config in self._caching:
                 stack.enter_context(overridden(config, "use_cache", False))
             if callable(getattr(self._called, "generate", None)):
                 stack.enter_context(overridden(self._called, "generate", _refuse_generating))

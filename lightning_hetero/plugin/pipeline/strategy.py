@@ -227,7 +227,7 @@ class HeteroPipelineStrategy(BaseStrategy):
             return
         running = self._running
         example = running.steps.example(step, args, training=training)
-        with self._context_of(training=training):
+        with running.steps.prepared(), self._context_of(training=training):
             self.findings = find_stages(
                 running.placement,
                 running.found.calls,

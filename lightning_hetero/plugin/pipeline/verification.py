@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,6 @@ from lightning_hetero.hardware.memory import meter_of
 from lightning_hetero.plugin.pipeline.layers import Layers
 
 __all__ = ["verify_layers"]
-
-_log = logging.getLogger(__name__)
 
 # Of the largest value: the same operations in another order, in formats of 8, 11, 24 and 53 bits.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -125,14 +123,14 @@ def _compared(
 
 
 def _difference(found: Any, expected: Any, *, by_value: bool) -> str | None:
-    a, b = _leaves(found), _leaves(expected)
-    if len(a) != len(b):
-        return f"an output of {len(a)} values instead of {len(b)}"
-    for x, y in zip(a, b, strict=True):
-        if x is None or not isinstance(y, Tensor):  # an output of an earlier stage, which the last one does not have
-            continue
+    leaves = _leaves(found)
+    for where, y in _leaves(expected).items():
+        x = leaves.get(where)
+        if not isinstance(y, Tensor) or (x is None and where):
+            continue  # nothing to compare, or the output of an earlier stage, which the last one does not have
         if not isinstance(x, Tensor) or x.shape != y.shape:
-            return f"an output of shape {tuple(getattr(x, 'shape', ()))} instead of {tuple(y.shape)}"
+            name = f"tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            return f"a {name} instead of a tensor of shape {tuple(y.shape)}"
         if not by_value or not x.numel():
             continue
         distance = float((x.double() - y.double()).abs().nan_to_num(nan=float("nan")).max()) if x.numel() else 0.0
@@ -146,10 +144,12 @@ def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max((a, b), key=lambda dtype: _TOLERANCE.get(dtype, 0.0))
 
 
-def _leaves(value: Any) -> list[Any]:
-    leaves: list[Any] = []
-    mapped(value, leaves.append)
-    return leaves
+def _leaves(value: Any, where: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Return what a nested structure holds by its place."""
+    if isinstance(value, Mapping | list | tuple):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {place: leaf for key, entry in entries for place, leaf in _leaves(entry, (*where, key)).items()}
+    return {where: value}
 
 
 def _in_no_layer(called: nn.Module, layers: Layers) -> list[str]:
