@@ -16,7 +16,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-
 BATCH_SIZE, BATCHES, LENGTH, IMAGE = 8, 3, 12, 64
 VOCABULARY, CLASSES, IGNORED = 50, 3, -100
 SMALL = {
@@ -59,7 +58,9 @@ def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=32, **no_dropout))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=2, n_positions=32, **no_dropout)
+    )
 
 
 def _encoder(name: str, **options: Any) -> Family:
@@ -75,7 +76,9 @@ def _encoder(name: str, **options: Any) -> Family:
 def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    sizes = {
+        name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
     return ViTForImageClassification(ViTConfig(**sizes, **NO_DROPOUT, image_size=IMAGE, num_labels=CLASSES))
 
 
@@ -263,6 +266,8 @@ def train(name: str, way: Way) -> Outcome:
 
 def difference(found: Outcome, expected: Outcome) -> float:
     """Return the largest difference of losses and parameters."""
-    losses = [abs(a - b) for a, b in zip([*found.losses, found.val_loss], [*expected.losses, expected.val_loss], strict=True)]
+    losses = [
+        abs(a - b) for a, b in zip([*found.losses, found.val_loss], [*expected.losses, expected.val_loss], strict=True)
+    ]
     pairs = [(found.parameters[name], value) for name, value in expected.parameters.items()]
     return max([*losses, *(float((a.double() - b.double()).abs().max()) for a, b in pairs)])

@@ -48,10 +48,10 @@ class LayerCalls(Protocol):
 
 
 class Chain:
-    """Layers of which each gets the output of the one before, and the first the arguments of the model.
+    """Layers of which each gets the output of the one before, and the first the positional arguments of the model.
 
-    A keyword argument of the model's call also reaches every other layer whose ``forward`` has a parameter of that name
-    after its first one.
+    A keyword argument of the model's call reaches every layer whose ``forward`` has a parameter of that name; other
+    layers than the first get their first parameter from the layer before.
 
     Args:
         layers: All layers of the model, in order.
@@ -59,7 +59,7 @@ class Chain:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
-        self._named = [_side_inputs(layer) for layer in self.layers]
+        self._named = [_keywords(layer, first=number == 0) for number, layer in enumerate(self.layers)]
 
     def prepare(self, call: Call) -> None:
         """Do nothing: layers that are called one after another can be split anywhere."""
@@ -67,22 +67,20 @@ class Chain:
     def run(self, numbers: range, value: Any, call: Call | None) -> Any:
         """Return the output of some consecutive layers; see :class:`LayerCalls`."""
         for number in numbers:
-            layer = self.layers[number]
-            if number == 0:
-                assert call is not None
-                value = layer(*call.args, **call.kwargs)
-            elif call is None:
-                value = layer(value)
-            else:
-                names = self._named[number]
-                value = layer(value, **{name: arg for name, arg in call.kwargs.items() if name in names})
+            args = (value,) if number else () if call is None else call.args
+            names = self._named[number]
+            given = {} if call is None else call.kwargs
+            value = self.layers[number](*args, **{k: v for k, v in given.items() if names is None or k in names})
         return value
 
     def needs_call(self, numbers: range) -> bool:
         """Return whether one of the layers is the first, or has parameters that a keyword argument may fill."""
-        return any(number == 0 or self._named[number] for number in numbers)
+        return any(number == 0 or self._named[number] != frozenset() for number in numbers)
 
 
-def _side_inputs(layer: nn.Module) -> frozenset[str]:
+def _keywords(layer: nn.Module, *, first: bool) -> frozenset[str] | None:
+    """Return which keyword arguments of the model a layer takes; None for all."""
     parameters = list(inspect.signature(layer.forward).parameters.values())
-    return frozenset(p.name for p in parameters[1:] if p.kind in _NAMED)
+    if first and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters[0 if first else 1 :] if p.kind in _NAMED)

@@ -126,11 +126,18 @@ class TensorPlacement:
             del copy
         return {name: copies[id(tensor)] for name, tensor in _named(self._module)} if self._rank == rank else {}
 
-    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
+    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer], layers: Sequence[nn.Module] | None = None) -> None:
         """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
 
         Every rank must call this at the same point, between two steps.
+
+        Args:
+            plan: The new stages.
+            optimizers: The optimisers.
+            layers: The layers in a new order; None if it is the same.
         """
+        if layers is not None:
+            self._layers = list(layers)
         before = self._owners
         self._set_owners(plan)
         for tensor in self._tensors():

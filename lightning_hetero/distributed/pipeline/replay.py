@@ -9,12 +9,14 @@ the one before it.  That is verified with tensors without memory before the firs
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,6 +27,7 @@ from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["Replay", "Segment"]
 
+_CHECKPOINTS = torch.utils.checkpoint.__file__
 _Handler = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _handlers: list[_Handler | None] = []
 
@@ -63,10 +66,10 @@ class Replay:
 
     Args:
         model: The model.
-        layers: Its layers, each as the modules that belong to it, in the order in which it calls them.
+        layers: Its layers, each as the modules that belong to it, in any order.
 
     Attributes:
-        layers: The layers, each with the tensors that every stage needs.
+        layers: The layers, each with the tensors that every stage needs; from :meth:`prepare` on in the order of calls.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> None:
@@ -84,7 +87,10 @@ class Replay:
         self._order: list[int] | None = None
 
     def prepare(self, call: Call) -> None:
-        """Verify that the model can be split between its layers; every rank finds the same."""
+        """Verify that the model can be split between its layers; every rank finds the same.
+
+        The layers are then in the order in which the model calls them.
+        """
         if self._order is None:
             self._order = self._verified(call)
 
@@ -137,27 +143,54 @@ class Replay:
             UnsupportedFeatureError: The model cannot be split between its layers.
         """
         called: list[int] = []
+        checkpoints: list[Any] = []
         with torch.no_grad(), torch.random.fork_rng([]), state_kept(self._model):
 
             def note(layer: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG001
                 called.append(self._number_of[id(layer)])
+                checkpoints.append(_checkpoint_around())
                 return self._without_memory(called[-1], args, kwargs)
 
             with _intercepted(self._modules, note):
                 self._model.forward(*call.args, **call.kwargs)
+            called = self._ordered(called)
             layers = [self._layer_of[number] for number in called]
             if len(set(called)) < len(called) or layers != sorted(layers):
                 number = next(
                     n for i, n in enumerate(called) if n in called[:i] or self._layer_of[n] < max([0, *layers[:i]])
                 )
                 raise UnsupportedFeatureError(
-                    f"`hetero_pipeline` needs the model to call its layers in order, each once, got another call of"
+                    f"`hetero_pipeline` needs the model to call each of its layers once, got another call of"
                     f" {self._name(number)!r} after later layers. {_WAY_OUT}"
                 )
             for i in range(1, len(called)):
-                if layers[i] != layers[i - 1]:
-                    self._verify_cut(call, called[:i], called[i:])
+                if layers[i] == layers[i - 1]:
+                    continue
+                if checkpoints[i] is not None and checkpoints[i] is checkpoints[i - 1]:
+                    raise UnsupportedFeatureError(
+                        f"`hetero_pipeline` cannot separate layers that one `torch.utils.checkpoint` contains, got"
+                        f" {self._name(called[i - 1])!r} and {self._name(called[i])!r}. Checkpoint each layer by"
+                        f" itself, or name them as one with `lightning_hetero.register_layers`."
+                    )
+                self._verify_cut(call, called[:i], called[i:])
         return called
+
+    def _ordered(self, called: Sequence[int]) -> list[int]:
+        """Change to the order in which the layers are called; return the new numbers of the modules that are called."""
+        firsts = {self._layer_of[number]: i for i, number in reversed(list(enumerate(called)))}
+        keys: list[tuple[int, int]] = []
+        for layer in range(len(self.layers)):  # one that is not called stays behind the one before it
+            keys.append((firsts.get(layer, keys[-1][0] if keys else 0), layer))
+        order = [layer for _, layer in sorted(keys)]
+        modules = [self._modules[n] for layer in order for n in range(len(self._modules)) if self._layer_of[n] == layer]
+        before = self._modules
+        kinds = {id(module): kind for module, kind in zip(self._modules, self._kind_of, strict=True)}
+        self._layer_of = [new for new, layer in enumerate(order) for _ in range(self._layer_of.count(layer))]
+        self.layers[:] = [self.layers[layer] for layer in order]
+        self._modules = modules
+        self._kind_of = [kinds[id(module)] for module in modules]
+        self._number_of = {id(module): number for number, module in enumerate(modules)}
+        return [self._number_of[id(before[number])] for number in called]
 
     def _verify_cut(self, call: Call, before: Sequence[int], after: Sequence[int]) -> None:
         """Verify that the modules in ``after`` need of those before only the output of the last one."""
@@ -271,6 +304,16 @@ def _intercepting(kind: type[nn.Module]) -> Any:
     if "forward" in vars(made):
         del made.forward
     return made
+
+
+def _checkpoint_around() -> Any:
+    """Return the frame of the outermost checkpoint that is being computed; None without one."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _CHECKPOINTS:
+            found = frame
+        frame = frame.f_back
+    return found
 
 
 def _signature(value: Any) -> Hashable:

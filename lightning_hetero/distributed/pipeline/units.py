@@ -70,10 +70,12 @@ def layers_in(model: nn.Module) -> list[tuple[nn.Module, ...]]:
 
 
 def _collect(module: nn.Module, found: list[Layer], *, is_entry: bool, is_model: bool = False) -> None:
-    registered = next((_registered[name] for k in type(module).__mro__ if (name := k.__qualname__) in _registered), None)
+    registered = next(
+        (_registered[name] for k in type(module).__mro__ if (name := k.__qualname__) in _registered), None
+    )
     if registered is not None:
         found.extend(registered(module))
-    elif isinstance(module, nn.ModuleList) or _is_sequence(module):
+    elif isinstance(module, nn.ModuleList) or (_is_sequence(module) and not (is_entry and _is_flat(module))):
         for child in _children(module):
             _collect(child, found, is_entry=True)
     elif is_model or (_stages(module) if is_entry else _has_one_stack(module)):
@@ -113,6 +115,11 @@ def _has_one_stack(module: nn.Module) -> bool:
 
 def _is_sequence(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Return whether no child has children, as in a block of a convolution, its normalisation and its activation."""
+    return not any(True for child in module.children() for _ in child.children())
 
 
 def _holds_stack(module: nn.Module) -> bool:

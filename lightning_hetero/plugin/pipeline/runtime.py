@@ -107,13 +107,20 @@ class Runtime:
         )
 
     def verify(
-        self, step: Callable[..., Any], args: tuple[Any, ...], *, training: bool, context: AbstractContextManager[None]
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        optimizers: Sequence[Optimizer],
+        *,
+        training: bool,
+        context: AbstractContextManager[None],
     ) -> None:
         """Compare the layers with the model before the first step; every rank must call this at the same point.
 
         Args:
             step: The user's step.
             args: Arguments of the step, the batch first.
+            optimizers: The optimisers.
             training: Whether the step has backward passes.
             context: Context of a step's passes, such as autocast.
         """
@@ -121,14 +128,17 @@ class Runtime:
             return
         self._verified = True
         call = self.steps.example(step, args, training=training).call
+        before = list(self.found.layers)
         with self.steps.prepared(), context:
             self.found.calls.prepare(call)
+            if any(a is not b for a, b in zip(before, self.found.layers, strict=True)):  # the order of calls
+                self.move(self.placement.plan, optimizers)
             verify_layers(self._module, self.found, self.placement, self.pipeline, call)
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
         with torch.inference_mode(False):
-            self.placement.move(plan, optimizers)
+            self.placement.move(plan, optimizers, self.found.layers)
         self.pipeline = self._new_pipeline()
         self.steps = self._new_steps()
 

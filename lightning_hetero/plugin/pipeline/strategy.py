@@ -216,7 +216,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Change to the best stages before the first step, not counting Lightning's sanity check."""
-        self._running.verify(step, args, training=training, context=self._context_of(training=training))
+        context = self._context_of(training=training)
+        self._running.verify(step, args, self.optimizers, training=training, context=context)
         if (
             self.splits != "auto"
             or self.speeds is not None
