@@ -135,7 +135,9 @@ FAMILIES: dict[str, Family] = {
     "ResNet (torchvision)": _torchvision("resnet18", normalises=True),
     "ViT (torchvision)": _torchvision("vit_b_16", image_size=IMAGE),
     "ConvNeXt (torchvision)": _torchvision("convnext_tiny", stochastic_depth_prob=0.0),
-    "EfficientNet (torchvision)": _torchvision("efficientnet_b0", normalises=True, dropout=0.0, stochastic_depth_prob=0.0),
+    "EfficientNet (torchvision)": _torchvision(
+        "efficientnet_b0", normalises=True, dropout=0.0, stochastic_depth_prob=0.0
+    ),
 }  # fmt: skip
 
 

@@ -302,7 +302,7 @@ def _intercepting(kind: type[nn.Module]) -> Any:
     made = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
     # Classes of transformers wrap the `forward` of each class that derives from them, to checkpoint it.
     if "forward" in vars(made):
-        del made.forward
+        delattr(made, "forward")
     return made
 
 

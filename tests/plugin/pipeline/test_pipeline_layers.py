@@ -246,6 +246,9 @@ class DeclaredSideInputs(SideInputs):
 class Output(dict):  # type: ignore[type-arg]
     """What libraries return: a mapping with attributes."""
 
+    loss: Any
+    logits: Any
+
     def __init__(self, **entries: Any) -> None:
         super().__init__(entries)
         self.__dict__ = self
@@ -342,6 +345,7 @@ class Counting(nn.Module):
         super().__init__()
         self.runs = 0
         self.seen: list[int] = []
+        self.total: Any
         self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Any:
@@ -380,7 +384,7 @@ class Dropping(Training):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-TRAINED: dict[str, tuple[type[Training], str | list[int], int]] = {
+TRAINED: dict[str, tuple[type[Training], Any, int]] = {
     "checkpoints of both kinds": (BothCheckpoints, "auto", 3),
     "checkpoints around blocks": (CheckpointedByTheModel, "auto", 3),
     "in place, timed": (InPlace, "auto", 3),
@@ -409,10 +413,7 @@ def train(name: str) -> tuple[dict[str, Tensor], float]:
     if "LOCAL_RANK" in os.environ:
         terms = tokens_to_predict if kind is LanguageModel else None
         strategy = HeteroPipelineStrategy(
-            splits=splits,
-            num_microbatches=micro_batches,
-            num_loss_terms=terms,
-            verbose=False,  # type: ignore[arg-type]
+            splits=splits, num_microbatches=micro_batches, num_loss_terms=terms, verbose=False
         )
         trainer = make_trainer(strategy, dist.get_world_size(), **options)
     else:
@@ -541,7 +542,8 @@ class Generating(SideInputs):
     def build(self) -> nn.Module:
         model: Any = super().build()
         type(model).generate = lambda self, tokens: self(tokens)
-        return model
+        made: nn.Module = model
+        return made
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.model.generate(batch[0]).mean()  # type: ignore[operator]

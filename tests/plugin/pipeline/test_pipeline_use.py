@@ -337,9 +337,7 @@ def received_in_training(num_microbatches: int) -> tuple[int, float, list[Any]]:
     send_and_receive, fork_rng = dist.batch_isend_irecv, torch.random.fork_rng
 
     def noting(operations: list[Any]) -> Any:
-        for operation in operations:
-            if operation.op is dist.irecv:
-                received.append(weakref.ref(operation.tensor))
+        received.extend(weakref.ref(operation.tensor) for operation in operations if operation.op is dist.irecv)
         held.append(sum(tensor.nbytes for ref in received if (tensor := ref()) is not None))
         return send_and_receive(operations)
 
