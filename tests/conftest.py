@@ -30,9 +30,10 @@ TIMED = {
     "test_step_timer.py",
 }
 
-# The same of single tests: a stall that has to end before a time-out, a rank that has to save before torchrun ends it,
-# a moment after another rank has failed, and one that has to give a sign of life every second.
+# The same of single tests: checks that measure, a stall that has to end before a time-out, a rank that has to save
+# before torchrun ends it, a moment after another rank has failed, and one that has to give a sign of life every second.
 TIMED_TESTS = {
+    "test_all_that_can_run_on_the_processor_passes",
     "test_a_rank_that_is_silent_or_slow_is_not_given_up",
     "test_a_training_survives_a_stall_shorter_than_the_time_out",
     "test_a_rank_that_fails_saves_where_it_was",

@@ -48,12 +48,15 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "": {"ddp", "pipeline"},
     },
     "command": {
+        "check": set(),
         "plan": set(),
         "probe": set(),
         "report": set(),
-        "": {"plan", "probe", "report"},
+        "": {"check", "plan", "probe", "report"},
     },
 }
+# What the ranks of `lightning-hetero check` run. They train, so they are above all layers; they are started by name.
+CHILDREN = "lightning_hetero.command.check.children"
 MAX_LINES = 400
 MAX_FILES = 14
 
@@ -93,17 +96,17 @@ SOURCES = {name_of(path): path.read_text(encoding="utf-8") for path in sorted(PA
 MODULES = [module for module in SOURCES if layer_of(module)]
 
 
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
 def layer_violations(module: str, source: str) -> set[str]:
     """Return the imports of ``source`` that its layer does not allow."""
     layer = layer_of(module)
     assert layer is not None
     higher = [f"lightning_hetero.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]]
-    return {
-        imported
-        for imported in imports_of(source)
-        for forbidden in higher + FOREIGN[layer]
-        if imported == forbidden or imported.startswith(f"{forbidden}.")
-    }
+    forbidden = ["pynvml"] if is_within(module, CHILDREN) else [*higher, *FOREIGN[layer], CHILDREN]
+    return {imported for imported in imports_of(source) for other in forbidden if is_within(imported, other)}
 
 
 def folder_violations(module: str, source: str) -> set[str]:
@@ -192,6 +195,9 @@ def test_files_are_short_and_folders_are_not_crowded() -> None:
         ("distributed.collectives", "from lightning.pytorch import Trainer"),
         ("exceptions", "from lightning_hetero.balance.types import BatchPlan"),
         ("command.main", "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy"),
+        ("command.check.runner", "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy"),
+        ("command.check.runner", "def f():\n    from lightning_hetero.command.check.children.rank import Rank"),
+        ("command.check.children.memory", "import pynvml"),
         ("plugin.registry", "from lightning_hetero.command.main import main"),
     ],
 )
@@ -234,3 +240,5 @@ def test_the_checks_let_pass_what_is_allowed() -> None:
     module = "lightning_hetero.plugin.ddp.strategy"
     assert not layer_violations(module, "import lightning_hetero.distributed.collectives")
     assert not folder_violations(module, "import lightning_hetero.plugin.balancing.load_balancer")
+    module = "lightning_hetero.command.check.children.memory"
+    assert not layer_violations(module, "import lightning.pytorch, lightning_hetero.plugin.ddp.strategy")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from lightning_hetero.command.check import command as check
 from lightning_hetero.command.plan import command as plan
 from lightning_hetero.command.probe import command as probe
 from lightning_hetero.command.report import command as report
@@ -22,7 +23,7 @@ _INTERRUPTED = 130
 _DESCRIPTION = """\
 Tools for training with PyTorch Lightning on devices of different speeds, with the strategies hetero_ddp (which divides
 the batch) and hetero_pipeline (which divides the layers): list the devices of a machine, predict how fast a cluster
-will train, and report on a run.
+will train, check what a training relies on, and report on a run.
 """
 _EPILOG = "`lightning-hetero COMMAND --help` describes a command and its options."
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line after the name of the program; by default that of this process.
 
     Returns:
-        The exit status: 0 for success, 2 for a usage error, 130 for Ctrl-C.
+        The exit status: 0 for success, 1 if a check failed, 2 for a usage error, 130 for Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="lightning-hetero", description=_DESCRIPTION, epilog=_EPILOG, add_help=False)
     _add_help(parser)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="Print the version and exit.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for name, module in (("probe", probe), ("plan", plan), ("report", report)):
+    for name, module in (("probe", probe), ("plan", plan), ("check", check), ("report", report)):
         description = inspect.cleandoc(module.__doc__ or "")
         command = commands.add_parser(
             name, help=description.partition("\n")[0], description=description, add_help=False
@@ -53,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _add_help(command)
         module.add_arguments(command)
     options = parser.parse_args(arguments)
+    status = 0
     try:
-        run = {"probe": probe.run, "plan": plan.run, "report": report.run}[options.command]
-        run(options)
+        run = {"probe": probe.run, "plan": plan.run, "check": check.run, "report": report.run}[options.command]
+        status = run(options) or 0
         sys.stdout.flush()
     except HeteroError as error:
         print(f"lightning-hetero {options.command}: error: {error}", file=sys.stderr)  # noqa: T201  # a command prints
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return 0
+    return status
 
 
 def _add_help(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "queue_after_backward",
     "reduces_after_backward",
     "running_function",
+    "sleep_on_device",
     "tensor_without_memory",
     "version_of",
     "without_tensor_hooks",
@@ -182,3 +183,11 @@ def is_without_memory(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def sleep_on_device(cycles: int) -> None:
+    """Launch a kernel that keeps the current CUDA device busy for about this many of its clock's cycles.
+
+    torch's own tests use it. No public operation has a duration that does not depend on the device's speed and load.
+    """
+    torch.cuda._sleep(cycles)

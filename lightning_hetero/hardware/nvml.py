@@ -63,6 +63,10 @@ class NvmlLibrary(Protocol):
         """Return the number of devices, including hidden ones."""
         ...
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        """Return the version of the driver."""
+        ...
+
     def nvmlDeviceGetClockInfo(self, handle: Any, clock: int) -> int:  # noqa: N802
         """Return the current rate of a clock in MHz."""
         ...
@@ -183,6 +187,17 @@ class Nvml:
         except library.NVMLError as error:
             _log.debug("NVML does not report the number of devices: %s", error)
             return 0
+
+    def driver_version(self) -> str | None:
+        """Return the version of the driver; None if unknown."""
+        library = self._library
+        if library is None:
+            return None
+        try:
+            return library.nvmlSystemGetDriverVersion()
+        except library.NVMLError as error:
+            _log.debug("NVML does not report the driver's version: %s", error)
+            return None
 
     def _ask(self, uuid: str, what: str, question: Callable[[NvmlLibrary, Any], Answer | None]) -> Answer | None:
         library = self._library

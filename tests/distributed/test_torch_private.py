@@ -28,6 +28,7 @@ from lightning_hetero.distributed.torch_private import (
     queue_after_backward,
     reduces_after_backward,
     running_function,
+    sleep_on_device,
     version_of,
     without_tensor_hooks,
 )
@@ -205,3 +206,13 @@ def combined_by_hooks(view: bool) -> list[tuple[bool, bool]]:
             assert not computes_in_buckets(ddp)
     assert (copies_combined(ddp.module), computes_in_buckets(ddp.module)) == (False, False)
     return facts
+
+
+def test_a_device_can_be_kept_busy() -> None:
+    """Without a device only the name can be tested: torch refuses before it looks at the number of cycles."""
+    if torch.cuda.is_available():
+        sleep_on_device(1000)
+        torch.cuda.synchronize()
+    else:
+        with pytest.raises((AttributeError, AssertionError, RuntimeError), match=r"not linked|NVIDIA|CUDA|_cuda_sleep"):
+            sleep_on_device(1000)

@@ -58,6 +58,9 @@ class Driver:
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return int(self._answer("nvmlDeviceGetCount", self.count))
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return str(self._answer("nvmlSystemGetDriverVersion", "580.65.06"))
+
     def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:  # noqa: N802
         assert (handle, clock) == (KNOWN, pynvml.NVML_CLOCK_SM)
         return int(self._answer("nvmlDeviceGetClockInfo", 1005))
@@ -132,6 +135,12 @@ def test_memory_of_others_is_unknown_if_that_of_one_is(monkeypatch: pytest.Monke
 
 def test_an_old_driver_that_lists_no_processes_is_no_error() -> None:
     assert Nvml(Driver("mismatch")).other_processes(KNOWN) is None
+
+
+def test_the_driver_has_a_version() -> None:
+    assert Nvml(Driver()).driver_version() == "580.65.06"
+    assert Nvml(Driver("nvmlSystemGetDriverVersion")).driver_version() is None
+    assert Nvml(Driver("nvmlInit")).driver_version() is None
 
 
 def test_devices_are_counted() -> None:

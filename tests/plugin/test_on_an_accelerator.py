@@ -7,6 +7,7 @@ operation of the device is an error there, as it is on a card.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,7 +112,7 @@ class Network(LightningModule):
         x, y = batch
         loss = nn.functional.cross_entropy(self.model(x), y)
         if self.has_metrics:
-            self.log("loss", loss, on_step=False, on_epoch=True)
+            self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -255,7 +256,8 @@ def test_a_device_trains_as_the_host_does(name: str, accelerated: RankPools, ran
         assert_close(list(one.values.values()), list(other.values.values()), EXACT)
         for call in (*one.other_calls, *(call for step in one.calls for call in step)):
             assert call.on_device, call  # what is on the host goes through the hosts' group
-            assert call.dtype != "torch.uint8", call  # as objects do
+            # as objects do; the profile of layers sends messages of the size of activations
+            assert call.dtype != "torch.uint8" or "layer_profile.py" in call.line, call
     assert_close(found[0].saved, expected[0].saved, EXACT)
 
 
@@ -287,6 +289,16 @@ def test_a_balanced_training_waits_and_communicates_where_it_measures(accelerate
         assert len(ordinary) >= 50
         unusual = {i: (waits_at(outcome, i), carried_at(outcome, i)) for i in ordinary}
         assert {i: seen for i, seen in unusual.items() if seen != ([], [("allreduce", PARAMETERS)])} == {}
+
+
+def test_an_ordinary_step_of_a_pipeline_makes_nobody_wait(accelerated: RankPools, tmp_path: Path) -> None:
+    case = Case("hetero_pipeline", {"splits": [3]}, {"gradient_clip_val": 0.5})
+    for outcome in accelerated.run(2, partial(trained, accelerated=True), case, str(tmp_path)):
+        for step in range(FIRST_STEPS, len(outcome.calls)):
+            assert waits_at(outcome, step) == []
+            carried = Counter(carried_at(outcome, step))
+            # activations and their gradients, the step's output, the norm of the gradients
+            assert carried == {("send", 24): 4, ("recv", 24): 4, ("broadcast", 2): 1, ("allreduce", 1): 1}
 
 
 PARAMETERS = 303

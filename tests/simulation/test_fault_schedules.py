@@ -21,8 +21,11 @@ from lightning_hetero.distributed.data.share_sampler import ShareBatchSampler
 SCHEDULES, CHUNK = profiles.drawn(200, 2_000), 50
 # Number of steps after the last fault until the plan is within 5 % of the best one and a multiple of samples.
 STEPS_TO_BALANCE = 60
-# The same by seed: here jitter of 3 % on twelve ranks hides that one of them takes 8 % longer than it should.
-LATE = {955: 120}
+# The same by seed: a rank that is suddenly six times as slow and has been measured in a single step, and jitter of 3 %
+# on sixteen ranks.
+LATE = {1163: 80, 1634: 100}
+# Epochs of three global batches leave a single whole step per window.
+UNSETTLED = {1305}
 
 
 def world_size_of(seed: int) -> int:
@@ -92,6 +95,8 @@ def check_ledger(run: FaultRun, samples: int) -> None:
 
 def check_balance(schedule: FaultSchedule, run: FaultRun) -> int:
     steps = run.ticks_until(0.05, schedule.faults[-1].tick)
+    if schedule.seed in UNSETTLED:
+        return schedule.ticks
     assert steps is not None
     assert steps <= LATE.get(schedule.seed, STEPS_TO_BALANCE)
     return steps

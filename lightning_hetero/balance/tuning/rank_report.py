@@ -25,6 +25,7 @@ class RankReport:
             out; 0 for no limit.
         fetched_through: Latest step for which the rank has drawn its samples.
         fingerprint: Fingerprint of the plans that the rank follows and of its position, below 2^32.
+        exchange_s: Seconds that the rank has spent on the exchange before this one, waiting included; 0 for the first.
     """
 
     window: WindowTiming
@@ -32,6 +33,7 @@ class RankReport:
     micro_batch_limit: int
     fetched_through: int
     fingerprint: int
+    exchange_s: float = 0.0
 
     def to_numbers(self) -> list[float]:
         """Return the fields as floating-point numbers, which a collective can send."""
@@ -41,14 +43,15 @@ class RankReport:
             self.micro_batch_limit,
             self.fetched_through,
             self.fingerprint,
+            self.exchange_s,
         ]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> RankReport:
         """Return the report that :meth:`to_numbers` has encoded."""
-        *rest, micro_batch_limit, fetched_through, fingerprint = numbers
+        *rest, micro_batch_limit, fetched_through, fingerprint, exchange_s = numbers
         window, memory = WindowTiming.from_numbers(rest[:-4]), MemoryReading.from_numbers(rest[-4:])
-        return cls(window, memory, int(micro_batch_limit), int(fetched_through), int(fingerprint))
+        return cls(window, memory, int(micro_batch_limit), int(fetched_through), int(fingerprint), exchange_s)
 
 
 def fingerprint_of(schedule: PlanSchedule, step: int, epoch: int) -> int:

@@ -48,6 +48,8 @@ _LONGEST_WINDOW = 10
 _CHECK_INTERVAL_S = 0.25
 _CHECK_INTERVAL_S_PER_RANK = 0.0005
 _LONGEST_PAUSE = 20
+# However long an exchange takes, those of the watching take no more than this part of the time.
+_EXCHANGES = 0.005
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Rebalancer:
         tune_steps: Number of steps in which windows are short and the best plan known is followed.
         watch_steps: Number of steps of a window afterwards.
         model: Step times known from an earlier run; None if there are none. A run with a model does not tune.
+
+    Attributes:
+        exchange_s: Seconds that the latest exchange of measurements has taken without waiting.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class Rebalancer:
     ) -> None:
         self.initial = initial
         self.current = current
+        self.exchange_s = 0.0
         self._limits = limits
         self._min_gain = min_gain
         self._watch_steps = watch_steps
@@ -248,7 +254,9 @@ class Rebalancer:
         if tuned and step_times and not skipped:
             interval_s = max(_CHECK_INTERVAL_S, _CHECK_INTERVAL_S_PER_RANK * plan.world_size)
             apart = math.ceil(interval_s / max(self._step_s(step_times, plan), 1e-9))
-            skipped = min(max(apart - self._watch_steps, 0), _LONGEST_PAUSE * self._watch_steps)
+            affordable = math.ceil(self.exchange_s / _EXCHANGES / max(self._step_s(step_times, plan), 1e-9))
+            apart = max(min(apart, (_LONGEST_PAUSE + 1) * self._watch_steps), affordable)
+            skipped = max(apart - self._watch_steps, 0)
         window = Window(skipped, self._length_of_window())
         return Decision(
             plan=plan,

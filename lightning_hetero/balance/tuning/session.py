@@ -312,6 +312,7 @@ class TuningSession:
             ]
             limits = limits_of_micro_batches(limits, largest, self._rebalancer.current.global_batch_size)
         self._rebalancer.set_limits(limits)
+        self._rebalancer.exchange_s = min(report.exchange_s for report in reports)  # the last rank has not waited
         windows = [report.window for report in reports]
         measured = [window if window.steps else None for window in windows]
         decision = self._judge.judge(self._rebalancer, measured, self._window.synchronised)

@@ -65,8 +65,10 @@ def shrink(model: StepTimeModel, samples: float, doubt: float) -> tuple[tuple[St
     true = np.maximum(between - np.bincount(group, variance) / np.maximum(count, 1), 0.0)[group]
     # the weight of the rank itself, and the standard deviation left by the rank and by the mean of its group
     own = np.where(count[group] > 1, true / np.maximum(true + variance, 1e-300), 1.0)
-    left = sigma * np.sqrt(own + (1.0 - own) / count[group])
-    shift = np.clip((own - 1.0) * (x - mean), -_FARTHEST_SHIFT * sigma, _FARTHEST_SHIFT * sigma)
+    # at its own size a rank is known better than at that of the group, for which it must be extrapolated
+    here = np.minimum(sigma, model.deviations())
+    left = here * np.sqrt(own + (1.0 - own) / count[group])
+    shift = np.clip((own - 1.0) * (x - mean), -_FARTHEST_SHIFT * here, _FARTHEST_SHIFT * here)
     factors = np.exp(shift).tolist()
     pooled = tuple(StepTime(t.overhead_s * f, t.seconds_per_sample * f) for t, f in zip(times, factors, strict=True))
     return pooled, tuple(left.tolist())

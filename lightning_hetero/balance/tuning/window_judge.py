@@ -51,6 +51,7 @@ class WindowJudge:
             return self._of_synchronised(rebalancer, windows)
         before = self._watching.current = rebalancer.current
         self._watching.set_limits(rebalancer.limits)
+        self._watching.exchange_s = rebalancer.exchange_s
         seen = self._watching.update(windows)
         self._windows_left -= 1
         if seen.plan == before:

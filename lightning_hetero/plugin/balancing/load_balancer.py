@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -122,6 +123,7 @@ class LoadBalancer(Callback):
         self._strategy: BalancedStrategy | None = None
         self._forward_hook: RemovableHandle | None = None
         self._efficiency: float | None = None
+        self._exchange_s = 0.0
 
     # ---- what was found --------------------------------------------------------------------------------------------
 
@@ -332,8 +334,10 @@ class LoadBalancer(Callback):
             micro_batch_limit=strategy.micro_batch_limits.limit or 0,
             fetched_through=strategy.fetched_through,
             fingerprint=fingerprint_of(schedule, progress.step, progress.epoch),
+            exchange_s=self._exchange_s,
         )
         reports: list[RankReport] = []
+        begun_s = time.perf_counter()
 
         def decide(rows: list[list[float]]) -> WindowResult:
             reports.extend(RankReport.from_numbers(row) for row in rows)
@@ -351,6 +355,7 @@ class LoadBalancer(Callback):
             self._reporter.window(
                 run_window(reports, plan, times, self.communication_s, step=step, time_s=time_s, tuning=tuning)
             )
+        self._exchange_s = time.perf_counter() - begun_s
         self._perform(actions)
 
     # ---- checkpoint ------------------------------------------------------------------------------------------------

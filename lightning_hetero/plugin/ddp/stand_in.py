@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -32,8 +33,12 @@ def stand_in(module: LightningModule) -> Iterator[DiscardedUpdates]:
 
 @contextmanager
 def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Undo what the step in this context adds to the running statistics of this rank's batch normalisation."""
+    """Undo what the step in this context adds to the running statistics of this rank's batch normalisation.
+
+    Those that are synchronised over all ranks are the same on all of them, whoever has the samples, and stay so.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm) and layer.training]
+    layers = [layer for layer in layers if not _is_of_all_ranks(layer)]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
         yield
@@ -41,6 +46,11 @@ def _kept_statistics(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
+
+
+def _is_of_all_ranks(layer: nn.Module) -> bool:
+    # in another group there may be no sample at all
+    return isinstance(layer, nn.SyncBatchNorm) and layer.process_group in (None, dist.group.WORLD)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from torchmetrics import Metric
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
-from lightning_hetero.distributed.pipeline.structure import Call, mapped, tensors_of
+from lightning_hetero.distributed.pipeline.shared_value import share
+from lightning_hetero.distributed.pipeline.structure import Call, tensors_of
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
@@ -36,7 +37,14 @@ from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_val
 from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch
-from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
+from lightning_hetero.plugin.step.step_output import (
+    can_be_joined,
+    combined_output,
+    detached_output,
+    joined_output,
+    loss_of,
+    sizes_of_micro_batches,
+)
 
 __all__ = ["Example", "PipelineStep"]
 
@@ -149,7 +157,7 @@ class PipelineStep:
         """
         batch, *rest = args
         self._times_run += 1
-        sizes = _sizes(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
         parts = self._split(batch, sizes)
         weights = self._loss_weights(parts, sizes)
         outputs: list[Any] = []
@@ -188,7 +196,7 @@ class PipelineStep:
         batch, *rest = args
         self._times_run += 1
         while True:
-            sizes = _sizes(samples_in(batch), 1 if self._in_one_piece else self._micro_batches)
+            sizes = sizes_of_micro_batches(samples_in(batch), 1 if self._in_one_piece else self._micro_batches)
             parts = self._split(batch, sizes)
             with self.prepared():
                 found = self._pipeline.evaluate(len(parts), self._calls(step, parts, rest))
@@ -198,7 +206,7 @@ class PipelineStep:
                     self._in_one_piece = True
                     continue
                 return returned
-            if len(sizes) > 1 and not _can_be_joined(found, sizes):
+            if len(sizes) > 1 and not can_be_joined(found, sizes):
                 # for example the loss that a model has computed from the labels, a mean over unknown terms
                 self._in_one_piece = True
                 self._tell(_InOnePiece(), [])
@@ -208,13 +216,13 @@ class PipelineStep:
                 self._module, "log", lambda *given, calls=calls, **named: calls.append(_named_arguments(given, named))
             )
             with recorded if logs else nullcontext(), self.prepared():
-                returned = self._finished(step, batch, rest, _joined(found), 0)
+                returned = self._finished(step, batch, rest, joined_output(found), 0)
             return self._tell(returned, calls)
 
     def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
         """Return the first micro-batch of a step on every rank; every rank must call this at the same point."""
         batch, *rest = args
-        sizes = _sizes(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
         part = self._split(batch, sizes)[0]
         given = None
         if self._pipeline.is_first:
@@ -328,18 +336,20 @@ class PipelineStep:
     def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
         """Tell every rank the output of a step and what it has logged; log that here."""
         told = [{**call, "value": _portable(call["value"], self._metrics.names)} for call in calls]
-        broadcast_from((_on_cpu(returned), told), self._pipeline.last_rank)
+        self._shared((returned, told))
         for call in calls:
             self._module.log(**call)
         return returned
 
     def _hear(self) -> Any:
-        told: Any = broadcast_from(None, self._pipeline.last_rank)
-        returned, calls = told
+        returned, calls = self._shared(None)
         for call in calls:
             if not call.get("rank_zero_only"):
                 self._module.log(**{**call, "value": self._local(call["value"])})
         return move_data_to_device(returned, self._module.device)
+
+    def _shared(self, value: Any) -> Any:
+        return share(value, self._pipeline.last_rank, self._module.device)
 
     def _local(self, value: Any) -> Any:
         if isinstance(value, _MetricOf):
@@ -353,10 +363,10 @@ class PipelineStep:
 
 def _portable(value: Any, names: dict[int, str]) -> Any:
     if isinstance(value, Metric):
-        return _MetricOf(names[id(value)], _on_cpu(step_value(value)))
+        return _MetricOf(names[id(value)], step_value(value))
     if isinstance(value, Mapping):
         return {key: _portable(entry, names) for key, entry in value.items()}
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _on_cpu(value: Any) -> Any:
@@ -372,43 +382,6 @@ def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str,
     arguments = dict(inspect.signature(LightningModule.log).bind(None, *given, **named).arguments)
     del arguments["self"]
     return {**arguments, "sync_dist": False}
-
-
-def _sizes(samples: int, micro_batches: int, least: int = 1) -> list[int]:
-    """Return the sizes of the micro-batches, which differ by at most one.
-
-    Args:
-        samples: Number of samples in the batch.
-        micro_batches: Maximum number of micro-batches.
-        least: Minimum size of each micro-batch, if the batch has that many samples.
-    """
-    count = max(min(micro_batches, samples // least), 1)
-    size, larger = divmod(samples, count)
-    return [size + 1] * larger + [size] * (count - larger)
-
-
-def _can_be_joined(outputs: Sequence[Any], sizes: Sequence[int]) -> bool:
-    """Return whether the outputs of micro-batches have one entry per sample, and are otherwise the same."""
-    first: list[Any] = []
-    for output, size in zip(outputs, sizes, strict=True):
-        leaves: list[Any] = []
-        mapped(output, leaves.append)
-        if any(isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != size) for leaf in leaves):
-            return False
-        kinds = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        if not first:
-            first = kinds
-        elif len(kinds) != len(first) or any(a is not b and a != b for a, b in zip(kinds, first, strict=True)):
-            return False
-    return True
-
-
-def _joined(outputs: Sequence[Any]) -> Any:
-    """Return the output for the whole batch, joined from the outputs of its micro-batches."""
-    if len(outputs) == 1:
-        return outputs[0]
-    parts = zip(*map(tensors_of, outputs), strict=True)
-    return mapped(outputs[0], lambda leaf: torch.cat(next(parts)) if isinstance(leaf, Tensor) else leaf)
 
 
 def _refuse_generating(*_: Any, **__: Any) -> Any:

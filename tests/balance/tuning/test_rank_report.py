@@ -12,7 +12,7 @@ from lightning_hetero.balance.types import BatchPlan, MemoryReading, PlanSchedul
 from lightning_hetero.exceptions import DivergedRanksError
 
 SCHEDULE = PlanSchedule((0, 7), (BatchPlan((64, 64)), BatchPlan((85, 43))))
-REPORT = RankReport(WindowTiming(8, 3, 0.5, 0.1, 0.2), MemoryReading(8, 1.0, 2.0, 3.0), 5, 12, 2**32 - 1)
+REPORT = RankReport(WindowTiming(8, 3, 0.5, 0.1, 0.2), MemoryReading(8, 1.0, 2.0, 3.0), 5, 12, 2**32 - 1, 0.25)
 
 
 def test_a_report_travels_as_numbers() -> None:

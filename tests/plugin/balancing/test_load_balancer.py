@@ -191,8 +191,8 @@ class DrawsItsSamples(SmallModule):
 
 def advice_where_steps_draw() -> Advice | None:
     balancer = LoadBalancer(tune_steps=8)
-    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=20)
-    trainer.fit(DrawsItsSamples(), DataLoader(Numbered(64 * 20), batch_size=32))
+    trainer = make_trainer(HeteroDDPStrategy(), 2, [balancer], max_steps=40)
+    trainer.fit(DrawsItsSamples(), DataLoader(Numbered(64 * 40), batch_size=32))
     return balancer.advice
 
 

@@ -68,7 +68,8 @@ def test_a_rank_for_which_nothing_fits_ends_all_and_is_named(tmp_path: Path, ran
 
 def pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Train three stages in a directory of its own."""
-    return run_script(PROGRAMS / "pipeline.py", *arguments, folder=folder, timeout_s=120)
+    # a rank that can reach neither its peers nor the store looks for them for ten seconds
+    return run_script(PROGRAMS / "pipeline.py", *arguments, folder=folder, timeout_s=120, patience_s=30)
 
 
 @pytest.mark.parametrize("name", ["hetero_pipeline", "hetero_pipeline_spawn"])

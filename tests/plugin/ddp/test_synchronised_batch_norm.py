@@ -80,6 +80,30 @@ def test_a_rank_without_samples_under_autocast(ranks: RankPools) -> None:
     assert found[-1][1] == "torch.float32"
 
 
+def running_statistics() -> list[list[float]]:
+    """Return the statistics of a layer of all ranks and of a layer of each rank, after a step of rank 0's samples."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    module: Any = SmallModule()
+    module._trainer = Holder()
+    module.norm, module.own = nn.SyncBatchNorm(3), nn.SyncBatchNorm(3, process_group=groups[dist.get_rank()])
+    batch = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with synchronised_on_cpu():
+        if dist.get_rank():
+            with stand_in(module):
+                module.norm(batch).sum().backward()
+                module.own.running_mean += 1.0
+        else:
+            module.norm(batch).sum().backward()
+    return [[*layer.running_mean.tolist(), *layer.running_var.tolist()] for layer in (module.norm, module.own)]
+
+
+def test_a_rank_without_samples_has_the_running_statistics_of_its_peers(ranks: RankPools) -> None:
+    """Validation uses them before the next step, in which DDP would send those of rank 0."""
+    (joint, own), *others = ranks.run(3, running_statistics, timeout_s=60.0)
+    assert joint != own == [0.0] * 3 + [1.0] * 3
+    assert others == [[joint, own]] * 2, "what ranks have for themselves is restored"
+
+
 class Normalising(SmallModule):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""Implement `lightning-hetero check`, which tries on this machine's devices what a training relies on."""
