@@ -111,9 +111,9 @@ class Runtime:
         step: Callable[..., Any],
         args: tuple[Any, ...],
         optimizers: Sequence[Optimizer],
+        context: AbstractContextManager[None],
         *,
         training: bool,
-        context: AbstractContextManager[None],
     ) -> None:
         """Compare the layers with the model before the first step; every rank must call this at the same point.
 
@@ -121,8 +121,8 @@ class Runtime:
             step: The user's step.
             args: Arguments of the step, the batch first.
             optimizers: The optimisers.
-            training: Whether the step has backward passes.
             context: Context of a step's passes, such as autocast.
+            training: Whether the step has backward passes.
         """
         if self._verified or self.found.certain:
             return

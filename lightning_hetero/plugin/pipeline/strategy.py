@@ -53,11 +53,10 @@ __all__ = ["HeteroPipelineStrategy"]
 class HeteroPipelineStrategy(BaseStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
-    ``self.model`` of the LightningModule is an ``nn.Sequential``, or one of the two defines ``pipeline_layers()``,
-    which returns the layers in the order in which they are called. Steps call the model exactly once. Layers exchange
-    tensors, in tuples, lists and dicts. Rank 0 runs the last stage, loads the data and computes the losses. All ranks
-    know what a step returns and logs. What steps collect in the module is on rank 0 only, so the module's hooks at the
-    end of an epoch run there, and all ranks log what these hooks log.
+    ``self.model`` is a model of several blocks, for example of transformers, or an ``nn.Sequential``, or it or the
+    module defines ``pipeline_layers()``. Steps call the model exactly once. Rank 0 runs the last stage, loads the data
+    and computes the losses. All ranks know what a step returns and logs. What steps collect in the module is on rank 0 only, so the
+    module's hooks at the end of an epoch run there.
 
     Args:
         splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the
@@ -200,9 +199,9 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def model_to_device(self) -> None:
-        layers = layers_of(self._module).layers
+        num_layers = len(layers_of(self._module).layers)
         found = None if self.findings is None else self.findings.plan
-        self.plan = first_plan(len(layers), self.world_size, self.splits, self.speeds, found)
+        self.plan = first_plan(num_layers, self.world_size, self.splits, self.speeds, found)
         self._batches = 0
         self._runtime = Runtime(
             self._module,
@@ -216,8 +215,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Change to the best stages before the first step, not counting Lightning's sanity check."""
-        context = self._context_of(training=training)
-        self._running.verify(step, args, self.optimizers, training=training, context=context)
+        running = self._running
+        running.verify(step, args, self.optimizers, self._context_of(training=training), training=training)
         if (
             self.splits != "auto"
             or self.speeds is not None
@@ -226,7 +225,6 @@ class HeteroPipelineStrategy(BaseStrategy):
             or (self.findings is not None and (self.findings.training or not training))
         ):
             return
-        running = self._running
         example = running.steps.example(step, args, training=training)
         with running.steps.prepared(), self._context_of(training=training):
             self.findings = find_stages(
