@@ -55,8 +55,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     ``self.model`` is a model of several blocks, for example of transformers, or an ``nn.Sequential``, or it or the
     module defines ``pipeline_layers()``. Steps call the model exactly once. Rank 0 runs the last stage, loads the data
-    and computes the losses. All ranks know what a step returns and logs. What steps collect in the module is on rank 0 only, so the
-    module's hooks at the end of an epoch run there.
+    and computes the losses. All ranks know what a step returns and logs. What steps collect in the module is on rank 0
+    only, so the module's hooks at the end of an epoch run there.
 
     Args:
         splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the
@@ -199,9 +199,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def model_to_device(self) -> None:
-        num_layers = len(layers_of(self._module).layers)
         found = None if self.findings is None else self.findings.plan
-        self.plan = first_plan(num_layers, self.world_size, self.splits, self.speeds, found)
+        self.plan = first_plan(len(layers_of(self._module).layers), self.world_size, self.splits, self.speeds, found)
         self._batches = 0
         self._runtime = Runtime(
             self._module,
