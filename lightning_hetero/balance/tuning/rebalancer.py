@@ -49,7 +49,7 @@ _CHECK_INTERVAL_S = 0.25
 _CHECK_INTERVAL_S_PER_RANK = 0.0005
 _LONGEST_PAUSE = 20
 # However long an exchange takes, those of the watching take no more than this part of the time.
-_EXCHANGES = 0.005
+_EXCHANGES = 0.01
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Rebalancer:
         model: Step times known from an earlier run; None if there are none. A run with a model does not tune.
 
     Attributes:
-        exchange_s: Seconds that the latest exchange of measurements has taken without waiting.
+        exchange_s: Seconds that an exchange of measurements takes without waiting.
     """
 
     def __init__(

@@ -10,9 +10,11 @@ A session has no clock, sends nothing and prints nothing, so a simulation drives
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from statistics import median_low
 from typing import Any
 
 from lightning_hetero.balance.batch.caps import limits_of_micro_batches
@@ -39,6 +41,8 @@ from lightning_hetero.balance.types import BatchLimits, BatchPlan, PlanSchedule,
 
 __all__ = ["Phase", "StepFacts", "TuningSession", "TuningSettings", "WindowResult"]
 
+# Number of exchanges by which it is known how long one takes; a single one may have been disturbed.
+_EXCHANGES = 5
 # Number of steps in the window that measures the effect of the tuning if nothing is watched afterwards.
 _REPORT_STEPS = 10
 # A running timer costs a little in every step, so it is stopped in pauses of more steps.
@@ -147,6 +151,7 @@ class TuningSession:
         self._memory_model = MemoryModel(0)
         self._saved_balance: dict[str, Any] | None = None
         self._window = Window(0, 1)
+        self._exchanges_s: deque[float] = deque(maxlen=_EXCHANGES)
         self._measure_from = self._elapsed_steps = self._kept_steps = 0
         self._timing = False
         self._suggestion: BatchPlan | None = None
@@ -312,7 +317,8 @@ class TuningSession:
             ]
             limits = limits_of_micro_batches(limits, largest, self._rebalancer.current.global_batch_size)
         self._rebalancer.set_limits(limits)
-        self._rebalancer.exchange_s = min(report.exchange_s for report in reports)  # the last rank has not waited
+        self._exchanges_s.append(min(report.exchange_s for report in reports))  # the last rank has not waited
+        self._rebalancer.exchange_s = median_low(self._exchanges_s)
         windows = [report.window for report in reports]
         measured = [window if window.steps else None for window in windows]
         decision = self._judge.judge(self._rebalancer, measured, self._window.synchronised)
