@@ -220,7 +220,8 @@ def test_a_device_can_be_kept_busy() -> None:
             sleep_on_device(1000)
 
 
-def test_a_tensor_without_memory_says_where_it_is_and_is_passed_on() -> None:
+def test_a_tensor_without_memory_says_where_it_is_and_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which torch sets for them
     tensor = tensor_without_memory((2, 3), torch.float32, torch.device("cpu"))
     assert (tuple(tensor.shape), tensor.dtype, tensor.device.type) == ((2, 3), torch.float32, "cpu")
     mixed = tensor @ torch.ones(3, 4) + 1
