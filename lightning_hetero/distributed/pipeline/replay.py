@@ -10,6 +10,7 @@ the one before it.  That is verified with tensors without memory before the firs
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -239,6 +240,8 @@ class Replay:
             *layer.named_parameters(remove_duplicate=False),
             *layer.named_buffers(remove_duplicate=False),
         )
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is handled here
+        was_disabled, logger.disabled = logger.disabled, True
         state = {name: tensor_without_memory(tensor.shape, tensor.dtype, device) for name, tensor in named}
         try:
             with state_kept(layer):
@@ -249,6 +252,8 @@ class Replay:
             if not floating:
                 raise
             return floating[0]
+        finally:
+            logger.disabled = was_disabled
 
     def _kind(self, layer: nn.Module) -> int:
         """Return a number that layers share whose outputs have the same shapes for the same inputs."""
