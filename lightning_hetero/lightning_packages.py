@@ -35,6 +35,7 @@ __all__ = [
 # public classes, and where the plugin has them
 CLASSES = {
     "HeteroDDPStrategy": "ddp.strategy",
+    "HeteroFSDPStrategy": "fsdp.strategy",
     "HeteroPipelineStrategy": "pipeline.strategy",
     "LargestBatchFinder": "balancing.largest_batch",
     "LoadBalancer": "balancing.load_balancer",
@@ -151,9 +152,10 @@ def register(name: str, strategy: str = "hetero_ddp", **arguments: Any) -> None:
     Args:
         name: The name for ``Trainer(strategy=...)``, in lower case. It must not be a name of Lightning or of this
             package.
-        strategy: The strategy that gets the arguments: "hetero_ddp", "hetero_pipeline", or a longer name of their
-            families such as "hetero_ddp_spawn".
-        **arguments: Arguments of :class:`HeteroDDPStrategy` or :class:`HeteroPipelineStrategy`.
+        strategy: The strategy that gets the arguments: "hetero_ddp", "hetero_fsdp", "hetero_pipeline", or a longer
+            name of their families such as "hetero_ddp_spawn".
+        **arguments: Arguments of :class:`HeteroDDPStrategy`, :class:`HeteroFSDPStrategy` or
+            :class:`HeteroPipelineStrategy`.
 
     Raises:
         ConfigurationError: The name cannot be used, or an argument breaks its rule.

@@ -27,10 +27,18 @@ if TYPE_CHECKING:
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
     from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
     from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+    from lightning_hetero.plugin.fsdp.strategy import HeteroFSDPStrategy
     from lightning_hetero.plugin.pipeline.recorder import PipelineRecorder
     from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
-__all__ = ["HeteroDDPStrategy", "HeteroPipelineStrategy", "LargestBatchFinder", "LoadBalancer", "PipelineRecorder"]
+__all__ = [
+    "HeteroDDPStrategy",
+    "HeteroFSDPStrategy",
+    "HeteroPipelineStrategy",
+    "LargestBatchFinder",
+    "LoadBalancer",
+    "PipelineRecorder",
+]
 
 __path__: list[str] = []  # the finder below knows where its modules are
 

@@ -73,6 +73,8 @@ def arguments_of(name: str, *, passed_on: bool = False) -> set[str]:
     """Return what a constructor takes; ``passed_on``: with what it passes on to Lightning's."""
     parameters = inspect.signature(CLASSES[name]).parameters.values()
     own = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    if passed_on and name == "HeteroFSDPStrategy":
+        own |= arguments_of("HeteroDDPStrategy")
     if passed_on and len(own) < len(parameters):
         # what DDP takes beside these, DistributedDataParallel does
         return own | set(inspect.signature(DDPStrategy).parameters) | {"find_unused_parameters", "static_graph"}
@@ -158,7 +160,7 @@ def test_the_commands_of_the_readme_are_those_of_ci() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] in commands
 
 
-@pytest.mark.parametrize("name", ["HeteroDDPStrategy", "HeteroPipelineStrategy", "LoadBalancer"])
+@pytest.mark.parametrize("name", ["HeteroDDPStrategy", "HeteroFSDPStrategy", "HeteroPipelineStrategy", "LoadBalancer"])
 def test_every_argument_is_in_a_table(name: str) -> None:
     tables = [table for page in PAGES for table in tables_of_arguments(page.read_text(encoding="utf-8"))]
     assert set().union(*(named for owner, named in tables if owner == name)) == arguments_of(name)

@@ -29,6 +29,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "": set(),
         "batch": {""},
         "record": {""},
+        "shards": {""},
         "pipeline": {""},
         "tuning": {"", "batch", "record"},
     },
@@ -37,6 +38,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "group": {""},
         "data": {""},
         "pipeline": {"", "group"},
+        "shards": {"", "group"},
     },
     "plugin": {
         "common": set(),
@@ -44,8 +46,9 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "data": {"common", "step"},
         "balancing": {"common", "step"},
         "ddp": {"common", "step", "data", "balancing"},
+        "fsdp": {"common", "step", "data", "balancing", "ddp"},
         "pipeline": {"common", "step"},
-        "": {"ddp", "pipeline"},
+        "": {"ddp", "fsdp", "pipeline"},
     },
     "command": {
         "check": set(),

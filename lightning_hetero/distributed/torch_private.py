@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives
 
 __all__ = [
+    "CONVERT",
+    "FOREACH_MAX",
+    "FOREACH_NORM",
     "LOADER_ITERATOR",
+    "UNSCALE",
     "BatchNorm",
     "collective_methods",
     "computes_in_buckets",
@@ -27,18 +31,28 @@ __all__ = [
     "functional_resolvers",
     "is_without_memory",
     "node_before_ddp",
+    "norms_of",
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
     "running_function",
     "sleep_on_device",
     "tensor_without_memory",
+    "unscale",
     "version_of",
     "without_tensor_hooks",
+    "wrapper_of",
 ]
 
 # The base of batch normalisation in one, two and three dimensions; the public classes have no other in common.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+
+# The operators that conversions, clipping by norm and a GradScaler end in. A tensor in parts must answer them, and
+# torch has no public names for them.
+CONVERT = torch.ops.aten._to_copy
+FOREACH_NORM = torch.ops.aten._foreach_norm
+FOREACH_MAX = torch.ops.aten._foreach_max
+UNSCALE = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_
 
 # Where a DataLoader keeps its persistent workers: a copy of the loader must not share them.
 LOADER_ITERATOR = "_iterator"
@@ -191,3 +205,22 @@ def sleep_on_device(cycles: int) -> None:
     torch's own tests use it. No public operation has a duration that does not depend on the device's speed and load.
     """
     torch.cuda._sleep(cycles)
+
+
+def wrapper_of(cls: Any, shape: Sequence[int], local: Tensor) -> Any:
+    """Return a tensor of a subclass that has a shape but no memory of its own, with the type and device of ``local``.
+
+    A part of a parameter must look like the parameter, and nothing public makes a tensor without its memory.
+    """
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the norm of each tensor, on a device with few kernels for all of them, as torch clips gradients."""
+    norms: Sequence[Tensor] = torch._foreach_norm(list(tensors))
+    return norms
+
+
+def unscale(gradients: Sequence[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Unscale gradients, and note whether one of them is not finite, as a GradScaler does."""
+    torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.fsdp.strategy import HeteroFSDPStrategy
 from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = ["register_strategies"]
@@ -19,7 +20,7 @@ _UNUSED_PARAMETERS: dict[str, dict[str, bool]] = {
 
 
 def register_strategies() -> None:
-    """Register the ``hetero_ddp`` family and ``hetero_pipeline``; calling it again changes nothing."""
+    """Register the ``hetero_ddp`` family, ``hetero_fsdp`` and ``hetero_pipeline``; calling it again changes nothing."""
     for launcher, start_method in _START_METHODS.items():
         for suffix, parameters in _UNUSED_PARAMETERS.items():
             name = f"hetero_ddp{launcher}{suffix}"
@@ -33,6 +34,13 @@ def register_strategies() -> None:
             )
     for launcher in ("", "_spawn"):
         start_method = _START_METHODS[launcher]
+        StrategyRegistry.register(
+            f"hetero_fsdp{launcher}",
+            HeteroFSDPStrategy,
+            description=f"Parameters in shards by memory, samples by speed, started by {start_method!r}",
+            override=True,
+            start_method=start_method,
+        )
         StrategyRegistry.register(
             f"hetero_pipeline{launcher}",
             HeteroPipelineStrategy,

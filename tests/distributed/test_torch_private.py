@@ -15,7 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_hetero.distributed.torch_private import (
+    CONVERT,
+    FOREACH_MAX,
+    FOREACH_NORM,
     LOADER_ITERATOR,
+    UNSCALE,
     BatchNorm,
     collective_methods,
     computes_in_buckets,
@@ -25,14 +29,17 @@ from lightning_hetero.distributed.torch_private import (
     functional_resolvers,
     is_without_memory,
     node_before_ddp,
+    norms_of,
     queue_after_all_reduce,
     queue_after_backward,
     reduces_after_backward,
     running_function,
     sleep_on_device,
     tensor_without_memory,
+    unscale,
     version_of,
     without_tensor_hooks,
+    wrapper_of,
 )
 
 
@@ -228,3 +235,35 @@ def test_a_tensor_without_memory_says_where_it_is_and_is_passed_on(monkeypatch: 
     assert tuple(mixed.shape) == (2, 4)
     assert is_without_memory(mixed)
     assert not is_without_memory(torch.ones(3, device=mixed.device))
+
+
+class Named(torch.Tensor):
+    """Keeps the operators that it is asked for, and has no memory."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        cls.asked.append(func.overloadpacket)
+        if func.overloadpacket is UNSCALE:
+            return None
+        return [torch.ones(())] if func.overloadpacket in (FOREACH_NORM, FOREACH_MAX) else torch.ones(2, 3)
+
+
+def test_a_tensor_without_memory_answers_the_operators_of_clipping_and_scalers() -> None:
+    made = wrapper_of(Named, (2, 3), torch.ones(4, dtype=torch.float64))
+    assert (type(made), made.shape, made.dtype, made.dim()) == (Named, (2, 3), torch.float64, 2)
+    made.float()
+    torch._foreach_norm([made])
+    torch._foreach_max([made])
+    unscale([made], torch.zeros(()), torch.ones(()))
+    assert Named.asked == [CONVERT, FOREACH_NORM, FOREACH_MAX, UNSCALE]
+
+
+def test_norms_and_unscaling_of_plain_tensors() -> None:
+    gradients, found = [torch.full((4,), 2.0), torch.tensor([3.0, float("inf")])], torch.zeros(())
+    assert [float(norm) for norm in norms_of(gradients[:1])] == [4.0]
+    unscale(gradients[:1], found, torch.tensor(0.5))
+    assert (gradients[0].tolist(), float(found)) == ([1.0] * 4, 0.0)
+    unscale(gradients, found, torch.tensor(0.5))
+    assert float(found) == 1.0

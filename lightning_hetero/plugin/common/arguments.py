@@ -34,10 +34,12 @@ __all__ = [
     "check_optional_positive_integer",
     "check_positive",
     "check_record",
+    "check_shard_weights",
     "check_shares",
     "check_splits",
     "check_sum_of_caps",
     "is_integer",
+    "shard_weights_of_ranks",
     "shares_of_ranks",
 ]
 
@@ -66,6 +68,33 @@ def check_shares(shares: Any, world_size: int | None = None) -> None:
     if world_size is not None and len(shares) != world_size:
         raise ConfigurationError(
             f"`shares` must have one number per rank ({world_size}), got {len(shares)}: {list(shares)}."
+            f" Add or remove numbers, or set `devices` and `num_nodes` to match."
+        )
+
+
+def check_shard_weights(weights: Any, world_size: int | None = None) -> None:
+    """Check the ``shard_weights`` argument, and its length if ``world_size`` is known."""
+    if isinstance(weights, str) and weights == "auto":
+        return
+    if isinstance(weights, Mapping):
+        _check_names("shard_weights", weights)
+    elif not _is_list(weights):
+        raise ConfigurationError(
+            f'`shard_weights` must be "auto", one number per rank, or a mapping from device name to number, got'
+            f" {weights!r}. For example [2, 1] gives rank 0 two thirds of the parameters."
+        )
+    entries = list(weights.items() if isinstance(weights, Mapping) else enumerate(weights))
+    for name, weight in entries:
+        if not _is_number(weight) or weight < 0:
+            raise ConfigurationError(
+                f"`shard_weights[{name!r}]` must be a finite number of at least 0, got {weight!r}. A rank with 0 holds"
+                f" no part of the model, but takes part in the training."
+            )
+    if not any(weight for _, weight in entries) and not isinstance(weights, Mapping):
+        raise ConfigurationError(f"`shard_weights` must not all be 0, got {list(weights)}. Give one rank some weight.")
+    if world_size is not None and not isinstance(weights, Mapping) and len(weights) != world_size:
+        raise ConfigurationError(
+            f"`shard_weights` must have one number per rank ({world_size}), got {len(weights)}: {list(weights)}."
             f" Add or remove numbers, or set `devices` and `num_nodes` to match."
         )
 
@@ -297,6 +326,23 @@ def shares_of_ranks(
     if not isinstance(shares, Mapping):
         return [float(share) for share in shares]
     return [float(share) for share in _by_device("shares", shares, profiles)]
+
+
+def shard_weights_of_ranks(
+    weights: str | Sequence[float] | Mapping[str, float], profiles: Sequence[DeviceProfile]
+) -> list[float] | None:
+    """Return one weight per rank, given the device of each rank; None for "auto".
+
+    Raises:
+        ConfigurationError: If a rank's device is not in the mapping, or no rank has a weight.
+    """
+    if isinstance(weights, str):
+        return None
+    given = _by_device("shard_weights", weights, profiles) if isinstance(weights, Mapping) else weights
+    of_ranks = [float(weight) for weight in given]
+    if not any(of_ranks):
+        raise ConfigurationError(f"`shard_weights` must not be 0 for all devices of this run, got {weights}.")
+    return of_ranks
 
 
 def _by_device(name: str, numbers: Mapping[str, Any], profiles: Sequence[DeviceProfile]) -> list[Any]:

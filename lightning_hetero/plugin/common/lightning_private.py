@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_hetero.plugin.common.overridden import overridden
 
 __all__ = [
+    "accumulates",
     "before_batch_transfer",
     "called_by_lightning_loop",
     "combined_loaders",
@@ -43,6 +44,7 @@ __all__ = [
     "tells_indices",
     "trainer_of",
     "uses_post_local_sgd",
+    "with_synchronised_layers",
     "wrap_checkpoint_io",
 ]
 
@@ -180,6 +182,17 @@ def uses_post_local_sgd(strategy: DDPStrategy) -> bool:
     The class of the hook's state is compared by name, because importing its module would import half of torch.
     """
     return type(strategy._ddp_comm_state).__name__ == "PostLocalSGDState" or strategy._model_averager is not None
+
+
+def with_synchronised_layers(strategy: DDPStrategy, model: LightningModule) -> Any:
+    """Return the module with the layers that ``Trainer(sync_batchnorm=True)`` asks for; no public attribute tells."""
+    plugin = strategy._layer_sync
+    return model if plugin is None else plugin.apply(model)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether the current batch ends without a step of the optimiser; no public method of the loop tells."""
+    return trainer.fit_loop._should_accumulate()
 
 
 def has_comm_hook(strategy: DDPStrategy) -> bool:

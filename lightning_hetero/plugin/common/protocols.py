@@ -58,8 +58,10 @@ class StepOwner(_OnRank, Protocol):
 
     Attributes:
         loss_weight: Weight of the rank's loss with which the mean over ranks is the mean over the global batch.
+        why_one_micro_batch: Why no rank can run a step in several micro-batches; None if it depends on the module.
     """
 
+    why_one_micro_batch: str | None
     num_loss_terms: Callable[[Any], float] | None
     loss_weight: float
     timer: StepTimer

@@ -47,6 +47,7 @@ class BatchScope(Callback):
         part: This rank's part of the batch; None between batches, or if it is unknown.
         weight: Weight of this rank's mean in the mean over ranks; 1 between batches.
         epoch_end: The epoch that ends, in its last hooks; None at any other time.
+        frozen_stay: Whether parameters that are frozen at first are never combined between ranks, as under DDP.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class BatchScope(Callback):
         self.part: BatchSlice | None = None
         self.weight = 1.0
         self.epoch_end: EpochEnd | None = None
+        self.frozen_stay = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": ExitStack(), "_batch": ExitStack()}  # a copy is in no run
@@ -116,7 +118,7 @@ class BatchScope(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # DDP has just wrapped the module
-        self._frozen = FrozenParameters(pl_module) if trainer.world_size > 1 else None
+        self._frozen = FrozenParameters(pl_module) if trainer.world_size > 1 and self.frozen_stay else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,6 +58,9 @@ class MicroBatches:
     Args:
         strategy: The strategy whose steps are run.
         limits: How large micro-batches may be; lowered if memory runs out.
+
+    Attributes:
+        before_communication: Function that is called before the ranks communicate in a step.
     """
 
     def __init__(self, strategy: StepOwner, limits: MicroBatchLimits) -> None:
@@ -69,6 +72,7 @@ class MicroBatches:
         self._attempt: StepAttempt | None = None
         self._log: LogCapture | None = None
         self._runner: StepRunner | None = None
+        self.before_communication: Callable[[], None] = _nothing
 
     def begin(self) -> None:
         """Check whether steps can run in several micro-batches; called when a training begins.
@@ -109,6 +113,7 @@ class MicroBatches:
             )
             announce(f"rank {self._strategy.global_rank}: {message}")
             raise UnsupportedFeatureError(message)
+        self.before_communication()
 
     @contextmanager
     def alone(self, refusal: str = "") -> Iterator[None]:
@@ -261,3 +266,7 @@ class MicroBatches:
                 raise
             reason = str(error)
         return self._recovery.finish_backward(attempt, before, loss, reason)
+
+
+def _nothing() -> None:
+    """Do nothing."""

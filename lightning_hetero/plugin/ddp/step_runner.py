@@ -62,6 +62,8 @@ class StepRunner:
     def why_one(self) -> str | None:
         """Return why a step cannot run in several micro-batches; None if it can."""
         module = self.module
+        if self._strategy.why_one_micro_batch is not None:
+            return self._strategy.why_one_micro_batch
         if not module.automatic_optimization:
             return "only automatic optimisation can be repeated in smaller micro-batches"
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):

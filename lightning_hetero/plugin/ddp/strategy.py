@@ -86,6 +86,7 @@ class HeteroDDPStrategy(BaseStrategy):
     """
 
     strategy_name = "hetero_ddp"
+    why_one_micro_batch: str | None = None
 
     def __init__(
         self,
@@ -289,10 +290,13 @@ class HeteroDDPStrategy(BaseStrategy):
         self.loss_weight = self._weight_of_loss(args[0] if args else None)
         if self.num_loss_terms is not None:
             self.scope.weight = self.loss_weight
-        forward = partial(super().training_step, **kwargs)
+        forward = partial(self._forward, **kwargs)
         backward = partial(self._backward, super().backward)
         with self.scope.watching(), self._logging(), failure_of_peers():
             return self.micro_batches.training_step(forward, backward, args, self.train_data.part)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
 
     def _weight_of_loss(self, batch: Any) -> float:
         part = self.train_data.part

@@ -1,22 +1,18 @@
-"""Refuse what a pipeline cannot train or save."""
+"""Refuse what a pipeline cannot train."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch.optim import LBFGS, Optimizer
 
-from lightning_hetero.exceptions import RankFailedError, UnsupportedFeatureError
+from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.common.parts_of_model import why_not_with
 
-__all__ = ["refuse_backend", "refuse_optimizers", "refuse_saving", "refuse_training"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["refuse_backend", "refuse_optimizers", "refuse_training"]
 
 
 def refuse_training(
@@ -40,23 +36,9 @@ def refuse_training(
     elif precision == "16-mixed":
         reason = 'precision "16-mixed" scales the loss, and stages would have to agree when to skip; use "bf16-mixed"'
     for callback in callbacks:
-        reason = _why_not(callback, world_size) or reason
+        reason = why_not_with(callback, world_size) or reason
     if reason is not None:
         raise UnsupportedFeatureError(f"`hetero_pipeline` cannot train this: {reason}.")
-
-
-def _why_not(callback: Callback, world_size: int) -> str | None:
-    name = type(callback).__name__
-    if world_size > 1 and (
-        isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False)
-    ):
-        return (
-            f"{name} saves after a rank has failed, when the layers of other ranks may be gone; save during training"
-            f" instead, with ModelCheckpoint(every_n_train_steps=...)"
-        )
-    if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-        return f"{name} copies the whole model, of which each rank has only a part"
-    return None
 
 
 def refuse_backend(device: torch.device) -> None:
@@ -87,26 +69,3 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
             "`hetero_pipeline` cannot train with LBFGS, which runs the step several times and compares gradients of all"
             " parameters. Use another optimiser."
         )
-
-
-def refuse_saving(failure: BaseException | None, on_exception: Callable[[BaseException], None]) -> NoReturn:
-    """Refuse to save after a run has failed.
-
-    Args:
-        failure: Error that is being handled if a callback saves before Lightning has told the strategy; None otherwise.
-        on_exception: Function that tells the strategy of the error.
-
-    Raises:
-        RankFailedError: The strategy already knows that the run has failed.
-        BaseException: ``failure`` itself. The callback must not continue as if it had saved, and the user should
-            finally see why the run failed.
-    """
-    reason = (
-        "`hetero_pipeline` cannot save after a run has failed: the layers of other ranks may be gone. Save during"
-        " training instead, with ModelCheckpoint(every_n_train_steps=...)."
-    )
-    if failure is None:
-        raise RankFailedError(reason)
-    on_exception(failure)
-    _log.error(reason)
-    raise failure

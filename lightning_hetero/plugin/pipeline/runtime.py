@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
@@ -26,7 +25,7 @@ from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 from lightning_hetero.plugin.pipeline.verification import verify_layers
 
-__all__ = ["Runtime", "not_moved_to_cpu"]
+__all__ = ["Runtime"]
 
 _END_OF_EPOCH = tuple(f"on_{stage}_epoch_end" for stage in ("train", "validation", "test", "predict"))
 
@@ -183,13 +182,3 @@ class Runtime:
                 self.placement.complete()
         finally:
             self._overrides.close()
-
-
-@contextmanager
-def not_moved_to_cpu(module: nn.Module) -> Iterator[None]:
-    """Leave a module where it is in this context, even if it is told to move to the CPU.
-
-    The peers of a failed rank may never send their parts of the model, so it cannot be moved as a whole.
-    """
-    with overridden(module, "cpu", lambda: module):
-        yield

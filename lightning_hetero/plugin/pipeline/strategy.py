@@ -30,6 +30,7 @@ from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.base_strategy import BaseStrategy
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
+from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu, refuse_saving
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
@@ -41,8 +42,8 @@ from lightning_hetero.plugin.pipeline.planning import (
     first_plan,
     report_findings,
 )
-from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_saving, refuse_training
-from lightning_hetero.plugin.pipeline.runtime import Runtime, not_moved_to_cpu
+from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_training
+from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
 from lightning_hetero.plugin.step.seeded import seeded
@@ -55,8 +56,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     ``self.model`` is a model of several blocks, for example of transformers, or an ``nn.Sequential``, or it or the
     module defines ``pipeline_layers()``. Steps call the model exactly once. Rank 0 runs the last stage, loads the data
-    and computes the losses. All ranks know what a step returns and logs. What steps collect in the module is on rank 0
-    only, so the module's hooks at the end of an epoch run there.
+    and computes the losses. All ranks know what a step returns and logs. What steps collect is on rank 0 only, so hooks
+    at the end of an epoch run there.
 
     Args:
         splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the
@@ -278,9 +279,8 @@ class HeteroPipelineStrategy(BaseStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        accumulated = self._module.trainer.accumulate_grad_batches
         self._plan_by_measuring(self._module.training_step, args, training=True)
-        running = self._running
+        running, accumulated = self._running, self._module.trainer.accumulate_grad_batches
         with (
             failure_of_peers(),
             self.precision_plugin.train_step_context(),
@@ -354,7 +354,7 @@ class HeteroPipelineStrategy(BaseStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.world_size > 1 and (self._failed or super().is_alone):
-            refuse_saving(None if self._failed else sys.exc_info()[1], self.on_exception)
+            refuse_saving(self.strategy_name, None if self._failed else sys.exc_info()[1], self.on_exception)
         # the process that has spawned the ranks holds the whole model
         runtime = self._runtime
         return super().lightning_module_state_dict() if runtime is None else runtime.placement.state_dict()

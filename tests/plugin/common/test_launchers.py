@@ -22,7 +22,9 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_script(PROGRAMS / "train.py", *arguments, folder=folder, timeout_s=120)
 
 
-@pytest.mark.parametrize("name", ["hetero_ddp", "hetero_ddp_spawn", "hetero_ddp_fork_find_unused_parameters_true"])
+@pytest.mark.parametrize(
+    "name", ["hetero_ddp", "hetero_ddp_spawn", "hetero_ddp_fork_find_unused_parameters_true", "hetero_fsdp"]
+)
 def test_a_name_starts_ranks_that_train(tmp_path: Path, name: str) -> None:
     done = train(tmp_path, repr(name))
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from lightning_hetero import HeteroDDPStrategy
 from lightning_hetero.plugin.common import base_strategy
 from lightning_hetero.plugin.common.lightning_private import (
+    accumulates,
     before_batch_transfer,
     called_by_lightning_loop,
     combined_loaders,
@@ -37,6 +38,7 @@ from lightning_hetero.plugin.common.lightning_private import (
     tells_indices,
     trainer_of,
     uses_post_local_sgd,
+    with_synchronised_layers,
     wrap_checkpoint_io,
 )
 
@@ -205,3 +207,35 @@ def test_a_rank_that_has_failed_leaves_its_group_to_be_aborted(monkeypatch: pyte
     strategy.on_exception(ValueError("raised by a test"))
     strategy.teardown()
     assert told == [False]
+
+
+class Accumulating(BoringModel):
+    """Asks whether a batch ends without a step of the optimiser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[bool] = []
+        self.normalisation = torch.nn.BatchNorm1d(2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.answers.append(accumulates(self.trainer))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_ends_without_a_step_is_known_before(tmp_path: Path) -> None:
+    module = Accumulating()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=5, limit_val_batches=0, logger=False,
+        accumulate_grad_batches=2, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert module.answers == [True, False, True, False, False]
+
+
+def test_layers_are_synchronised_if_the_trainer_says_so() -> None:
+    kinds = []
+    for synchronised in (False, True):
+        strategy = DDPStrategy()
+        Trainer(accelerator="cpu", devices=1, strategy=strategy, sync_batchnorm=synchronised, logger=False)
+        kinds.append(type(with_synchronised_layers(strategy, Accumulating()).normalisation))
+    assert kinds == [torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm]

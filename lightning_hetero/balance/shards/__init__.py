@@ -1,0 +1,1 @@
+"""Divide the parameters of a model among ranks in shards of unequal size."""

@@ -1,0 +1,1 @@
+"""Parameters in shards of unequal size, gathered while they are used."""

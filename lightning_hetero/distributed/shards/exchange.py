@@ -1,0 +1,128 @@
+"""The two collectives of shards of unequal size: gather a unit's parts, and add up its gradients part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hetero.exceptions import UnsupportedFeatureError
+
+__all__ = ["Exchange", "GlooExchange", "NcclExchange", "Pending", "exchange_for"]
+
+
+class Pending:
+    """Collectives under way.
+
+    Args:
+        works: torch's handles.
+        result: The tensor that they fill.
+        kept: Whatever must stay in memory until they are done.
+    """
+
+    def __init__(self, works: Sequence[Any], result: Tensor, kept: Any = None) -> None:
+        self._works = works
+        self._result = result
+        self._kept = kept
+
+    def wait(self) -> Tensor:
+        """Wait for the collectives, on CUDA in the current stream, and return what they have filled."""
+        for work in self._works:
+            work.wait()
+        self._works, self._kept = (), None
+        return self._result
+
+
+class Exchange(Protocol):
+    """Collectives over all ranks; every rank calls them in the same order.
+
+    Attributes:
+        group: The ranks.
+    """
+
+    group: dist.ProcessGroup
+
+    def gather(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Fill the parts of all other ranks; ``parts[rank]`` holds that of this rank."""
+        ...
+
+    def reduce(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Add up each part over the ranks; the result is this rank's. The parts are lost."""
+        ...
+
+
+class GlooExchange:
+    """Collectives of single parts: gloo has none that takes parts of unequal size.
+
+    Args:
+        group: The ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def gather(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Fill the parts of all other ranks; ``parts[rank]`` holds that of this rank."""
+        # as bytes, because not every type of number can be sent in every version
+        works = [
+            dist.broadcast(part.view(torch.uint8), source, self.group, async_op=True)
+            for source, part in enumerate(parts)
+            if part.numel()
+        ]
+        return Pending(works, parts[rank], parts)
+
+    def reduce(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Add up each part over the ranks; the result is this rank's. The parts are lost."""
+        works = [
+            dist.reduce(part, target, group=self.group, async_op=True)
+            for target, part in enumerate(parts)
+            if part.numel()
+        ]
+        return Pending(works, parts[rank], parts)
+
+
+class NcclExchange:
+    """Collectives of lists, which NCCL runs as one launch if the sizes differ.
+
+    Args:
+        group: The ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def gather(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Fill the parts of all other ranks; ``parts[rank]`` holds that of this rank."""
+        work = dist.all_gather(list(parts), parts[rank], self.group, async_op=True)
+        return Pending([work], parts[rank], parts)
+
+    def reduce(self, parts: Sequence[Tensor], rank: int) -> Pending:
+        """Add up each part over the ranks; the result is this rank's. The parts are lost."""
+        result = torch.empty_like(parts[rank])
+        work = dist.reduce_scatter(result, list(parts), group=self.group, async_op=True)
+        return Pending([work], result, parts)
+
+
+def exchange_for(device: torch.device, group: dist.ProcessGroup) -> Exchange:
+    """Return the collectives for tensors of ``device``.
+
+    Args:
+        device: The device.
+        group: The ranks.
+
+    Raises:
+        UnsupportedFeatureError: The process group cannot send tensors of that device in parts.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
+    backend = backends.get(device.type, dist.get_backend(group))
+    if backend == "nccl":
+        return NcclExchange(group)
+    if backend == "gloo" and device.type == "cpu":
+        return GlooExchange(group)
+    raise UnsupportedFeatureError(
+        f"`hetero_fsdp` needs NCCL for CUDA devices or gloo for processors, got {backend} for {device}. Leave out"
+        f' `process_group_backend`, or use strategy="hetero_ddp", which works over gloo.'
+    )

@@ -1,0 +1,369 @@
+"""A tensor of which each rank holds a part: it has the shape of the whole, and the memory of the part.
+
+Parameters, their gradients and the states of optimisers are of this type between steps. Whatever is computed element by
+element is computed on each rank's part. Norms, sums, means and extrema of a whole tensor communicate and return what a
+single device would. Everything else raises: nothing is computed on a part as if it were the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lightning_hetero.distributed.torch_private import (
+    CONVERT,
+    FOREACH_MAX,
+    FOREACH_NORM,
+    UNSCALE,
+    norms_of,
+    unscale,
+    wrapper_of,
+)
+from lightning_hetero.exceptions import UnsupportedFeatureError
+
+__all__ = ["Division", "ShardTensor", "total_norm"]
+
+aten: Any = torch.ops.aten
+# They do not look at the values of other elements, but torch does not mark them as such.
+_ELEMENTWISE = {
+    aten.alias,
+    aten.clone,
+    aten.detach,
+    aten.empty_like,
+    aten.fill_,
+    aten.full_like,
+    aten.lift_fresh,
+    aten.ones_like,
+    aten.zero_,
+    aten.zeros_like,
+    CONVERT,
+}
+
+_NO_HOOKS = (
+    "A hook on a parameter of which each rank holds a part would never be called: backward passes compute the gradient"
+    " of the whole. Register it in the module's constructor, where it sees this rank's gradient as under `hetero_ddp`,"
+    " or use the gradient in `on_after_backward`."
+)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the numbers of one tensor are divided.
+
+    Attributes:
+        shape: Shape of the whole tensor.
+        sizes: How many numbers each rank holds, in their order in memory.
+        rank: This rank.
+    """
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def begin(self) -> int:
+        """The index of this rank's first number."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def end(self) -> int:
+        """The index after that of this rank's last number."""
+        return self.begin + self.sizes[self.rank]
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, as a view where that is possible."""
+        return whole.reshape(-1)[self.begin : self.end]
+
+
+class ShardTensor(Tensor):
+    """This rank's part of a tensor.
+
+    Args:
+        local: The part, in one dimension.
+        division: How the whole is divided.
+    """
+
+    local: Tensor
+    division: Division
+
+    @staticmethod
+    @override
+    def __new__(cls, local: Tensor, division: Division) -> ShardTensor:
+        """Make a tensor that has the shape of the whole and no memory besides the part."""
+        shard: ShardTensor = wrapper_of(cls, division.shape, local)
+        shard.local, shard.division = local, division
+        return shard
+
+    def __init__(self, local: Tensor, division: Division) -> None:
+        """Do nothing: ``__new__`` has set everything, and an object passes here again if it becomes a parameter."""
+
+    @override
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch has no annotations
+        held = self.division.sizes[self.division.rank]
+        return f"ShardTensor({held} of {self.numel()} numbers, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = ShardTensor(self.local.detach().clone(), self.division)
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, self.requires_grad)
+        elif self.requires_grad:
+            copied.requires_grad_()
+        memo[id(self)] = copied
+        return copied
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedFeatureError(
+            "A part of a parameter cannot be saved or sent by itself. Save with `trainer.save_checkpoint`, or take"
+            " `full_tensor()` first, on all ranks."
+        )
+
+    def full_tensor(self) -> Tensor:
+        """Return the whole tensor on every rank; every rank must call this at the same point."""
+        parts = [self.local.new_empty(size) for size in self.division.sizes]
+        for rank, part in enumerate(parts):
+            if part.numel():
+                if rank == self.division.rank:
+                    part.copy_(self.local.detach())
+                dist.broadcast(part, rank)
+        return torch.cat(parts).view(self.division.shape)
+
+    @property
+    def data(self) -> Any:
+        """The part, without autograd; writing a tensor writes its values, because others hold the same memory."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+            raise UnsupportedFeatureError(
+                f"`parameter.data` can be replaced only by a tensor of the same shape, type and device, got"
+                f" {tuple(value.shape)}, {value.dtype} and {value.device} for {self!r}. Change the module before the"
+                f" training begins."
+            )
+        with torch.no_grad():
+            self.detach().copy_(value)
+
+    @override
+    def register_hook(self, hook: Any) -> Any:
+        raise UnsupportedFeatureError(_NO_HOOKS)
+
+    @override
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        raise UnsupportedFeatureError(_NO_HOOKS)
+
+    @classmethod
+    @override
+    def __torch_dispatch__(  # type: ignore[override]  # torch assigns its default
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = func.overloadpacket
+        if operator in _REDUCTIONS:
+            return _REDUCTIONS[operator](operator, *args, **kwargs)
+        if operator is aten.copy_:
+            return _copy(*args, **kwargs)
+        if operator is FOREACH_NORM:
+            return _norms(args[0], *args[1:2])
+        if operator is UNSCALE:
+            return _unscale(*args)
+        name = str(operator).split(".")[-1]
+        of_lists = name.startswith(("_foreach_", "_fused_")) and operator is not FOREACH_MAX
+        if of_lists or operator in _ELEMENTWISE or torch.Tag.pointwise in func.tags:
+            return _elementwise(func, name, args, kwargs, of_lists=of_lists)
+        raise UnsupportedFeatureError(_why_not(name))
+
+
+def _why_not(name: str) -> str:
+    return (
+        f"`{name}` cannot be computed on a parameter of which each rank holds a part, nor on its gradient and states:"
+        f" it looks at numbers that other ranks hold. A parameter is whole only in the `forward` of the unit that owns"
+        f" it: use it there, take `full_tensor()` on all ranks, or use another optimiser. Under `hetero_ddp` parameters"
+        f" are whole everywhere."
+    )
+
+
+def _elementwise(func: Any, name: str, args: Any, kwargs: Any, *, of_lists: bool) -> Any:
+    if of_lists:
+        return _over_lists(func, name, args, kwargs)
+    division = _common_division(name, [*args, *kwargs.values()])
+    result = func(*tree_map(_local, args), **tree_map(_local, kwargs))
+    if name.endswith("_"):
+        if not isinstance(args[0], ShardTensor):
+            raise UnsupportedFeatureError(_why_not(name))
+        return args[0]
+    return tree_map(lambda value: ShardTensor(value, division) if isinstance(value, Tensor) else value, result)
+
+
+def _over_lists(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    lists = [value for value in [*args, *kwargs.values()] if isinstance(value, list | tuple)]
+    divisions = []
+    for index, first in enumerate(lists[0] if lists else []):
+        if not isinstance(first, ShardTensor):
+            raise UnsupportedFeatureError(_why_not(name))
+        divisions.append(_common_division(name, [values[index] for values in lists if len(values) == len(lists[0])]))
+    result = func(*tree_map(_local, args), **tree_map(_local, kwargs))
+    if result is None or name.endswith("_"):
+        return result
+    return [ShardTensor(value, division) for value, division in zip(result, divisions, strict=True)]
+
+
+def _common_division(name: str, values: Sequence[Any]) -> Division:
+    """Return the division of all parts among ``values``; beside them only single numbers are allowed."""
+    division: Division | None = None
+    for value in values:
+        if isinstance(value, ShardTensor):
+            if division is not None and value.division != division:
+                raise UnsupportedFeatureError(_why_not(name))
+            division = value.division
+        elif isinstance(value, Tensor) and value.dim():
+            raise UnsupportedFeatureError(_why_not(name))
+    assert division is not None
+    return division
+
+
+def _local(value: Any) -> Any:
+    return value.local if isinstance(value, ShardTensor) else value
+
+
+def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(target, ShardTensor):
+        raise UnsupportedFeatureError(_why_not("copy_"))
+    if isinstance(source, ShardTensor):
+        _common_division("copy_", [target, source])
+        target.local.copy_(source.local, non_blocking)
+    elif not source.dim():
+        target.local.copy_(source)
+    elif source.shape == target.shape:  # a whole tensor that every rank has, for example from a checkpoint
+        target.local.copy_(target.division.part_of(source), non_blocking)
+    else:
+        raise UnsupportedFeatureError(_why_not("copy_"))
+    return target
+
+
+# ---- reductions ------------------------------------------------------------------------------------------------------
+
+
+def _reduced(value: Tensor, operation: Any) -> Tensor:
+    dist.all_reduce(value, operation)
+    return value
+
+
+def _sum(_: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    _check_whole("sum", dim, keepdim)
+    local = shard.local.sum(dtype=torch.float32 if _is_half(shard.local) else dtype)
+    return _reduced(local, dist.ReduceOp.SUM).to(dtype or _dtype_of_sum(shard.local))
+
+
+def _dtype_of_sum(local: Tensor) -> torch.dtype:
+    return local.dtype if local.is_floating_point() else torch.int64
+
+
+def _mean(_: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    return _sum(None, shard, dim, keepdim, dtype=dtype) / shard.numel()
+
+
+def _norm(
+    _: Any, shard: ShardTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    _check_whole("norm", dim, keepdim)
+    return _norms([shard], 2 if p is None else p)[0].to(dtype or shard.dtype)
+
+
+def _norms(shards: Sequence[Any], p: Any = 2) -> list[Tensor]:
+    """Return the norm of each tensor; all ranks communicate once for all of them."""
+    _check_shards("_foreach_norm", shards)
+    order = float(p)
+    power = 1.0 if order == 0.0 else order
+    values = []
+    for shard in shards:
+        local = shard.local.float() if _is_half(shard.local) else shard.local
+        if not local.numel():
+            values.append(local.new_full((), math.inf if order == -math.inf else 0.0))
+        else:
+            norm = torch.linalg.vector_norm(local, order)
+            values.append(norm if math.isinf(order) else norm**power)
+    operation = {math.inf: dist.ReduceOp.MAX, -math.inf: dist.ReduceOp.MIN}.get(order, dist.ReduceOp.SUM)
+    total = _reduced(torch.stack(values), operation) if values else torch.empty(0)
+    total = total if math.isinf(order) else total ** (1.0 / power)
+    return [value.to(shard.dtype) for value, shard in zip(total.unbind(), shards, strict=True)]
+
+
+def _extremum(operator: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    name = str(operator).split(".")[-1]
+    _check_whole(name, dim, keepdim)
+    local, largest = shard.local, name.endswith("max")
+    if local.numel():
+        value = local.max() if largest else local.min()
+    else:
+        limits: Any = torch.finfo(local.dtype) if local.is_floating_point() else torch.iinfo(local.dtype)
+        value = local.new_full((), limits.min if largest else limits.max)
+    return _reduced(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
+
+
+def _truth(operator: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    is_any = str(operator).endswith("any")
+    _check_whole("any", dim, keepdim)
+    value = (shard.local.any() if is_any else shard.local.all()).to(torch.uint8)
+    return _reduced(value, dist.ReduceOp.MAX if is_any else dist.ReduceOp.MIN).bool()
+
+
+def _check_whole(name: str, dim: Any, keepdim: bool) -> None:
+    if keepdim or (dim is not None and dim != []):
+        raise UnsupportedFeatureError(_why_not(f"{name} over dimensions"))
+
+
+def _check_shards(name: str, values: Sequence[Any]) -> None:
+    if not all(isinstance(value, ShardTensor) for value in values):
+        raise UnsupportedFeatureError(_why_not(name))
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+_REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
+    aten.sum: _sum,
+    aten.mean: _mean,
+    aten.norm: _norm,
+    aten.linalg_vector_norm: _norm,
+    aten.max: _extremum,
+    aten.min: _extremum,
+    aten.amax: _extremum,
+    aten.amin: _extremum,
+    aten.any: _truth,
+    aten.all: _truth,
+}
+
+
+def _unscale(gradients: Sequence[Any], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Unscale gradients as a GradScaler asks for, and tell all ranks of a number that is not finite on one of them."""
+    _check_shards("unscale", gradients)
+    locals_ = [gradient.local for gradient in gradients if gradient.local.numel()]
+    if locals_:
+        unscale(locals_, found_inf, inverse_scale)
+    dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+
+
+def total_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of all numbers of several parts together; all ranks communicate once.
+
+    Args:
+        tensors: Tensors of which each rank holds a part.
+        device: Device of this rank.
+    """
+    _check_shards("norm", tensors)
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    locals_ = [tensor.local for tensor in tensors if isinstance(tensor, ShardTensor) and tensor.local.numel()]
+    for norm in norms_of(locals_) if locals_ else ():
+        total += norm.to(total.dtype) ** 2
+    return _reduced(total, dist.ReduceOp.SUM).sqrt()

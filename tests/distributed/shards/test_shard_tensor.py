@@ -1,0 +1,163 @@
+"""A tensor in parts gives what the whole one gives on one device, or raises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankPools
+from torch import Tensor, nn
+
+from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor, total_norm
+from lightning_hetero.exceptions import UnsupportedFeatureError
+
+SHAPE = (4, 3)
+DIVISIONS = [(8, 4), (12, 0), (1, 11)]
+
+
+def whole(seed: int = 0) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+
+
+def shard_of(tensor: Tensor, sizes: tuple[int, ...]) -> ShardTensor:
+    division = Division(tuple(tensor.shape), sizes, dist.get_rank())
+    return ShardTensor(division.part_of(tensor).clone(), division)
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "norm": lambda t: t.norm(),
+    "norm 1": lambda t: t.norm(1),
+    "norm 3": lambda t: torch.linalg.vector_norm(t, 3),
+    "norm 0": lambda t: torch.linalg.vector_norm(t, 0),
+    "norm inf": lambda t: t.norm(float("inf")),
+    "norm -inf": lambda t: t.norm(float("-inf")),
+    "sum": lambda t: t.sum(),
+    "mean": lambda t: t.mean(),
+    "mean of squares": lambda t: (t**2).mean(),
+    "max": lambda t: t.max(),
+    "amin": lambda t: t.amin(),
+    "any": lambda t: (t > 1).any(),
+    "all": lambda t: torch.isfinite(t).all(),
+    "count": lambda t: (t > 0).sum(),
+    "item": lambda t: torch.tensor(t.abs().max().item()),
+    "foreach": lambda t: torch.stack(torch._foreach_norm([t, 2 * t])),
+    "dimensions": lambda t: torch.tensor([t.dim(), t.numel(), *t.shape]),
+}
+REFUSED: dict[str, Callable[[Tensor], Any]] = {
+    "matmul": lambda t: t.T @ t,
+    "norm of rows": lambda t: t.norm(dim=1),
+    "mixed": lambda t: t + torch.ones(SHAPE, dtype=torch.float64),
+    "into a whole one": lambda t: torch.ones(SHAPE, dtype=torch.float64).add_(t),
+    "copied into a whole one": lambda t: torch.ones(SHAPE, dtype=torch.float64).copy_(t),
+    "view": lambda t: t.view(-1)[:3],
+    "var": lambda t: t.var(),
+    "linear": lambda t: nn.functional.linear(torch.ones(2, 3, dtype=torch.float64), t),
+    "pickle": pickle.dumps,
+    "hook": lambda t: t.requires_grad_().register_hook(print),
+    "sort": lambda t: t.sort(),
+    "another type": lambda t: setattr(t, "data", t.detach().float()),
+    "in a backward pass": lambda t: (t.requires_grad_() ** 2).sum().backward(),
+}
+
+
+def results(sizes: tuple[int, int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, function in REDUCTIONS.items():
+        found[name] = torch.equal(expected := function(whole()), got := function(shard_of(whole(), sizes))) or (
+            type(got) is Tensor and torch.allclose(expected, got, rtol=1e-12, atol=0)
+        )
+    for name, function in REFUSED.items():
+        try:
+            function(shard_of(whole(), sizes))
+        except UnsupportedFeatureError as error:  # noqa: PERF203
+            found[name] = any(
+                word in str(error) for word in ("hetero_ddp", "before the training")
+            ) or "save_checkpoint" in str(error)
+        else:
+            found[name] = "was computed"
+    shard = shard_of(whole(), sizes)
+    found["full"] = torch.equal(shard.full_tensor(), whole())
+    copied: Any = copy.deepcopy(nn.Parameter(shard))
+    is_parameter = isinstance(copied, nn.Parameter)
+    copied.data.mul_(2)
+    found["deepcopy"] = is_parameter and torch.equal(copied.full_tensor(), 2 * whole())
+    found["deepcopy is another"] = torch.equal(shard.full_tensor(), whole())
+    shard.copy_(whole(5))
+    found["copy of a whole one"] = torch.equal(shard.full_tensor(), whole(5))
+    held = shard.local
+    shard.data = whole(6)  # as some averages of weights do
+    found["data"] = torch.equal(shard.full_tensor(), whole(6)) and shard.local is held
+    shard.data = shard.data * 2
+    found["data of a part"] = torch.equal(shard.full_tensor(), 2 * whole(6))
+    shard.data = whole(5)
+    both = total_norm([shard, shard], torch.device("cpu"))
+    found["total norm"] = torch.allclose(both, (2 * whole(5).square().sum()).sqrt(), rtol=1e-12)
+    return found
+
+
+@pytest.mark.parametrize("sizes", DIVISIONS)
+def test_a_part_behaves_as_the_whole_or_raises(ranks: RankPools, sizes: tuple[int, int]) -> None:
+    for rank, found in enumerate(ranks.run(2, results, sizes)):
+        assert {name for name, right in found.items() if right is not True} == set(), rank
+
+
+def trained(sizes: tuple[int, int] | None, optimizer: str, options: dict[str, Any], scaled: bool) -> Any:
+    start = [whole(1), whole(2)]
+    made = start if sizes is None else [shard_of(value, sizes) for value in start]
+    parameters = [nn.Parameter(value.clone()) for value in made]
+    optim = getattr(torch.optim, optimizer)(parameters, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+    for step in range(4):
+        for i, parameter in enumerate(parameters):
+            gradient = whole(10 * step + i + 3)
+            if step == 2 and scaled:
+                gradient[0, 0] = float("inf")  # on one rank alone
+            parameter.grad = gradient if sizes is None else shard_of(gradient, sizes)
+        scaler.scale(torch.zeros(()))
+        if scaled:
+            scaler.unscale_(optim)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_value_(parameters, 0.3)
+        scaler.step(optim)
+        scaler.update()
+    detached: list[Any] = [p.detach() for p in parameters]
+    values = [p if sizes is None else p.full_tensor() for p in detached]
+    return torch.stack(values), scaler.get_scale()
+
+
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "foreach": True}),
+    ("AdamW", {"lr": 0.1}),
+    ("AdamW", {"lr": 0.1, "foreach": True, "amsgrad": True}),
+    ("AdamW", {"lr": 0.1, "fused": True}),
+    ("Adam", {"lr": 0.1, "weight_decay": 0.1}),
+    ("NAdam", {"lr": 0.1}),
+    ("RMSprop", {"lr": 0.1}),
+    ("Adagrad", {"lr": 0.1}),
+    ("Adamax", {"lr": 0.1}),
+    ("Adadelta", {"lr": 0.1}),
+    ("RAdam", {"lr": 0.1}),
+]
+
+
+def trained_with_all(sizes: tuple[int, int]) -> list[tuple[str, float, bool]]:
+    found = []
+    for name, options in OPTIMIZERS:
+        for scaled in (False, True):
+            expected, scale = trained(None, name, options, scaled)
+            got, got_scale = trained(sizes, name, options, scaled)
+            found.append((f"{name} {options}", float((expected - got).abs().max()), scale == got_scale))
+    return found
+
+
+def test_optimisers_clipping_and_scalers_give_what_they_give_on_one_device(ranks: RankPools) -> None:
+    for found in ranks.run(2, trained_with_all, (7, 5)):
+        for name, difference, same_scale in found:
+            assert difference < 1e-12, name
+            assert same_scale, name
