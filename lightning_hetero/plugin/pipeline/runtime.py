@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
+from lightning_hetero.plugin.pipeline.verification import verify_layers
 
 __all__ = ["Runtime"]
 
@@ -48,8 +49,7 @@ class Runtime:
         UnsupportedFeatureError: The ranks cannot exchange tensors of the device.
 
     Attributes:
-        called: The model that steps call.
-        layers: All layers of that model, in order.
+        found: The model that steps call, and its layers.
         placement: Where the parts of the model live. It outlives the run, because a checkpoint may be saved afterwards.
         metrics: The metrics of the module.
         pipeline: The pipeline, which runs the layers of this rank's stage.
@@ -76,9 +76,10 @@ class Runtime:
         self._num_microbatches = num_microbatches
         self._loss_weights = loss_weights
         self._overrides = ExitStack()
-        self.called, self.layers = layers_of(module)
+        self._verified = False
+        self.found = layers_of(module)
         self.seed = broadcast_from(torch.initial_seed(), 0)
-        self.placement = TensorPlacement(module, self.layers, plan, device)
+        self.placement = TensorPlacement(module, self.found.layers, plan, device)
         self.metrics = PipelineMetrics(module, plan.ranks[-1], is_last=rank == plan.ranks[-1])
         self._overrides.callback(self.metrics.restore)
         try:
@@ -91,12 +92,12 @@ class Runtime:
 
     def _new_pipeline(self) -> Pipeline:
         placement = self.placement
-        return Pipeline(placement.own_layers, placement.plan, self._schedule, self._rank, self._device)
+        return Pipeline(self.found.calls, placement.plan, self._schedule, self._rank, self._device)
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(
             self._module,
-            self.called,
+            self.found,
             self.pipeline,
             self._num_microbatches,
             self._loss_weights,
@@ -104,11 +105,39 @@ class Runtime:
             self.seed,
         )
 
+    def verify(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        optimizers: Sequence[Optimizer],
+        context: AbstractContextManager[None],
+        *,
+        training: bool,
+    ) -> None:
+        """Compare the layers with the model before the first step; every rank must call this at the same point.
+
+        Args:
+            step: The user's step.
+            args: Arguments of the step, the batch first.
+            optimizers: The optimisers.
+            context: Context of a step's passes, such as autocast.
+            training: Whether the step has backward passes.
+        """
+        if self._verified or self.found.certain:
+            return
+        self._verified = True
+        call = self.steps.example(step, args, training=training).call
+        before = list(self.found.layers)
+        with self.steps.prepared(), context:
+            self.found.calls.prepare(call)
+            if any(a is not b for a, b in zip(before, self.found.layers, strict=True)):  # the order of calls
+                self.move(self.placement.plan, optimizers)
+            verify_layers(self._module, self.found, self.placement, self.pipeline, call)
+
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
         with torch.inference_mode(False):
-            self.placement.move(plan, optimizers)
-        self.pipeline.close()
+            self.placement.move(plan, optimizers, self.found.layers)
         self.pipeline = self._new_pipeline()
         self.steps = self._new_steps()
 
@@ -153,4 +182,3 @@ class Runtime:
                 self.placement.complete()
         finally:
             self._overrides.close()
-            self.pipeline.close()
