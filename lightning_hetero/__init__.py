@@ -10,6 +10,7 @@ from lightning_hetero import exceptions as exceptions
 from lightning_hetero.lightning_packages import CLASSES, activate, package_in_use, register
 
 if TYPE_CHECKING:
+    from lightning_hetero.distributed.pipeline.units import register_layers
     from lightning_hetero.plugin.balancing.largest_batch import LargestBatchFinder
     from lightning_hetero.plugin.balancing.load_balancer import LoadBalancer
     from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
@@ -26,13 +27,18 @@ __all__ = [
     "PipelineRecorder",
     "__version__",
     "register",
+    "register_layers",
 ]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public class, for the package of Lightning that the process uses."""
+    """Return what is public; of classes that Lightning uses, the one for the package of Lightning in this process."""
+    if name == "register_layers":
+        from lightning_hetero.distributed.pipeline.units import register_layers
+
+        return register_layers
     if name in CLASSES:
         return package_in_use().public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

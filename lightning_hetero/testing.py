@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -186,7 +187,7 @@ class SlowLayers(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         arguments.check_numbers("factors", self.factors, trainer.world_size)
-        _, layers = layers_of(pl_module)
+        layers = [_hooked(layer) for layer in layers_of(pl_module).layers]
         seconds = self.seconds_per_sample
         if seconds is not None and not isinstance(seconds, Sequence):
             seconds = [seconds] * len(layers)
@@ -208,6 +209,12 @@ class SlowLayers(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _hooked(layer: nn.Module) -> nn.Module:
+    """Return the module whose calls are those of a layer."""
+    modules: Any = getattr(layer, "modules_of_layer", None)
+    return layer if modules is None else modules[-1]
 
 
 class _SlowLayer:

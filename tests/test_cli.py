@@ -10,6 +10,7 @@ from typing import Any
 
 import docstring_parser
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -32,6 +33,13 @@ GIVEN: dict[str, dict[str, tuple[str, Any]]] = {
         "micro_batch_size": ("[8,16]", [8, 16]),
         "batch_multiple": ("8", 8),
         "num_loss_terms": ("builtins.len", len),
+    },
+    "HeteroFSDPStrategy": {
+        "shard_weights": ("[2,1]", [2.0, 1.0]),
+        "units": ("[torch.nn.Linear]", [torch.nn.Linear]),
+        "activation_bytes": ("1e6", 1e6),
+        "reshard_after_forward": ("false", False),
+        "shares": ("[1,3]", [1.0, 3.0]),
     },
     "HeteroPipelineStrategy": {
         "splits": ("[4]", [4]),

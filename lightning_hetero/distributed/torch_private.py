@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ __all__ = [
     "default_store",
     "functional_resolvers",
     "has_hooks",
+    "is_without_memory",
     "node_before_ddp",
     "norms_of",
     "queue_after_all_reduce",
@@ -36,6 +38,7 @@ __all__ = [
     "reduces_after_backward",
     "running_function",
     "sleep_on_device",
+    "tensor_without_memory",
     "unscale",
     "version_of",
     "without_tensor_hooks",
@@ -176,6 +179,30 @@ def functional_resolvers() -> tuple[Any, dict[str, Any]]:
     """
     names = ("_resolve_group", "_resolve_group_name", "_expand_group")
     return _functional_collectives, {name: f for name in names if (f := getattr(_functional_collectives, name, None))}
+
+
+@cache
+def _without_memory() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def tensor_without_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor without memory that says it is on ``device``.
+
+    Tensors on "meta" name that device, and code that makes a mask on the device of a tensor would make it there.
+    Operations with such a tensor give another one, and those without run as usual.
+    """
+    with _without_memory():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def is_without_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor was made by :func:`tensor_without_memory`, or computed with one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
 
 
 def sleep_on_device(cycles: int) -> None:

@@ -28,6 +28,7 @@ from lightning_hetero.distributed.torch_private import (
     default_store,
     functional_resolvers,
     has_hooks,
+    is_without_memory,
     node_before_ddp,
     norms_of,
     queue_after_all_reduce,
@@ -35,6 +36,7 @@ from lightning_hetero.distributed.torch_private import (
     reduces_after_backward,
     running_function,
     sleep_on_device,
+    tensor_without_memory,
     unscale,
     version_of,
     without_tensor_hooks,
@@ -233,6 +235,16 @@ def test_hooks_on_gradients_are_seen() -> None:
     assert [has_hooks(parameter) for parameter in (plain, hooked, accumulating)] == [False, True, True]
     handle.remove()
     assert not has_hooks(hooked)
+
+
+def test_a_tensor_without_memory_says_where_it_is_and_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which torch sets for them
+    tensor = tensor_without_memory((2, 3), torch.float32, torch.device("cpu"))
+    assert (tuple(tensor.shape), tensor.dtype, tensor.device.type) == ((2, 3), torch.float32, "cpu")
+    mixed = tensor @ torch.ones(3, 4) + 1
+    assert tuple(mixed.shape) == (2, 4)
+    assert is_without_memory(mixed)
+    assert not is_without_memory(torch.ones(3, device=mixed.device))
 
 
 class Named(torch.Tensor):

@@ -285,8 +285,8 @@ def test_a_balanced_training_waits_and_communicates_where_it_measures(accelerate
     case = Case("hetero_ddp", metrics=False, samples=240, balanced=True)
     for outcome in accelerated.run(2, partial(trained, accelerated=True), case, str(tmp_path)):
         ordinary = [i for i in range(len(outcome.calls)) if i >= FIRST_STEPS and i not in outcome.agreed]
-        assert len(outcome.agreed) <= 6
-        assert len(ordinary) >= 50
+        assert 0 < len(outcome.agreed) <= 12  # most of them while it tunes
+        assert len(ordinary) >= 40
         unusual = {i: (waits_at(outcome, i), carried_at(outcome, i)) for i in ordinary}
         assert {i: seen for i, seen in unusual.items() if seen != ([], [("allreduce", PARAMETERS)])} == {}
 

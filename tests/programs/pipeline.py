@@ -45,7 +45,7 @@ class Module(LightningModule):
         if WHAT == "never":
             unused: Tensor = x.sum()
             return unused
-        y = self.model(input=x) if WHAT == "keywords" else self.model(x)
+        y = self.model(x)
         if WHAT == "twice":
             self.model(x)
         if WHAT == "loss":

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
+from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
+from lightning_hetero.distributed.pipeline.chain import LayerCalls
+from lightning_hetero.distributed.pipeline.messages import as_outputs
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
-from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
+from lightning_hetero.distributed.pipeline.structure import Call, flatten, mapped, tensors_of
 from lightning_hetero.hardware.timed_call import timed_call
 
 __all__ = ["LayerProfile", "profile_layers"]
@@ -77,19 +79,20 @@ class _Timing:
 
 def profile_layers(
     placement: TensorPlacement,
-    layers: Sequence[nn.Module],
-    inputs: tuple[Any, ...],
+    calls: LayerCalls,
+    call: Call,
     loss_of: Callable[[Any], Tensor] | None,
     device: torch.device,
 ) -> LayerProfile:
     """Return the profile of this rank; every rank must call this at the same point.
 
-    Nothing remains of the measurement: no gradient, no running statistic, no random number drawn.
+    Nothing remains of the measurement: no gradient, no running statistic, no random number drawn, and nothing that a
+    layer has kept in an attribute.
 
     Args:
         placement: Placement of the layers on the ranks.
-        layers: All layers of the model, in order.
-        inputs: Arguments of the first layer, the same on every rank.
+        calls: All layers of the model and how they are called.
+        call: Arguments of the model for one micro-batch, the same on every rank.
         loss_of: Function that returns the loss of a micro-batch, given the last layer's output; None on ranks that
             compute no loss, and if there is no loss.
         device: Device on which this rank computes.
@@ -97,19 +100,21 @@ def profile_layers(
     timings: list[_Timing] = []
     sizes: list[tuple[int, int]] = []
     boundaries: list[int] = []
-    value: Any = inputs
+    value: Any = None
     cuda = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(calls.layers):
             copies = placement.broadcast_layer(number)
-            timing, value = _timed(layer, copies, value, device, first=number == 0)
+            with borrowed(layer, copies), state_kept(layer):
+                layer_of_model = _Layer(calls, number, call, value)
+                timing, value = _timed_often(layer_of_model, list(copies.values()), device)
             timings.append(timing)
             sizes.append(_bytes_of(copies))
             del copies  # before the next layer takes memory
             torch.clear_autocast_cache()  # it keeps the layer and its cast
-            boundaries.append(sum(t.numel() * t.element_size() for t in flatten(value)[0]))
+            boundaries.append(sum(t.numel() * t.element_size() for t in tensors_of(value)))
         if loss_of is not None:
-            tail = _timed_loss(loss_of, value, device)
+            tail, _ = _timed_often(_Loss(loss_of, value), [], device)
             last = timings[-1]
             timings[-1] = _Timing(
                 last.forward_s + tail.forward_s,
@@ -129,55 +134,90 @@ def profile_layers(
     )
 
 
-def _timed(
-    layer: nn.Module, copies: dict[str, Tensor], value: Any, device: torch.device, *, first: bool
-) -> tuple[_Timing, Any]:
-    tensors, structure = flatten(value)
+class _Part(Protocol):
+    """A part of the model that is timed."""
 
-    def forward() -> tuple[list[Tensor], Any, Any]:
-        given = [t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors]
-        value = unflatten(given, structure)
-        output = functional_call(layer, copies, value if first else (value,))
-        return [*given, *copies.values()], output, flatten(output)[0]
+    def fresh(self) -> Any:
+        """Return an input that the part may change in place."""
+        ...
 
-    return _timed_often(forward, device, set(map(_storage, copies.values())))
+    def forward(self, given: Any) -> tuple[Any, list[Tensor]]:
+        """Return the output for a fresh input, and the tensors in it."""
+        ...
 
 
-def _timed_loss(loss_of: Callable[[Any], Tensor], value: Any, device: torch.device) -> _Timing:
-    tensors, structure = flatten(value)
+class _Layer:
+    def __init__(self, calls: LayerCalls, number: int, call: Call, value: Any) -> None:
+        self._calls = calls
+        self._number = number
+        self._call = call
+        self._value = value
 
-    def forward() -> tuple[list[Tensor], Any, Any]:
-        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        loss = loss_of(unflatten(given, structure))
-        return given, loss, [loss]
+    def fresh(self) -> tuple[Any, Call]:
+        value = None if self._number == 0 else _given(self._value)
+        return value, Call(mapped(self._call.args, _clone), mapped(self._call.kwargs, _clone))
 
-    return _timed_often(forward, device, set())[0]
+    def forward(self, given: tuple[Any, Call]) -> tuple[Any, list[Tensor]]:
+        output = self._calls.run(range(self._number, self._number + 1), *given)
+        is_last = self._number == len(self._calls.layers) - 1
+        # the output of a model may hold anything
+        return output, tensors_of(output) if is_last else flatten(output)[0]
 
 
-_Made = tuple[list[Tensor], Any, list[Tensor]]
-_Forward = Callable[[], _Made]
+class _Loss:
+    def __init__(self, loss_of: Callable[[Any], Tensor], value: Any) -> None:
+        self._loss_of = loss_of
+        self._value = value
+
+    def fresh(self) -> Any:
+        return _given(self._value)
+
+    def forward(self, given: Any) -> tuple[Any, list[Tensor]]:
+        loss = self._loss_of(given)
+        return loss, [loss]
 
 
-def _timed_often(forward: _Forward, device: torch.device, own: set[int]) -> tuple[_Timing, Any]:
+def _timed_often(part: _Part, copies: list[Tensor], device: torch.device) -> tuple[_Timing, Any]:
     """Return the median times and an output; a first run warms up and shows which tensors are kept."""
-    kept, (leaves, _, made) = _kept(forward, own)
-    shared = _shared(forward, kept, leaves)
-    _backward(leaves, made)
+    own = set(map(_storage, copies))
+    kept, (_, made) = _kept(part, own)
+    again = _kept(part, own)[0]
+    # What two micro-batches keep is shared by all of a step: autocast casts a trained parameter once in a step, and
+    # parameters of the loss are not those of a layer. The first is alive, so that no storage is used again.
+    shared = {storage: kept[storage] for storage in kept.keys() & again.keys()}
+    _backward(made, copies)
+    del made
     forward_s: list[float] = []
     backward_s: list[float] = []
     begun_s = time.perf_counter()
     while len(forward_s) < _FEWEST_TIMES or (
         len(forward_s) < _MOST_TIMES and time.perf_counter() - begun_s < _ENOUGH_S
     ):
-        (leaves, output, made), seconds = timed_call(forward, device)
+        given = part.fresh()
+        (output, made), seconds = timed_call(lambda given=given: part.forward(given), device)  # type: ignore[misc]
         forward_s.append(seconds)
-        backward_s.append(timed_call(lambda leaves=leaves, made=made: _backward(leaves, made), device)[1])  # type: ignore[misc]
+        backward_s.append(timed_call(lambda made=made: _backward(made, copies), device)[1])  # type: ignore[misc]
     shared_bytes = sum(shared.values())
     kept_bytes = sum(kept.values()) - shared_bytes
     return _Timing(median(forward_s), median(backward_s), kept_bytes, shared_bytes), _without_graph(output)
 
 
-def _kept(forward: _Forward, own: set[int]) -> tuple[dict[int, int], _Made]:
+def _given(value: Any) -> Any:
+    """Return a copy of an input, whose tensors are outputs of a function like those that a stage receives."""
+    copies = {id(t): t.detach().clone() for t in tensors_of(value)}
+    trained = [t for t in {id(t): t for t in tensors_of(value)}.values() if t.requires_grad]
+    if trained:
+        outputs = as_outputs([copies[id(t)] for t in trained], [None] * len(trained))
+        copies |= {id(t): output for t, output in zip(trained, outputs, strict=True)}
+    return mapped(value, lambda leaf: copies[id(leaf)] if isinstance(leaf, Tensor) else leaf)
+
+
+def _clone(leaf: Any) -> Any:
+    # outside inference mode, the clone of an inference tensor is an ordinary tensor
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _kept(part: _Part, own: set[int]) -> tuple[dict[int, int], tuple[Any, list[Tensor]]]:
     """Return the bytes of each storage that a forward pass keeps for its backward pass, and what it returns."""
     kept: dict[int, int] = {}
 
@@ -186,31 +226,27 @@ def _kept(forward: _Forward, own: set[int]) -> tuple[dict[int, int], _Made]:
             kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
+    given = part.fresh()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = forward()
+        made = part.forward(given)
     return kept, made
 
 
-def _shared(forward: _Forward, kept: dict[int, int], leaves: Sequence[Tensor]) -> dict[int, int]:
-    """Return those of the storages ``kept`` that all micro-batches of a step share: a second one keeps them as well.
-
-    Autocast casts a trained parameter once in a step, and parameters of the loss are not those of a layer. What was
-    kept must be alive, so that no storage is used again. Inputs are the same here, but not in a step.
-    """
-    own = set(map(_storage, leaves))
-    return {storage: kept[storage] for storage in kept.keys() & _kept(forward, own)[0].keys() if storage not in own}
-
-
-def _backward(leaves: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-    outputs = [t for t in made if t.requires_grad]
-    inputs = [t for t in leaves if t.requires_grad]
-    if outputs and inputs:
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
+def _backward(made: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    # Not torch.autograd.grad, which layers do not support that are checkpointed with a nested backward pass.
+    outputs = [t for t in made if t.requires_grad and t.grad_fn is not None]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+    for copy in copies:
+        copy.grad = None
 
 
 def _without_graph(output: Any) -> Any:
-    tensors, structure = flatten(output)
-    return unflatten([t.detach().requires_grad_(t.requires_grad) for t in tensors], structure)
+    return mapped(output, lambda leaf: _like(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _bytes_of(copies: dict[str, Tensor]) -> tuple[int, int]:

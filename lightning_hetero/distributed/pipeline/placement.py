@@ -164,14 +164,34 @@ class TensorPlacement:
         copies: dict[str, Tensor] = {}
         for name, tensor in _named(layer):
             copy = self._broadcast(tensor).to(self._device)
-            copies[name] = copy.requires_grad_(tensor.requires_grad)
+            copies[name] = _parameter_like(tensor, copy)
         return copies
 
-    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
+    def broadcast_all(self, rank: int) -> dict[str, Tensor]:
+        """Return all parameters and buffers on ``rank``, and an empty dict elsewhere; every rank must call this.
+
+        Those of other ranks are copies.
+        """
+        copies: dict[int, Tensor] = {}
+        for tensor in self._tensors():
+            copy = self._broadcast(tensor)
+            if self._rank == rank:
+                copies[id(tensor)] = _parameter_like(tensor, copy.to(self._device)) if tensor.is_meta else tensor
+            del copy
+        return {name: copies[id(tensor)] for name, tensor in _named(self._module)} if self._rank == rank else {}
+
+    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer], layers: Sequence[nn.Module] | None = None) -> None:
         """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
 
         Every rank must call this at the same point, between two steps.
+
+        Args:
+            plan: The new stages.
+            optimizers: The optimisers.
+            layers: The layers in a new order; None if it is the same.
         """
+        if layers is not None:
+            self._layers = list(layers)
         before = self._owners
         self._set_owners(plan)
         for tensor in self._tensors():
@@ -327,6 +347,10 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     """Return a copy of ``value`` as a parameter if ``tensor`` is one, and otherwise as a plain tensor."""
     value = value.clone()  # finished communication may still hold the tensor that it wrote to
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _parameter_like(tensor: Tensor, copy: Tensor) -> Tensor:
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,12 +11,25 @@ from torch import Tensor
 
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["StageBoundary", "flatten", "unflatten"]
+__all__ = ["Call", "Description", "flatten", "mapped", "tensors_of", "unflatten"]
 
 
 @dataclass(frozen=True)
-class StageBoundary:
-    """Describes the value that one stage sends to the next.
+class Call:
+    """The arguments with which a step calls the model.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Description:
+    """Describes the value that one stage sends to the next for a micro-batch.
 
     Attributes:
         structure: The value, with each tensor replaced by its number.
@@ -31,21 +44,13 @@ class StageBoundary:
     requires_grad: tuple[bool, ...]
 
     @classmethod
-    def of(cls, value: Any) -> StageBoundary:
-        """Return the description that is needed to receive values like ``value``."""
-        tensors, structure = flatten(value)
+    def of(cls, tensors: list[Tensor], structure: Any) -> Description:
+        """Return the description of what :func:`flatten` has returned."""
         return cls(
             structure,
             tuple(tuple(t.shape) for t in tensors),
             tuple(t.dtype for t in tensors),
             tuple(t.requires_grad for t in tensors),
-        )
-
-    def examples(self) -> tuple[Tensor, ...]:
-        """Return tensors like those that are sent, but without memory."""
-        return tuple(
-            torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
-            for shape, dtype, requires_grad in zip(self.shapes, self.dtypes, self.requires_grad, strict=True)
         )
 
 
@@ -66,34 +71,48 @@ def flatten(value: Any) -> tuple[list[Tensor], Any]:
         UnsupportedFeatureError: If it holds an object of any other type.
     """
     tensors: list[Tensor] = []
-    return tensors, _numbered(value, tensors)
+
+    def numbered(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            return _Number(len(tensors) - 1)
+        if leaf is None or isinstance(leaf, bool | int | float | str):
+            return leaf
+        raise UnsupportedFeatureError(
+            f"Layers of a pipeline must exchange tensors in tuples, lists and dicts, got a {type(leaf).__name__!r}."
+            f" Return its tensors instead, or combine the two layers into one."
+        )
+
+    return tensors, mapped(value, numbered)
 
 
 def unflatten(tensors: Any, structure: Any) -> Any:
     """Return the nested structure that :func:`flatten` has taken apart."""
-    if isinstance(structure, _Number):
-        return tensors[structure.number]
-    if isinstance(structure, Mapping):
-        return {key: unflatten(tensors, entry) for key, entry in structure.items()}
-    if isinstance(structure, list | tuple):
-        return _rebuilt(structure, (unflatten(tensors, entry) for entry in structure))
-    return structure
+    return mapped(structure, lambda leaf: tensors[leaf.number] if isinstance(leaf, _Number) else leaf)
 
 
-def _numbered(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Number(len(tensors) - 1)
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a nested structure with every leaf replaced by what ``change`` returns for it."""
     if isinstance(value, Mapping):
-        return {key: _numbered(entry, tensors) for key, entry in value.items()}
+        entries = {key: mapped(entry, change) for key, entry in value.items()}
+        return entries if type(value) is dict else _mapping_like(value, entries)
     if isinstance(value, list | tuple):
-        return _rebuilt(value, (_numbered(entry, tensors) for entry in value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise UnsupportedFeatureError(
-        f"Layers of a pipeline must exchange tensors in tuples, lists and dicts, got a {type(value).__name__!r}."
-        f" Return its tensors instead, or combine the two layers into one."
-    )
+        return _rebuilt(value, (mapped(entry, change) for entry in value))
+    return change(value)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested structure, whatever else it holds."""
+    found: list[Tensor] = []
+    mapped(value, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+    return found
+
+
+def _mapping_like(like: Any, entries: dict[Any, Any]) -> Any:
+    try:  # the outputs of models of transformers are dataclasses that are mappings
+        return type(like)(**entries)
+    except TypeError:
+        return entries
 
 
 def _rebuilt(like: Any, entries: Iterator[Any]) -> Any:

@@ -210,7 +210,8 @@ class BaseStrategy(DDPStrategy):
         super().setup_distributed()  # keeps a process group that exists
         assert environment is not None
         watch_peers(environment.main_address, lambda: self.is_alone)
-        host_group(self._timeout)  # made here, where all ranks are at the same point
+        if is_initialized():
+            host_group(self._timeout)  # made here, where all ranks are at the same point
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

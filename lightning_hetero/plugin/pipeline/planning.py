@@ -9,15 +9,14 @@ from math import inf
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
+from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
-from lightning_hetero.distributed.pipeline.pipeline import KINDS_KEPT
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import meter_of
@@ -50,7 +49,7 @@ class PipelineFindings:
 
 def find_stages(
     placement: TensorPlacement,
-    layers: Sequence[nn.Module],
+    calls: LayerCalls,
     example: Example,
     schedule: Schedule,
     device: torch.device,
@@ -61,7 +60,7 @@ def find_stages(
 
     Args:
         placement: Current placement of the layers.
-        layers: All layers of the model, in order.
+        calls: All layers of the model and how they are called.
         example: A micro-batch to time the layers with.
         schedule: Order of forward and backward passes, "1f1b" or "gpipe".
         device: Device on which this rank computes.
@@ -71,7 +70,7 @@ def find_stages(
     Raises:
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
-    profile = profile_layers(placement, layers, example.inputs, example.loss_of, device)
+    profile = profile_layers(placement, calls, example.call, example.loss_of, device)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
     return decide_on_rank_zero(numbers, _decision(placement.plan, example, schedule, state_per_parameter))
 
@@ -96,7 +95,7 @@ def _decision(
                 budgets_bytes=budgets,
                 micro_batches=example.micro_batches,
                 schedule=schedule,
-                received_bytes=tuple(float(KINDS_KEPT * example.micro_batches * n) for n in kept.boundary_bytes),
+                received_bytes=tuple(float(example.micro_batches * n) for n in kept.boundary_bytes),
             )
         transfer_s = profiles[0].transfer_s
         last_rank = current.ranks[-1]

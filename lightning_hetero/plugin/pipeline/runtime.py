@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_hetero.distributed.data.divided_by_user import functions_of_singl
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.distributed.pipeline.structure import Call
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
 from lightning_hetero.plugin.pipeline.hooks.running import HookRunner
@@ -25,6 +26,7 @@ from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
 from lightning_hetero.plugin.pipeline.step import PipelineStep
+from lightning_hetero.plugin.pipeline.verification import verify_layers
 
 __all__ = ["Runtime"]
 
@@ -48,8 +50,7 @@ class Runtime:
         UnsupportedFeatureError: The ranks cannot exchange tensors of the device.
 
     Attributes:
-        called: The model that steps call.
-        layers: All layers of that model, in order.
+        found: The model that steps call, and its layers.
         placement: Where the parts of the model live. It outlives the run, because a checkpoint may be saved afterwards.
         metrics: The metrics of the module.
         pipeline: The pipeline, which runs the layers of this rank's stage.
@@ -77,14 +78,15 @@ class Runtime:
         self._num_microbatches = num_microbatches
         self._loss_weights = loss_weights
         self._overrides = ExitStack()
-        self.called, self.layers = layers_of(module)
+        self._verified = False
+        self.found = layers_of(module)
         self.seed = broadcast_from(torch.initial_seed(), 0)
-        self.placement = TensorPlacement(module, self.layers, plan, device)
+        self.placement = TensorPlacement(module, self.found.layers, plan, device)
         self.metrics = PipelineMetrics(module, plan.ranks[-1], is_last=rank == plan.ranks[-1])
         self._overrides.callback(self.metrics.restore)
         try:
             self.pipeline = self._new_pipeline()
-            self.hooks = HookRunner(module, self.called, self.placement, lambda: self.pipeline, rank, device, self.seed)
+            self.hooks = HookRunner(module, self.found.called, self.placement, self._run_model, rank, device, self.seed)
             self.steps = self._new_steps()
             if len(plan.ranks) > 1:
                 for name, function in functions_of_single_process().items():
@@ -97,12 +99,12 @@ class Runtime:
 
     def _new_pipeline(self) -> Pipeline:
         placement = self.placement
-        return Pipeline(placement.own_layers, placement.plan, self._schedule, self._rank, self._device)
+        return Pipeline(self.found.calls, placement.plan, self._schedule, self._rank, self._device)
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(
             self._module,
-            self.called,
+            self.found,
             self.pipeline,
             self._num_microbatches,
             self._loss_weights,
@@ -111,16 +113,49 @@ class Runtime:
             self.hooks.traces,
         )
 
+    def _run_model(self, call: Call) -> Any:
+        with self.steps.prepared():
+            found = self.pipeline.evaluate(1, [call])
+        return found[0] if self.pipeline.is_last else None
+
     def _recorded_log(self) -> Any:
         return self.steps.recorded_log()
+
+    def verify(
+        self,
+        step: Callable[..., Any],
+        args: tuple[Any, ...],
+        optimizers: Sequence[Optimizer],
+        context: AbstractContextManager[None],
+        *,
+        training: bool,
+    ) -> None:
+        """Compare the layers with the model before the first step; every rank must call this at the same point.
+
+        Args:
+            step: The user's step.
+            args: Arguments of the step, the batch first.
+            optimizers: The optimisers.
+            context: Context of a step's passes, such as autocast.
+            training: Whether the step has backward passes.
+        """
+        if self._verified or self.found.certain:
+            return
+        self._verified = True
+        call = self.steps.example(step, args, training=training).call
+        before = list(self.found.layers)
+        with self.steps.prepared(), context:
+            self.found.calls.prepare(call)
+            if any(a is not b for a, b in zip(before, self.found.layers, strict=True)):  # the order of calls
+                self.move(self.placement.plan, optimizers)
+            verify_layers(self._module, self.found, self.placement, self.pipeline, call)
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
         self.hooks.traces.equalise()  # while each attribute is still where it has changed
         with torch.inference_mode(False):
-            self.placement.move(plan, optimizers)
+            self.placement.move(plan, optimizers, self.found.layers)
         self.hooks.traces.moved()
-        self.pipeline.close()
         self.pipeline = self._new_pipeline()
         self.steps = self._new_steps()
 
@@ -152,4 +187,3 @@ class Runtime:
                 self.placement.complete()
         finally:
             self._overrides.close()
-            self.pipeline.close()

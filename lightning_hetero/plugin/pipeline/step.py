@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,25 +18,33 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.shared_value import share
-from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
+from lightning_hetero.distributed.pipeline.structure import Call, tensors_of
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.hooks.traces import StepTraces
+from lightning_hetero.plugin.pipeline.layers import Layers
 from lightning_hetero.plugin.pipeline.metrics import MetricOf, PipelineMetrics, hosted, portable
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
 from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value
 from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.seeded import seeded
-from lightning_hetero.plugin.step.split_batch import split_batch, tensors_in
-from lightning_hetero.plugin.step.step_output import combined_output, detached_output, loss_of
+from lightning_hetero.plugin.step.split_batch import split_batch
+from lightning_hetero.plugin.step.step_output import (
+    can_be_joined,
+    combined_output,
+    detached_output,
+    joined_output,
+    loss_of,
+    sizes_of_micro_batches,
+)
 
 __all__ = ["Example", "PipelineStep"]
 
@@ -51,9 +59,14 @@ _USED_BEFORE = (
 class _Called(BaseException):
     """The model was called; the code after the call must not run."""
 
-    def __init__(self, args: tuple[Any, ...]) -> None:
+    def __init__(self, given: Call) -> None:
         super().__init__()
-        self.given = args
+        self.given = given
+
+
+@dataclass(frozen=True)
+class _InOnePiece:
+    """What the last stage tells the others when the outputs of micro-batches cannot be joined."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,14 @@ class Example:
     """The first micro-batch of a step.
 
     Attributes:
-        inputs: Arguments with which the model is called.
+        call: Arguments with which the model is called, the same on every rank.
         loss_of: Function that returns the loss, given the model's output; None on ranks that compute no loss.
         samples: Number of samples in the whole step.
         micro_batches: Number of micro-batches in the whole step.
         training: Whether the step has backward passes.
     """
 
-    inputs: tuple[Any, ...]
+    call: Call
     loss_of: Callable[[Any], Tensor] | None
     samples: int
     micro_batches: int
@@ -80,7 +93,7 @@ class PipelineStep:
 
     Args:
         module: The user's LightningModule.
-        called: The model that its steps call.
+        layers: The model that its steps call, and its layers.
         pipeline: The pipeline that runs the layers.
         micro_batches: Number of micro-batches per step.
         loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
@@ -93,7 +106,7 @@ class PipelineStep:
     def __init__(
         self,
         module: LightningModule,
-        called: nn.Module,
+        layers: Layers,
         pipeline: Pipeline,
         micro_batches: int,
         loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
@@ -103,7 +116,7 @@ class PipelineStep:
     ) -> None:
         self._module = module
         self.traces = traces
-        self._called = called
+        self._called = layers.called
         self._pipeline = pipeline
         self._micro_batches = micro_batches
         self._loss_weights = loss_weights
@@ -112,7 +125,14 @@ class PipelineStep:
         self._fewest_samples = 2 if normalises else 1
         self._metrics = metrics
         self._seed = seed
+        # what transformers keep for generating text would hold the keys and values of every layer
+        configs: dict[int, Any] = {id(c): c for part in layers.called.modules() if (c := getattr(part, "config", None))}
+        self._caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
         self._times_run = 0
+        self._in_one_piece = False
+        known = {id(part) for part in module.modules()}
+        # layers that `pipeline_layers()` has made, which the module does not reach when it changes its mode
+        self._wrappers = [p for layer in layers.layers for p in layer.modules() if id(p) not in known]
 
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
         """Run a training step, and accumulate its gradients on the parameters.
@@ -128,36 +148,26 @@ class PipelineStep:
         batch, *rest = args
         self._times_run += 1
         self.traces.begin()
-        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
-        sizes = [size for count, size in groups for _ in range(count)]
+        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
         parts = self._split(batch, sizes)
         weights = self._loss_weights(parts, sizes)
         outputs: list[Any] = []
         calls: list[dict[str, Any]] = []
         log = LogCapture(lambda *given, **named: calls.append(_named_arguments(given, named)))
-        first = 0
-        with overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext():
-            for count, size in groups:
-                inputs = [
-                    self._inputs(step, parts[i], rest, i)
-                    for i in (range(first, first + count) if self._pipeline.is_first else ())
-                ]
 
-                def loss_of_part(number: int, output: Any, first: int = first, size: int = size) -> Tensor:
-                    i = first + number
-                    log.samples, log.weight = size, weights[i]
-                    returned = self._finished(step, parts[i], rest, output, i)
-                    loss = loss_of(returned)
-                    log.note_loss(loss)
-                    outputs.append(detached_output(returned))
-                    if not weights[i]:  # a mean over no terms, whose gradient may not be a number
-                        outputs_with_graph = [tensor for tensor in flatten(output)[0] if tensor.requires_grad]
-                        return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
-                    return loss * (weights[i] / accumulated_batches)
+        def loss_of_part(i: int, output: Any) -> Tensor:
+            log.samples, log.weight = sizes[i], weights[i]
+            returned = self._finished(step, parts[i], rest, output, i)
+            loss = loss_of(returned)
+            log.note_loss(loss)
+            outputs.append(detached_output(returned))
+            if not weights[i]:  # a mean over no terms, whose gradient may not be a number
+                outputs_with_graph = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+                return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
+            return loss * (weights[i] / accumulated_batches)
 
-                kind = (_kind(parts[first]), self.traces.trained())
-                self._pipeline.train(kind, count, inputs, loss_of_part)
-                first += count
+        with overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext(), self.prepared():
+            self._pipeline.train(len(parts), self._calls(step, parts, rest), loss_of_part)
         if not self._pipeline.is_last:
             return self._hear()
         log.flush()
@@ -177,42 +187,50 @@ class PipelineStep:
         batch, *rest = args
         self._times_run += 1
         self.traces.begin()
-        groups = _groups(samples_in(batch), self._micro_batches)
-        sizes = [size for count, size in groups for _ in range(count)]
-        parts = self._split(batch, sizes)
-        found: list[Any] = []
-        first = 0
-        for count, _ in groups:
-            inputs = [
-                self._inputs(step, parts[i], rest, i)
-                for i in (range(first, first + count) if self._pipeline.is_first else ())
-            ]
-            found += self._pipeline.evaluate(_kind(parts[first]), count, inputs)
-            first += count
-        if not self._pipeline.is_last:
-            return self._hear()
-        calls: list[dict[str, Any]] = []
-        recorded = overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named)))
-        with recorded if logs else nullcontext():
-            returned = self._finished(step, batch, rest, _joined(found, sizes), 0)
-        return self._tell(returned, calls)
+        while True:
+            sizes = sizes_of_micro_batches(samples_in(batch), 1 if self._in_one_piece else self._micro_batches)
+            parts = self._split(batch, sizes)
+            with self.prepared():
+                found = self._pipeline.evaluate(len(parts), self._calls(step, parts, rest))
+            if not self._pipeline.is_last:
+                returned = self._hear()
+                if isinstance(returned, _InOnePiece):
+                    self._in_one_piece = True
+                    continue
+                return returned
+            if len(sizes) > 1 and not can_be_joined(found, sizes):
+                # for example the loss that a model has computed from the labels, a mean over unknown terms
+                self._in_one_piece = True
+                self._tell(_InOnePiece(), [])
+                continue
+            calls: list[dict[str, Any]] = []
+            recorded = overridden(
+                self._module, "log", lambda *given, calls=calls, **named: calls.append(_named_arguments(given, named))
+            )
+            with recorded if logs else nullcontext(), self.prepared():
+                returned = self._finished(step, batch, rest, joined_output(found), 0)
+            return self._tell(returned, calls)
 
     def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
         """Return the first micro-batch of a step on every rank; every rank must call this at the same point."""
         batch, *rest = args
-        groups = _groups(samples_in(batch), self._micro_batches, self._fewest_samples)
-        sizes = [size for count, size in groups for _ in range(count)]
+        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
         part = self._split(batch, sizes)[0]
-        inputs = self._inputs(step, part, rest, 0) if self._pipeline.is_first else None
-        inputs = move_data_to_device(broadcast_from(_on_cpu(inputs), self._pipeline.first_rank), self._module.device)
+        given = None
+        if self._pipeline.is_first:
+            with self.prepared():
+                call = self._inputs(step, part, rest, 0)
+            given = _on_cpu((call.args, call.kwargs))
+        given = move_data_to_device(broadcast_from(given, self._pipeline.first_rank), self._module.device)
+        assert given is not None
 
         def loss_of_output(output: Any) -> Tensor:
             undone = self.traces.undone(whole_step=True)
-            with discarded_metrics(self._module), silent_log(self._module), undone:
+            with discarded_metrics(self._module), silent_log(self._module), undone, self.prepared():
                 return loss_of(self._finished(step, part, rest, output, 0))
 
         loss = loss_of_output if training and self._pipeline.is_last else None
-        return Example(inputs, loss, sum(sizes), len(sizes), training)
+        return Example(Call(*given), loss, sum(sizes), len(sizes), training)
 
     @contextmanager
     def recorded_log(self) -> Iterator[Callable[[Callable[[Any], Any]], None]]:
@@ -238,13 +256,27 @@ class PipelineStep:
         """Make the step draw the same random numbers for a micro-batch on every rank."""
         return seeded(self._seed, self._times_run, number)
 
-    def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Any:
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Have the layers run as parts of the model in this context."""
+        for wrapper in self._wrappers:
+            wrapper.training = self._called.training
+        with self.traces.running_layers(), ExitStack() as stack:
+            for config in self._caching:
+                stack.enter_context(overridden(config, "use_cache", False))
+            if callable(getattr(self._called, "generate", None)):
+                stack.enter_context(overridden(self._called, "generate", _refuse_generating))
+            yield
+
+    def _calls(self, step: Step, parts: Sequence[Any], rest: Sequence[Any]) -> list[Call]:
+        """Return the arguments with which the step calls the model for each micro-batch, if this stage needs them."""
+        if not self._pipeline.needs_calls:
+            return []
+        return [self._inputs(step, part, rest, number) for number, part in enumerate(parts)]
+
+    def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Call:
         def note(*args: Any, **kwargs: Any) -> Any:
-            if kwargs:
-                raise UnsupportedFeatureError(
-                    f"`hetero_pipeline` needs the model to be called with positional arguments, got {sorted(kwargs)}."
-                )
-            raise _Called(args)
+            raise _Called(Call(args, kwargs))
 
         with ExitStack() as stack:
             stack.enter_context(discarded_metrics(self._module))
@@ -264,10 +296,10 @@ class PipelineStep:
         raise UnsupportedFeatureError(_no_call(step))
 
     @staticmethod
-    def _checked(inputs: Any) -> Any:
-        if any(tensor.requires_grad or tensor.is_meta for tensor in flatten(inputs)[0]):
+    def _checked(call: Call) -> Call:
+        if any(tensor.requires_grad or tensor.is_meta for tensor in tensors_of((call.args, call.kwargs))):
             raise UnsupportedFeatureError(_USED_BEFORE)
-        return inputs
+        return call
 
     def _finished(self, step: Step, part: Any, rest: Sequence[Any], output: Any, number: int) -> Any:
         calls = 0
@@ -345,33 +377,8 @@ def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str,
     return {**arguments, "sync_dist": False}
 
 
-def _groups(samples: int, micro_batches: int, least: int = 1) -> list[tuple[int, int]]:
-    """Return the micro-batches as pairs of a number of micro-batches and their size; sizes differ by at most one.
-
-    Args:
-        samples: Number of samples in the batch.
-        micro_batches: Maximum number of micro-batches.
-        least: Minimum size of each micro-batch, if the batch has that many samples.
-    """
-    count = max(min(micro_batches, samples // least), 1)
-    size, larger = divmod(samples, count)
-    return [group for group in ((larger, size + 1), (count - larger, size)) if group[0]]
-
-
-def _kind(part: Any) -> Hashable:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(part))
-
-
-def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Return the output for the whole batch, joined from the outputs of its micro-batches."""
-    if len(outputs) == 1:
-        return outputs[0]
-    flat, structures = zip(*(flatten(output) for output in outputs), strict=True)
-    for tensors, size in zip(flat, sizes, strict=True):
-        for tensor in tensors:
-            if tensor.dim() == 0 or len(tensor) != size:
-                raise UnsupportedFeatureError(
-                    f"`num_microbatches` must be 1 here, because the model's output is no tensor with one entry per"
-                    f" sample: got shape {tuple(tensor.shape)} for {size} samples."
-                )
-    return unflatten([torch.cat(tensors) for tensors in zip(*flat, strict=True)], structures[0])
+def _refuse_generating(*_: Any, **__: Any) -> Any:
+    raise UnsupportedFeatureError(
+        "`hetero_pipeline` cannot call `generate` within a step, which calls the model many times. Generate after the"
+        " run, when every rank has the whole model, or load the checkpoint on one device."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -52,10 +52,10 @@ __all__ = ["HeteroPipelineStrategy"]
 class HeteroPipelineStrategy(SavingStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
-    ``self.model`` of the LightningModule is an ``nn.Sequential``, or one of the two defines ``pipeline_layers()``,
-    which returns the layers in the order in which they are called. Steps call the model exactly once. Layers exchange
-    tensors, in tuples, lists and dicts. Rank 0 runs the last stage, loads the data and computes the losses. All ranks
-    know what a step returns and logs. Hooks run on all ranks, with what steps have collected in the module.
+    ``self.model`` is a model of several blocks, for example of transformers, or an ``nn.Sequential``, or it or the
+    module defines ``pipeline_layers()``. Steps call the model exactly once. Rank 0 runs the last stage, loads the data
+    and computes the losses. All ranks know what a step returns and logs. Hooks run on all ranks, with what steps have
+    collected in the module.
 
     Args:
         splits: Where the layers are divided. A list holds the first layer of every stage but the first: [4] gives the
@@ -201,9 +201,8 @@ class HeteroPipelineStrategy(SavingStrategy):
     def model_to_device(self) -> None:
         if self.world_size > 1:
             refuse_tensor_hooks(self._module)
-        _, layers = layers_of(self._module)
         found = None if self.findings is None else self.findings.plan
-        self.plan = first_plan(len(layers), self.world_size, self.splits, self.speeds, found)
+        self.plan = first_plan(len(layers_of(self._module).layers), self.world_size, self.splits, self.speeds, found)
         self._batches = 0
         self._runtime = Runtime(
             self._module,
@@ -217,6 +216,8 @@ class HeteroPipelineStrategy(SavingStrategy):
 
     def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Change to the best stages before the first step, not counting Lightning's sanity check."""
+        running = self._running
+        running.verify(step, args, self.optimizers, self._context_of(training=training), training=training)
         if (
             self.splits != "auto"
             or self.speeds is not None
@@ -225,12 +226,11 @@ class HeteroPipelineStrategy(SavingStrategy):
             or (self.findings is not None and (self.findings.training or not training))
         ):
             return
-        running = self._running
         example = running.steps.example(step, args, training=training)
-        with self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context():
+        with running.steps.prepared(), self._context_of(training=training):
             self.findings = find_stages(
                 running.placement,
-                running.layers,
+                running.found.calls,
                 example,
                 self.schedule,
                 self.root_device,
@@ -242,6 +242,9 @@ class HeteroPipelineStrategy(SavingStrategy):
             running.move(self.plan, self.optimizers)
         if self.verbose:
             report_findings(self._module.trainer, self.findings)
+
+    def _context_of(self, *, training: bool) -> AbstractContextManager[None]:
+        return self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context()
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -282,9 +285,8 @@ class HeteroPipelineStrategy(SavingStrategy):
     @override
     @failure_of_peers()
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        accumulated = self._module.trainer.accumulate_grad_batches
         self._plan_by_measuring(self._module.training_step, args, training=True)
-        running = self._running
+        running, accumulated = self._running, self._module.trainer.accumulate_grad_batches
         with (
             self.precision_plugin.train_step_context(),
             taken_aside(running.placement.parameters) as gradients,

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hetero.distributed.pipeline.structure import mapped, tensors_of
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.step.no_terms import weighted
 
-__all__ = ["combined_output", "detached_output", "loss_of"]
+__all__ = [
+    "can_be_joined",
+    "combined_output",
+    "detached_output",
+    "joined_output",
+    "loss_of",
+    "sizes_of_micro_batches",
+]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -57,3 +65,40 @@ def combined_output(outputs: Sequence[Any], sizes: Sequence[int], weights: Seque
         ):
             combined[key] = torch.cat([v.detach() for v in values])
     return {**combined, "loss": loss}
+
+
+def sizes_of_micro_batches(samples: int, micro_batches: int, least: int = 1) -> list[int]:
+    """Return the sizes of the micro-batches, which differ by at most one.
+
+    Args:
+        samples: Number of samples in the batch.
+        micro_batches: Maximum number of micro-batches.
+        least: Minimum size of each micro-batch, if the batch has that many samples.
+    """
+    count = max(min(micro_batches, samples // least), 1)
+    size, larger = divmod(samples, count)
+    return [size + 1] * larger + [size] * (count - larger)
+
+
+def can_be_joined(outputs: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Return whether the outputs of micro-batches have one entry per sample, and are otherwise the same."""
+    first: list[Any] = []
+    for output, size in zip(outputs, sizes, strict=True):
+        leaves: list[Any] = []
+        mapped(output, leaves.append)
+        if any(isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != size) for leaf in leaves):
+            return False
+        kinds = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if not first:
+            first = kinds
+        elif len(kinds) != len(first) or any(a is not b and a != b for a, b in zip(kinds, first, strict=True)):
+            return False
+    return True
+
+
+def joined_output(outputs: Sequence[Any]) -> Any:
+    """Return the output for the whole batch, joined from the outputs of its micro-batches."""
+    if len(outputs) == 1:
+        return outputs[0]
+    parts = zip(*map(tensors_of, outputs), strict=True)
+    return mapped(outputs[0], lambda leaf: torch.cat(next(parts)) if isinstance(leaf, Tensor) else leaf)

@@ -16,8 +16,10 @@ from harness import RankPools
 from torch import Tensor, nn
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.distributed.pipeline.chain import Chain
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement, state_on
+from lightning_hetero.distributed.pipeline.structure import Call
 
 CPU = torch.device("cpu")
 
@@ -176,7 +178,7 @@ def profiled(width: int, autocast: bool) -> tuple[list[int], LayerProfile]:
         return head(output).square().mean()  # type: ignore[no-any-return]
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), ledger(lambda: number) as alive:
-        profile = profile_layers(placement, layers, (torch.ones(2, width),), loss if head else None, CPU)
+        profile = profile_layers(placement, Chain(layers), Call((torch.ones(2, width),)), loss if head else None, CPU)
     placement.complete()
     return alive, profile
 

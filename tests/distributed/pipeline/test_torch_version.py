@@ -8,6 +8,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.distributed.pipeline.chain import Chain
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
@@ -16,8 +17,16 @@ from lightning_hetero.exceptions import UnsupportedFeatureError
 def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, refused: bool) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
 
+    calls = Chain([nn.Linear(1, 1), nn.Linear(1, 1)])
+
     def make() -> Pipeline:
-        return Pipeline([nn.Linear(1, 1)], StagePlan(ranks=(0, 1), ends=(1, 2)), "gpipe", 0, torch.device("cpu"))
+        return Pipeline(
+            calls,
+            StagePlan(ranks=(0, 1), ends=(1, 2)),
+            "gpipe",
+            0,
+            torch.device("cpu"),
+        )
 
     if refused:
         with pytest.raises(UnsupportedFeatureError, match=r"needs PyTorch 2\.13 or later, got 2\.12\.1"):

@@ -103,7 +103,6 @@ SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2, start_method=
         ("popen", ("data", "callback saves"), "`hetero_pipeline` cannot save after a run has failed"),
         (POPEN, ("twice",), "to call the model exactly once, got a second call"),
         (POPEN, ("never",), "to call the model exactly once, got no call"),
-        (POPEN, ("keywords",), "positional arguments, got ['input']"),
         (POPEN, ("trained before",), "that are used before the model is called to be in its layers"),
         pytest.param(
             "popen",

@@ -20,13 +20,12 @@ from torch import nn
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.group.failure import failure_of_peers
-from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
-from lightning_hetero.distributed.pipeline.structure import flatten
+from lightning_hetero.distributed.pipeline.structure import Call
 from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.lightning_private import current_hook, trainer_of
-from lightning_hetero.plugin.common.overridden import overridden, overridden_method
+from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.pipeline.hooks.meeting import Meeting
 from lightning_hetero.plugin.pipeline.hooks.names_read import is_users, names_before, names_read
 from lightning_hetero.plugin.pipeline.hooks.traces import StepTraces
@@ -67,7 +66,7 @@ class HookRunner:
         module: The user's LightningModule.
         called: The model that steps call.
         placement: Where the parts of the model live.
-        pipeline: Function that returns the pipeline that runs the layers.
+        run_model: Function that runs the layers on all ranks, and returns the output on the last stage.
         rank: This rank.
         device: This rank's device.
         seed: Seed of the random numbers that are the same on all ranks.
@@ -82,7 +81,7 @@ class HookRunner:
         module: LightningModule,
         called: nn.Module,
         placement: TensorPlacement,
-        pipeline: Callable[[], Pipeline],
+        run_model: Callable[[Call], Any],
         rank: int,
         device: torch.device,
         seed: int,
@@ -90,7 +89,7 @@ class HookRunner:
         self._module = module
         self._called = called
         self._placement = placement
-        self._pipeline = pipeline
+        self._run_model = run_model
         self._last_rank = placement.plan.ranks[-1]
         self._leads = rank == self._last_rank
         self._device = device
@@ -128,7 +127,7 @@ class HookRunner:
                     record = record_log if owner is module else None
                     around = partial(self._by_lightning, name, partial(run, name, names, record))
                     stack.enter_context(overridden_method(owner, name, around))
-            stack.enter_context(overridden(self._called, "forward", self._forward))
+            stack.enter_context(overridden_method(self._called, "forward", self._forward))
             yield
 
     def _callbacks(self) -> list[Any]:
@@ -251,7 +250,9 @@ class HookRunner:
         """Return a value of the last stage on every rank that asks for it."""
         return self.meeting.value(value) if self.meeting.is_on else broadcast_from(value, self._last_rank)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.traces.runs_layers:
+            return own(*args, **kwargs)
         modes = [part.training for part in self._called.modules()]
         arguments = move_data_to_device((args, kwargs, modes), torch.device("cpu"))
         if self.meeting.is_on:
@@ -261,21 +262,14 @@ class HookRunner:
 
     def _run_forward(self, arguments: Any) -> Any:
         args, kwargs, modes = move_data_to_device(arguments, self._device)
-        if kwargs:
-            raise UnsupportedFeatureError(
-                f"`hetero_pipeline` needs the model to be called with positional arguments, got {sorted(kwargs)}."
-            )
-        tensors, structure = flatten(args)
-        kind = ("hook", tuple((tuple(t.shape), t.dtype) for t in tensors), repr(structure))
-        pipeline = self._pipeline()
         parts = list(self._called.modules())
         before = [part.training for part in parts]
         try:
             for part, mode in zip(parts, modes, strict=True):
                 part.training = mode
-            found = pipeline.evaluate(kind, 1, [args] if pipeline.is_first else [])
+            output = self._run_model(Call(args, kwargs))
         finally:
             for part, mode in zip(parts, before, strict=True):
                 part.training = mode
-        output = move_data_to_device(found[0], torch.device("cpu")) if pipeline.is_last else None
+        output = move_data_to_device(output, torch.device("cpu"))
         return move_data_to_device(broadcast_from(output, self._last_rank), self._device)

@@ -84,6 +84,7 @@ class StepTraces:
         self._step = ModuleState(*arguments)
         self._parameters: list[Any] | None = None
         self._has_run = False
+        self.runs_layers = False
         self._warned: set[Any] = set()
         self._before: tuple[Any, ...] = ()
 
@@ -92,6 +93,15 @@ class StepTraces:
         self._ranks = self._parameters = None
         self._epoch.refresh()
         self._step.refresh()
+
+    @contextmanager
+    def running_layers(self) -> Iterator[None]:
+        """Let calls of the model's ``forward`` in this context be those of its own code, which runs its layers."""
+        before, self.runs_layers = self.runs_layers, True
+        try:
+            yield
+        finally:
+            self.runs_layers = before
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
