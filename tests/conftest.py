@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and how tests share two workers of ``pytest -n 2 --dist loadgroup``."""
+"""Fixtures that every test may use, and how tests share the workers of ``pytest -n 3 --dist loadgroup``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ settings.load_profile("thorough" if THOROUGH else "default")
 # Their ranks sleep or compute for known times, and what they then measure decides what they do: nothing else may run.
 TIMED = {
     "test_communication.py",
+    "test_device_waits.py",
     "test_load_balancer.py",
     "test_memory.py",
     "test_pipeline_planning.py",
@@ -30,11 +31,10 @@ TIMED = {
     "test_step_timer.py",
 }
 
-# The same of single tests: checks that measure, a stall that has to end before a time-out, a rank that has to save
-# before torchrun ends it, a moment after another rank has failed, and one that has to give a sign of life every second.
+# The same of single tests: checks that measure, a stall that has to end before a time-out, and a rank that has to save
+# before torchrun ends it, a moment after another rank has failed.
 TIMED_TESTS = {
     "test_all_that_can_run_on_the_processor_passes",
-    "test_a_rank_that_is_silent_or_slow_is_not_given_up",
     "test_a_training_survives_a_stall_shorter_than_the_time_out",
     "test_a_rank_that_fails_saves_where_it_was",
 }

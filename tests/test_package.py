@@ -89,7 +89,8 @@ def test_the_page_on_libraries_names_the_versions_that_are_tested() -> None:
         canonicalize_name(name.replace("PyTorch", "torch").replace(" ", "-")): version
         for name, version in re.findall(r"^\| \[([\w -]+)\]\(#[\w-]+\) ([\d.]+) ", page, re.MULTILINE)
     }
-    assert set(named) == {canonicalize_name(name) for name in project_file()["dependency-groups"]["libraries"]}
+    installed = {canonicalize_name(name) for name in project_file()["dependency-groups"]["libraries"]}
+    assert set(named) == installed - {"peft"}  # which changes models, and trains none
     for name, version in named.items():
         assert re.search(rf"^{name}=={re.escape(version)}\.", constraints, re.MULTILINE), name
 
