@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["ModelMemory", "RankMemory", "expected_bytes", "weights_by_memory"]
+__all__ = ["ModelMemory", "RankMemory", "weights_by_memory"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,6 @@ def weights_by_memory(ranks: Sequence[RankMemory], model: ModelMemory) -> tuple[
             f" a device, lower the batch size, or use an optimiser with a smaller state."
         )
     return tuple(left)
-
-
-def expected_bytes(weights: Sequence[float], ranks: Sequence[RankMemory], model: ModelMemory) -> tuple[float, ...]:
-    """Return the peak of memory that each rank is expected to reach with these weights."""
-    total = sum(weights)
-    return tuple(
-        model.sharded_bytes * weight / total + model.gathered_bytes + rank.activation_bytes
-        for weight, rank in zip(weights, ranks, strict=True)
-    )
 
 
 def _gb(size: float) -> str:

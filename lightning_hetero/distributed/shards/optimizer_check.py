@@ -30,7 +30,7 @@ def why_not_in_parts(optimizer: Optimizer, weights: Sequence[float], device: tor
         weights: One weight per rank, in proportion to which the ranks hold parts.
         device: Device of this rank.
     """
-    sizes = Cutter(weights).cut([_SHAPE[0] * _SHAPE[1]]).sizes
+    sizes = Cutter(weights).cut(_SHAPE[0] * _SHAPE[1]).sizes
     division = Division(_SHAPE, sizes, dist.get_rank())
     for number, group in enumerate(optimizer.param_groups):
         try:

@@ -51,7 +51,7 @@ class Unit:
         self.flats: list[FlatParameters] = []
         for parameters in _by_type(planned.parameters):
             leaves = [parameter.places[0].get() for parameter in parameters]
-            cuts = cutter.cut([leaf.numel() for leaf in leaves], leaves[0].element_size())
+            cuts = cutter.cut(sum(leaf.numel() for leaf in leaves), leaves[0].element_size())
             self.flats.append(FlatParameters(parameters, cuts, rank, device, exchange))
         self.is_whole = False
         self.in_flight = False
