@@ -28,6 +28,7 @@ from lightning_hetero.distributed.group.peer_watch import WatchTimes
 
 PATIENCE_S = 1.0
 TIMES = WatchTimes(heartbeat_s=0.2, silence_s=1.0, patience_s=PATIENCE_S)
+SILENT_S = 4  # a rank that could not listen itself for a moment forgives its peer as long a silence
 
 
 CASES = [
@@ -46,6 +47,7 @@ class InStep(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
+            time.sleep(0.5)  # a small training may get here before the ranks have their connections
             self.function(trainer)
 
 
@@ -128,16 +130,16 @@ def stopped_and_slow(folder: str) -> list[str]:
 
     def stop(trainer: Trainer) -> None:
         if trainer.global_rank == 1:
-            subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+            subprocess.Popen(["sh", "-c", f"sleep {SILENT_S}; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def slow(trainer: Trainer) -> None:
         if trainer.global_rank == 1:
-            ctypes.CDLL(None).sleep(2)  # other threads run, as beside a long call of a device
+            ctypes.CDLL(None).sleep(SILENT_S)  # other threads run, as beside a long call of a device
 
     def hold(trainer: Trainer) -> None:
         if trainer.global_rank == 1:
-            ctypes.PyDLL(None).sleep(2)  # no other thread runs
+            ctypes.PyDLL(None).sleep(SILENT_S)  # no other thread runs
 
     before = set(threading.enumerate())
     for name, function in {"stopped": stop, "slow": slow, "held": hold}.items():
@@ -155,12 +157,9 @@ def test_a_rank_that_is_silent_or_slow_is_not_given_up(tmp_path: Path) -> None:
         assert pool.run(stopped_and_slow, str(tmp_path)) == [[], []]
     finally:
         pool.close()
-    # a rank that could not listen itself for a moment forgives its peer as long a silence, so it may miss a short one
-    for name, warnings in {"stopped": {0, 1}, "slow": {0}, "held": {0, 1}}.items():
+    for name, warnings in {"stopped": 1, "slow": 0, "held": 1}.items():
         text = (tmp_path / name / "log-0").read_text(encoding="utf-8")
-        told = text.count("Rank 1 has given no sign of life for ")
-        assert told == text.count("no sign of life"), name
-        assert told in warnings, name
+        assert text.count("Rank 1 has given no sign of life for ") == text.count("no sign of life") == warnings, name
         assert "no sign of life" not in (tmp_path / name / "log-1").read_text(encoding="utf-8"), name
 
 

@@ -20,7 +20,8 @@ __all__ = ["Hub", "Link", "Spoke"]
 # machine of rank 0 may have slept for so long that the other end has given it up, and tries to connect now and then.
 _RETURN_S = 2.0
 _RETURN_AFTER_RESET_S = 30.0
-_RETRY_S = 1.0
+# At first rank 0 may not listen yet, but a rank that has no connection cannot be missed.
+_FIRST_RETRY_S, _RETRY_S = 0.05, 1.0
 _HELLO_S = 10.0
 
 _DIED = (
@@ -213,16 +214,18 @@ class Spoke(Link):
         self._place: tuple[int, str] | None = None
         self._was_welcome = False  # at this place
         self._retry_at = 0.0
+        self._pause_s = _FIRST_RETRY_S
 
     @override
     def step(self, timeout_s: float) -> None:
         now = time.monotonic()
         if self._hub is None and now >= self._retry_at:
-            self._retry_at = now + _RETRY_S
+            self._retry_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _RETRY_S)
             self._find()
         elif self._hub is not None and not self._was_welcome and now - self._hub.heard > _HELLO_S:
             self._drop()
-        for connection in self._ready(timeout_s):
+        for connection in self._ready(min(timeout_s, self._pause_s) if self._hub is None else timeout_s):
             if connection is not None and connection is self._hub:
                 self._receive(connection)
 
