@@ -6,7 +6,7 @@ tests/distributed/test_torch_private.py fails if torch changes one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any, cast
@@ -42,6 +42,7 @@ __all__ = [
     "unscale",
     "version_of",
     "without_tensor_hooks",
+    "without_torch_function",
     "wrapper_of",
 ]
 
@@ -230,3 +231,12 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def unscale(gradients: Sequence[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
     """Unscale gradients, and note whether one of them is not finite, as a GradScaler does."""
     torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """Return a context in which tensors of subclasses are themselves, whatever their ``__torch_function__`` does.
+
+    torch's notes on extending it use this name; there is none without an underscore.
+    """
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context

@@ -59,7 +59,7 @@ class Reductions:
         flats = [flat for unit in self._units for flat in unit.flats]
         used = [had for flat in flats for had in flat.had_gradient]
         # A reduction adds to what is used, so what it will find counts now.
-        waiting = [leaf.grad is not None and not muted for flat in flats for leaf in flat.leaves]
+        waiting = [gradient is not None and not muted for flat in flats for gradient in flat.gradients]
         late = [unit.has_gradients for unit in self._units]
         own = [*(a or b for a, b in zip(used, waiting, strict=True)), *late]
         of_all = torch.tensor(own, dtype=torch.uint8)
