@@ -208,21 +208,17 @@ class Step(Module):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         _, x, y = batch
         net: Any = self.model
-        loss = functional.mse_loss(self(x), y)
         with torch.no_grad():
-            if self.kind == "no gradient":
-                loss = loss + functional.mse_loss(self(x + 0.1), y).detach()
-            elif self.kind == "teacher":
-                return loss + functional.mse_loss(self.teacher(x), y)
-            elif self.kind == "kept written":
-                for parameter in self.kept:
-                    parameter.data.clamp_(-0.3, 0.3)
-            elif self.kind == "written":
-                for parameter in self.parameters():
-                    parameter.data.clamp_(-0.3, 0.3)
-                return loss
-            elif self.kind == "saved":
-                self.trainer.save_checkpoint("saved.ckpt")
+            written = {"kept written": lambda: self.kept, "written": self.parameters}.get(self.kind, list)
+            for parameter in written():
+                parameter.data.clamp_(-0.3, 0.3)
+        loss = functional.mse_loss(self(x), y)
+        if self.kind in ("no gradient", "teacher"):
+            with torch.no_grad():
+                target = (self.teacher if self.kind == "teacher" else self)(x + 0.1)
+            return loss + functional.mse_loss(self(x * 0.9), target)
+        if self.kind == "saved":
+            self.trainer.save_checkpoint("saved.ckpt")
         if self.kind == "adversarial":
             near = x.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(functional.mse_loss(self(near), y), near)

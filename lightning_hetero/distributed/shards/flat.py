@@ -57,6 +57,8 @@ class FlatParameters:
             # as DDP, which begins with the values of rank 0
             dist.broadcast(self._whole.view(torch.uint8), 0, exchange.group)
             self.local = self._parts[rank].clone()
+        for leaf, view in zip(self.leaves, self._views, strict=True):
+            leaf.data = view
         self.shards = [self._shard(number) for number in range(len(self.leaves))]
         self.had_gradient = [False] * len(self.leaves)
         self._created = [False] * len(self.leaves)

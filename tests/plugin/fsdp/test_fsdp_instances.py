@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import RankPools
+from harness import RankError, RankPools
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from profiles import thorough
 from shard_instances import HOOKS, MODELS, Hooks, ManualSteps, Step, WithLion
 from shard_models import Plain, seeded
 from shard_trainings import Module, check, differences, fit
@@ -60,6 +62,10 @@ def of_model(name: str) -> Module:
     return Module(seeded(MODELS[name]))
 
 
+def with_lion() -> Module:
+    return WithLion(seeded(Plain))
+
+
 def test_modules_of_all_kinds(ranks: RankPools) -> None:
     check(ranks.run(2, compared, [(name, partial(of_model, name), {}) for name in MODELS], timeout_s=200.0))
 
@@ -73,7 +79,7 @@ def test_steps_and_hooks_of_all_kinds(ranks: RankPools, tmp_path: Path) -> None:
     unused = {"find_unused_parameters": True}
     cases += [(kind, partial(ManualSteps, kind), {"ddp": unused}) for kind in MANUAL]
     cases += [("hooks", partial(LogsSeen, HOOKS), {"max_steps": 8, "batch_size": 6})]
-    cases += [("Lion", partial(WithLion, seeded(Plain)), {})]
+    cases += [("Lion", with_lion, {})]
     check(ranks.run(2, in_folder, str(tmp_path), cases, timeout_s=200.0))
 
 
@@ -176,13 +182,14 @@ REFUSED = {
     "elementwise penalty": "outside of the `forward` of the unit that owns it",
     "kept penalty": "looks at numbers that other ranks hold",
     "array": "`numpy` cannot be computed",
+}
+ON_ONE_RANK = {
     "backward left out": "the ranks are at different points of the program: rank 0 in the backward pass",
-    "hook of one rank": "use the model in hooks on all ranks or on none",
+    "hook of one rank": "a hook uses the model on this rank, but not on all others",
 }
 
 
 def refused(kinds: list[str]) -> list[str]:
-    Meeting.patience = timedelta(seconds=20)
     found = []
     for kind in kinds:
         try:
@@ -199,6 +206,52 @@ def test_what_would_be_wrong_is_refused(ranks: RankPools) -> None:
     for messages in ranks.run(2, refused, list(REFUSED), timeout_s=150.0):
         for kind, message in zip(REFUSED, messages, strict=True):
             assert REFUSED[kind] in message, (kind, message)
+
+
+def on_one_rank(kind: str) -> None:
+    Meeting.patience = timedelta(seconds=5)
+    try:
+        fit(HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]), Wrong(kind), 2, max_steps=3)
+    finally:
+        Meeting.patience = timedelta(minutes=5)
+
+
+@thorough  # the rank that waits elsewhere is ended after ten seconds
+@pytest.mark.parametrize("kind", ON_ONE_RANK)
+def test_what_one_rank_does_alone_ends_all_with_the_reason(ranks: RankPools, kind: str) -> None:
+    with pytest.raises(RankError) as error:
+        ranks.run(2, on_one_rank, kind)
+    assert ON_ONE_RANK[kind] in str(error.value)
+
+
+Row = tuple[str, int, int, int]
+
+
+def met(mine: list[Row]) -> str:
+    reasons: list[str] = []
+    meeting = Meeting(dist.group.WORLD, nullcontext, reasons.append)  # type: ignore[arg-type]
+    meeting.begin("train", 1, 0, 7)
+    meeting.check()
+    meeting.begin(*mine[dist.get_rank()])
+    with pytest.raises(UnsupportedFeatureError):
+        meeting.check()
+    assert meeting.failed
+    return reasons[0]
+
+
+def test_ranks_in_different_passes_notice_it(ranks: RankPools) -> None:
+    cases: list[tuple[list[Row], str]] = [
+        (
+            [("backward", 2, 0, 0), ("end", 2, 1, 0)],
+            "rank 0 in the backward pass of training step 2, rank 1 in the end of",
+        ),
+        ([("hook", 2, 1, 0), ("train", 3, 0, 7)], "rank 0 in the hook that uses the model after step 2, rank 1 in the"),
+        ([("validate", 2, 0, 0), ("validate", 3, 0, 0)], "rank 0 in the evaluation step 2, rank 1 in the evaluation"),
+        ([("train", 2, 0, 0), ("train", 2, 0, 1)], "the ranks train different parameters"),
+    ]
+    for rows, reason in cases:
+        for found in ranks.run(2, met, rows):
+            assert reason in found
 
 
 def pruned() -> None:
