@@ -40,6 +40,7 @@ from lightning_hetero.distributed.torch_private import (
     unscale,
     version_of,
     without_tensor_hooks,
+    without_torch_function,
     wrapper_of,
 )
 
@@ -277,3 +278,25 @@ def test_norms_and_unscaling_of_plain_tensors() -> None:
     assert (gradients[0].tolist(), float(found)) == ([1.0] * 4, 0.0)
     unscale(gradients, found, torch.tensor(0.5))
     assert float(found) == 1.0
+
+
+class Shy(nn.Parameter):
+    """Answers nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("asked")
+
+
+def test_a_parameter_changes_its_class_and_can_be_asked_past_it() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    loss = (parameter * 2).sum()
+    parameter.__class__ = Shy  # it stays the leaf of the graph
+    with pytest.raises(RuntimeError, match="asked"):
+        _ = parameter.grad
+    with without_torch_function():
+        loss.backward()
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == [2.0, 2.0]
+    parameter.__class__ = nn.Parameter
+    assert parameter.sum().item() == 2.0
