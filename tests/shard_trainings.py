@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from profiles import drawn
 from shard_models import seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from training import Numbered, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy
 
-SIZE, BATCH, STEPS = 37, 4, 12  # the last batch of an epoch is ragged
+SIZE, BATCH, STEPS = 37, 4, drawn(6, 20)  # the last batch of an epoch, which has five, is ragged
 
 
 class Module(LightningModule):

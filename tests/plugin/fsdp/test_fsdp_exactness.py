@@ -53,8 +53,8 @@ TWO = {"shard_weights": [2, 1]}
 def test_two_ranks(ranks: RankPools) -> None:
     sgd, unused = partial(Module, optimizer="SGD"), {**SHARES, "find_unused_parameters": True}
     cases = [
-        ("SGD, ragged end", sgd, Plain, SHARES, TWO, 2, {}),
-        ("AdamW, infinite loss", InfiniteStandIn, Plain, SHARES, TWO, 2, {"batch_size": 9}),
+        ("SGD, ragged end", sgd, Plain, SHARES, TWO, 2, {"max_steps": 20}),
+        ("AdamW, infinite loss", InfiniteStandIn, Plain, SHARES, TWO, 2, {"batch_size": 9, "max_steps": 20}),
         ("no shard", sgd, Plain, SHARES, {"shard_weights": [1, 0]}, 2, {"gradient_clip_val": 0.3}),
         ("accumulated", sgd, Plain, SHARES, TWO, 2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}),
         (
