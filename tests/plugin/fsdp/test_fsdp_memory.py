@@ -20,7 +20,7 @@ from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy
 from lightning_hetero.distributed.shards.units import find_units
 from lightning_hetero.plugin.fsdp.weights import model_memory
 
-WIDTH, BLOCKS = 1000, 24  # 96 MB of parameters, 384 MB with gradients and AdamW's states
+WIDTH, BLOCKS = 1000, 36  # 144 MB of parameters, 577 MB with gradients and AdamW's states
 WEIGHTS = (3, 1)
 M_MMAP_THRESHOLD = -3  # source: glibc, malloc.h
 
@@ -95,11 +95,11 @@ def test_a_model_of_twice_the_memory_of_the_small_rank_trains_as_predicted(ranks
     for weight, found in zip(WEIGHTS, ranks.run(2, trained, True, [None, budget]), strict=True):
         shards = memory.sharded_bytes * weight / sum(WEIGHTS)
         assert found["share"] == pytest.approx(weight / sum(WEIGHTS), rel=0.01)
-        assert found["held"] == pytest.approx(shards, abs=12e6)  # besides, the process itself grows
+        assert found["held"] == pytest.approx(shards, abs=15e6)  # besides, the process itself grows
         assert found["peak"] == pytest.approx(shards + memory.gathered_bytes, rel=0.1)
 
 
 @thorough
 def test_without_shards_it_does_not_fit(ranks: RankPools) -> None:
     with pytest.raises(RankError, match="memory"):
-        ranks.run(2, trained, False, [None, 192_000_000])
+        ranks.run(2, trained, False, [None, 288_000_000])
