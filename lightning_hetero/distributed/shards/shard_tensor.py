@@ -24,14 +24,13 @@ from lightning_hetero.distributed.torch_private import (
     FOREACH_MAX,
     FOREACH_NORM,
     UNSCALE,
-    norms_of,
     unscale,
     without_torch_function,
     wrapper_of,
 )
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["Division", "ShardTensor", "total_norm"]
+__all__ = ["Division", "ShardTensor"]
 
 aten: Any = torch.ops.aten
 # They do not look at the values of other elements, but torch does not mark them as such.
@@ -387,18 +386,3 @@ def _unscale(gradients: Sequence[Any], found_inf: Tensor, inverse_scale: Tensor)
     if locals_:
         unscale(locals_, found_inf, inverse_scale)
     dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-
-
-def total_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the norm of all numbers of several parts together; all ranks communicate once.
-
-    Args:
-        tensors: Tensors of which each rank holds a part.
-        device: Device of this rank.
-    """
-    _check_shards("norm", tensors)
-    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    locals_ = [tensor.local for tensor in tensors if isinstance(tensor, ShardTensor) and tensor.local.numel()]
-    for norm in norms_of(locals_) if locals_ else ():
-        total += norm.to(total.dtype) ** 2
-    return _reduced(total, dist.ReduceOp.SUM).sqrt()

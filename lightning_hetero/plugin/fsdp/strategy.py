@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_hetero.distributed.group.failure import announce, failure_of_peers
 from lightning_hetero.distributed.shards.engine import ShardEngine
-from lightning_hetero.distributed.shards.shard_tensor import total_norm
+from lightning_hetero.distributed.shards.reductions import total_norm
 from lightning_hetero.distributed.shards.state import part_of_optimizer_state, whole_optimizer_state, whole_state
 from lightning_hetero.distributed.shards.units import find_units
 from lightning_hetero.distributed.step_timer import StepTimer, clock_of

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from harness import RankPools
 from torch import Tensor, nn
 
-from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor, total_norm
+from lightning_hetero.distributed.shards.reductions import total_norm
+from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 SHAPE = (4, 3)
