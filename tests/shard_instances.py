@@ -209,8 +209,8 @@ class Step(Module):
         _, x, y = batch
         net: Any = self.model
         with torch.no_grad():
-            written = {"kept written": lambda: self.kept, "written": self.parameters}.get(self.kind, list)
-            for parameter in written():
+            written: dict[str, list[Any]] = {"kept written": getattr(self, "kept", []), "written": [*self.parameters()]}
+            for parameter in written.get(self.kind, []):
                 parameter.data.clamp_(-0.3, 0.3)
         loss = functional.mse_loss(self(x), y)
         if self.kind in ("no gradient", "teacher"):

@@ -35,7 +35,8 @@ class Module(LightningModule):
             if self.global_step == 2 and number == 2:
                 self.reaches("forward pass")
                 x.register_hook(lambda _: self.reaches("backward pass"))
-        return x.square().mean()
+        loss: Tensor = x.square().mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.reaches("set-up")

@@ -72,7 +72,7 @@ def become_released(leaf: Any, part: Any) -> None:
 
 def become_whole(leaf: Any) -> None:
     """Let a parameter be itself again."""
-    if type(leaf) is ReleasedParameter:
+    if leaf.__class__ is ReleasedParameter:
         leaf.__class__ = leaf.own_class
         del leaf.part, leaf.own_class
 
