@@ -38,6 +38,7 @@ __all__ = [
     "reduces_after_backward",
     "running_function",
     "sleep_on_device",
+    "source_of_cast",
     "tensor_without_memory",
     "unscale",
     "version_of",
@@ -89,6 +90,19 @@ def running_function(frame: FrameType) -> type | None:
     if frame.f_code is torch.autograd.function.BackwardCFunction.apply.__code__:
         return cast("type", frame.f_locals["self"]._forward_cls)
     return None
+
+
+def source_of_cast(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a tensor that autocast has made from a leaf, and the leaf, if ``tensor`` is it or a view of it.
+
+    Autograd's graph knows the leaf, and a view its base; nothing public tells either.
+    """
+    base = tensor if tensor._base is None else tensor._base
+    node = base.grad_fn
+    if node is None or not node.name().startswith("ToCopyBackward"):
+        return None
+    leaf = getattr(node.next_functions[0][0], "variable", None)
+    return None if leaf is None or leaf.shape != base.shape else (base, leaf)
 
 
 def version_of(tensor: Tensor) -> int:

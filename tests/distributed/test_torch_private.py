@@ -36,6 +36,7 @@ from lightning_hetero.distributed.torch_private import (
     reduces_after_backward,
     running_function,
     sleep_on_device,
+    source_of_cast,
     tensor_without_memory,
     unscale,
     version_of,
@@ -300,3 +301,20 @@ def test_a_parameter_changes_its_class_and_can_be_asked_past_it() -> None:
         assert parameter.grad.tolist() == [2.0, 2.0]
     parameter.__class__ = nn.Parameter
     assert parameter.sum().item() == 2.0
+
+
+def test_the_leaf_of_what_autocast_saves_is_known() -> None:
+    layer = nn.Linear(3, 4)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        source = source_of_cast(tensor)
+        if source is not None:
+            found.append(source)
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(2, 3, requires_grad=True)).sum()
+    ((cast, leaf),) = [pair for pair in found if pair[1] is layer.weight]
+    assert cast.dtype == torch.bfloat16
+    assert cast.shape == leaf.shape

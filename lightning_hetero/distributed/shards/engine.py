@@ -9,7 +9,7 @@ which are whole during a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
@@ -22,12 +22,13 @@ from lightning_hetero.balance.shards.cuts import Cutter
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.shards.buffers import Buffers
 from lightning_hetero.distributed.shards.exchange import exchange_for
-from lightning_hetero.distributed.shards.hooks import UnitHooks, tensors_in
+from lightning_hetero.distributed.shards.hooks import SavedCasts, UnitHooks, tensors_in
 from lightning_hetero.distributed.shards.order import Meeting, OrderOfUse
 from lightning_hetero.distributed.shards.reductions import Reductions
+from lightning_hetero.distributed.shards.released import without_gradients
 from lightning_hetero.distributed.shards.unit import Unit, WholeUnits
 from lightning_hetero.distributed.shards.units import plan_units
-from lightning_hetero.distributed.torch_private import current_backward_pass, without_torch_function
+from lightning_hetero.distributed.torch_private import current_backward_pass
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["ShardEngine"]
@@ -58,6 +59,7 @@ class ShardEngine:
         most_whole_units: The largest number of units, besides the root, that were whole at a time.
         most_whole_bytes: The largest memory that whole parameters have taken.
         reduces: Whether backward passes reduce gradients; otherwise each rank accumulates its own, whole.
+        frees_casts: Whether what autocast makes of parameters is freed while they are released.
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class ShardEngine:
         self._kind: str | None = None
         self._steps = self._passes = self._hooks_run = self._depth = 0
         self._backward_follows = self._in_backward = self._muted = False
-        self.reduces = True
+        self.reduces, self.frees_casts = True, False
+        self._casts = SavedCasts(self.units)
         self._hooks = UnitHooks(self.units, self)
 
     @property
@@ -125,11 +128,6 @@ class ShardEngine:
     def shards(self) -> list[nn.Parameter]:
         """The parts that take the place of the user's parameters between steps."""
         return [shard for unit in self.units for shard in unit.shards]
-
-    def leaves_of(self, parameters: Iterable[Any]) -> list[Any]:
-        """Return the user's parameters in whose place the given ones are registered; others as they are."""
-        leaves = {id(shard): leaf for shard, leaf in zip(self.shards, self.leaves, strict=True)}
-        return [leaves.get(id(parameter), parameter) for parameter in parameters]
 
     # ---- gather and release ------------------------------------------------------------------------------------------
 
@@ -182,6 +180,7 @@ class ShardEngine:
         if self._kind is None:
             self._refuse(_OWN_BACKWARD)
         self._need(unit)
+        unit.make_casts()
         self._order.go_ahead()
 
     def _need(self, unit: Unit) -> None:
@@ -243,7 +242,8 @@ class ShardEngine:
         if kind == "train" and buffers_follow:
             self.synchronise_buffers()
         self._need(self.root)
-        yield
+        with self._casts.noticed() if kind == "train" and self.frees_casts else nullcontext():
+            yield
         if not backward_follows:
             if kind != "predict":
                 self._finish()
@@ -260,7 +260,7 @@ class ShardEngine:
     def _end(self) -> None:
         self._kind = None
         self._depth = 0
-        self._whole.release_all()
+        self._whole.release_all(forget_casts=True)
 
     def refresh(self) -> None:
         """Release units whose parts have been changed since they were gathered, as a step of an optimiser does."""
@@ -318,17 +318,12 @@ class ShardEngine:
                 flat.begin_backward()
         self._order.go_ahead()
         self._muted = muted
-        # a product with zero would not do: gradients may be infinite
-        with without_torch_function():
-            silenced = [leaf for leaf in self.leaves if leaf.requires_grad] if muted else []
-            silencers = [leaf.register_hook(torch.zeros_like) for leaf in silenced]
         try:
-            yield
-            self._end_backward(partial_use)
+            with without_gradients(self.leaves if muted else []):
+                yield
+                self._end_backward(partial_use)
         finally:
             self._in_backward = self._muted = False
-            for silencer in silencers:
-                silencer.remove()
 
     def _end_backward(self, partial_use: bool) -> None:
         if self.reduces:
@@ -346,7 +341,7 @@ class ShardEngine:
         self._whole.release_all()
         self._passes += 1
         if self._backward_follows:
-            self._kind = None
+            self._end()
         else:
             self._begin("forward")
 

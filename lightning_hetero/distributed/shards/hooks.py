@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hetero.distributed.shards.released import hook_on
 from lightning_hetero.distributed.shards.unit import Unit
+from lightning_hetero.distributed.torch_private import source_of_cast, version_of
 
-__all__ = ["UnitHooks", "UsesUnits", "tensors_in"]
+__all__ = ["SavedCasts", "UnitHooks", "UsesUnits", "tensors_in"]
 
 _DEPTH = 3  # of objects in objects
 
@@ -66,6 +69,40 @@ class UnitHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class SavedCasts:
+    """Frees what autocast makes of parameters together with them: autograd keeps it until the backward pass.
+
+    Args:
+        units: The units; casts of the root stay.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._unit_of = {id(leaf): unit for unit in units[1:] for leaf in unit.leaves}
+
+    def noticed(self) -> AbstractContextManager[Any]:
+        """Return a context in which tensors are noticed that autograd saves."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
+        found = source_of_cast(tensor)
+        if found is not None:
+            base, leaf = found
+            unit = self._unit_of.get(id(leaf))
+            if unit is not None and unit.is_whole:
+                unit.keep_cast(base, leaf)
+        return tensor.detach(), version_of(tensor)
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if version_of(tensor) != version:  # torch does not look if there are hooks
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation:"
+            f" {tensor.dtype} {list(tensor.shape)}."
+        )
+    return tensor
 
 
 def _arrived(user: UsesUnits, unit: Unit, _: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from lightning_hetero.distributed.shards.shard_tensor import ShardTensor
 from lightning_hetero.distributed.torch_private import without_torch_function
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["ReleasedParameter", "become_released", "become_whole", "guard_part", "hook_on"]
+__all__ = ["ReleasedParameter", "become_released", "become_whole", "guard_part", "hook_on", "without_gradients"]
 
 
 class ReleasedParameter(nn.Parameter):
@@ -92,6 +93,18 @@ def hook_on(tensor: Tensor, register: Callable[..., Any], hook: Callable[[Tensor
             return register(tensor, hook)
         finally:
             tensor.requires_grad_(not frozen)
+
+
+@contextmanager
+def without_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Replace the gradients of parameters by zeros: a product with zero would not do, as they may be infinite."""
+    with without_torch_function():
+        handles = [leaf.register_hook(torch.zeros_like) for leaf in leaves if leaf.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def guard_part(part: Tensor, name: str) -> None:

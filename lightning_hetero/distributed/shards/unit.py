@@ -62,6 +62,7 @@ class Unit:
         self.promised = 0
         self.active = 0
         self.lent = False
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self.arrived = 0
         self.expected = 0
         self.usual = 0
@@ -131,6 +132,31 @@ class Unit:
             flat.finish_gathering()
         self.in_flight, self.is_whole = False, True
 
+    def keep_cast(self, cast: Tensor, leaf: Tensor) -> None:
+        """Free a tensor of another type, which autograd has saved, while the unit is released.
+
+        Args:
+            cast: The tensor.
+            leaf: The parameter that it was made from.
+        """
+        storage = cast.untyped_storage()
+        if storage.data_ptr() not in self._casts:
+            # the same memory, but changes of it do not count as the user's
+            alias = cast.new_empty(0).set_(storage, cast.storage_offset(), cast.shape, cast.stride())
+            self._casts[storage.data_ptr()] = (alias, leaf)
+
+    def make_casts(self) -> None:
+        """Compute again what :meth:`keep_cast` was told of."""
+        with torch.no_grad():
+            for alias, leaf in self._casts.values():
+                if not alias.untyped_storage().nbytes():
+                    alias.untyped_storage().resize_(alias.numel() * alias.element_size())
+                    alias.copy_(leaf)
+
+    def forget_casts(self) -> None:
+        """Leave tensors of other types alone from now on."""
+        self._casts.clear()
+
     def show(self, *, whole: bool) -> None:
         """Register the whole parameters or the parts of a unit that stays whole."""
         for flat in self.flats:
@@ -140,6 +166,8 @@ class Unit:
         """Register the parts, and free the memory of the whole parameters."""
         for flat in self.flats:
             flat.release()
+        for alias, _ in self._casts.values():
+            alias.untyped_storage().resize_(0)
         self.in_flight = self.is_whole = False
 
 
@@ -209,13 +237,19 @@ class WholeUnits:
         else:
             unit.release()
 
-    def release_all(self) -> None:
-        """Release every unit."""
+    def release_all(self, *, forget_casts: bool = False) -> None:
+        """Release every unit.
+
+        Args:
+            forget_casts: Whether no backward pass of this step follows, which would need what autocast has made.
+        """
         for unit in self._units:
             unit.promised = unit.active = 0
             unit.lent = False
             if unit.is_whole or unit.in_flight:
                 unit.release()
+            if forget_casts:
+                unit.forget_casts()
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:

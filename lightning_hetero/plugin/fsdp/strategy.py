@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -175,6 +176,7 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
             find_unused_parameters=self.find_unused_parameters,
             reshard_after_forward=self.reshard_after_forward,
         )
+        self.engine.frees_casts = self.reshard_after_forward and isinstance(self.precision_plugin, MixedPrecision)
         warn_of_kept(module, self.engine.leaves)
 
     def _weights_by_memory(self, units: Sequence[nn.Module]) -> tuple[float, ...]:
@@ -225,7 +227,10 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         """Run a backward pass; the parts have their gradients before any hook looks at them."""
         partial_use = not self._module.automatic_optimization
         if (inputs := kwargs.get("inputs")) is not None:
-            kwargs["inputs"] = self._running.leaves_of([inputs] if isinstance(inputs, Tensor) else inputs)
+            engine = self._running
+            leaves = {id(shard): leaf for shard, leaf in zip(engine.shards, engine.leaves, strict=True)}
+            named = [inputs] if isinstance(inputs, Tensor) else inputs
+            kwargs["inputs"] = [leaves.get(id(parameter), parameter) for parameter in named]
         with self._running.backward(partial_use=partial_use, muted=self.loss_weight == 0.0):
             backward(*args, **kwargs)
 

@@ -37,6 +37,17 @@ class Penalised(Module):
         return (found - y).square().mean() + gradient.square().mean()
 
 
+class Adversarial(Module):
+    """Computes gradients of its input before it computes those of the loss."""
+
+    def step(self, batch: Any) -> Tensor:
+        index, x, y = batch
+        near = x.float().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self(near).float().sum(), near)
+        return super().step((index, x + 0.1 * gradient.sign(), y))
+
+
 def all_differences(cases: list[tuple[Any, ...]]) -> list[tuple[str, dict[str, float]]]:
     found = []
     for name, *case in cases:
@@ -114,6 +125,15 @@ def test_other_precisions(ranks: RankPools) -> None:
     cases = [
         (precision, Module, Plain, SHARES, TWO, 2, {"precision": precision, "made": single, "gradient_clip_val": 0.3})
         for precision in ("32-true", "bf16-mixed", "16-mixed")
+    ]
+    # autograd looks at what autocast has made in passes of other kinds, too
+    cases += [
+        (name, kind, MODELS[model], SHARES, TWO, 2, {"precision": "bf16-mixed", "made": single})
+        for name, kind, model in [
+            ("mixed, twice", Module, "twice"),
+            ("mixed, checkpointed", Module, "checkpointed"),
+            ("mixed, adversarial", Adversarial, "plain"),
+        ]
     ]
     check(ranks.run(2, all_differences, cases), tolerance=2e-3)
     cases = [("bf16-true", Module, Plain, SHARES, TWO, 2, {"precision": "bf16-true", "made": single})]

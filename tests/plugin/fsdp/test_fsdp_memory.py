@@ -71,7 +71,7 @@ class Big(LightningModule):
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def trained(sharded: bool, budgets: list[int | None]) -> dict[str, float]:
+def trained(sharded: bool, budgets: list[int | None], **options: Any) -> dict[str, float]:
     import torch.distributed as dist
 
     libc = ctypes.CDLL(None)
@@ -81,7 +81,7 @@ def trained(sharded: bool, budgets: list[int | None]) -> dict[str, float]:
     strategy = HeteroFSDPStrategy(shard_weights=[*WEIGHTS]) if sharded else HeteroDDPStrategy(shares=[1, 1])
     data = DataLoader(TensorDataset(torch.randn(24, WIDTH)), batch_size=4)
     try:
-        make_trainer(strategy, 2, max_steps=3).fit(module, data)
+        make_trainer(strategy, 2, max_steps=3, **options).fit(module, data)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return module.found
@@ -103,3 +103,18 @@ def test_a_model_of_twice_the_memory_of_the_small_rank_trains_as_predicted(ranks
 def test_without_shards_it_does_not_fit(ranks: RankPools) -> None:
     with pytest.raises(RankError, match="memory"):
         ranks.run(2, trained, False, [None, 288_000_000])
+
+
+def trained_mixed(budgets: list[int | None]) -> dict[str, float]:
+    return trained(True, budgets, precision="bf16-mixed")
+
+
+@thorough
+def test_what_autocast_makes_of_parameters_is_freed_with_them(ranks: RankPools) -> None:
+    with torch.device("meta"):
+        module = layers()
+    memory = model_memory(module, find_units(module))
+    casts = sum(p.numel() * 2 for p in module.parameters())  # all of them would be kept
+    for weight, found in zip(WEIGHTS, ranks.run(2, trained_mixed, [None, None]), strict=True):
+        shards = memory.sharded_bytes * weight / sum(WEIGHTS)
+        assert found["peak"] < shards + memory.gathered_bytes + casts / 2
