@@ -73,8 +73,9 @@ def become_released(leaf: Any, part: Any) -> None:
 
 def become_whole(leaf: Any) -> None:
     """Let a parameter be itself again."""
-    if leaf.__class__ is ReleasedParameter:
-        leaf.__class__ = leaf.own_class
+    if type(leaf) is ReleasedParameter:
+        own: Any = leaf.own_class
+        leaf.__class__ = own
         del leaf.part, leaf.own_class
 
 

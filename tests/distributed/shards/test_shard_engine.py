@@ -171,9 +171,15 @@ def recorded_step() -> list[str]:
     for unit in engine.units[1:]:
         note(unit, "start_gathering", "gather")
         note(unit, "release", "release")
-        unit.module.up.register_forward_hook(lambda *_, n=unit.number: events.append(f"use {n}"))
+        block: Any = unit.module
+        block.up.register_forward_hook(lambda *_, n=unit.number: events.append(f"use {n}"))
     start = engine.start_reduce
-    engine.start_reduce = lambda unit: (events.append(f"reduce {unit}"), start(unit))[1]  # type: ignore[method-assign]
+
+    def start_reduce(unit: int) -> None:
+        events.append(f"reduce {unit}")
+        start(unit)
+
+    engine.start_reduce = start_reduce  # type: ignore[method-assign]
     for step in range(2):
         events.clear()
         x, y = batch_of(step)

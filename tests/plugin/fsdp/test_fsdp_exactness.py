@@ -122,7 +122,7 @@ def single(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def test_other_precisions(ranks: RankPools) -> None:
-    cases = [
+    cases: list[tuple[Any, ...]] = [
         (precision, Module, Plain, SHARES, TWO, 2, {"precision": precision, "made": single, "gradient_clip_val": 0.3})
         for precision in ("32-true", "bf16-mixed", "16-mixed")
     ]
