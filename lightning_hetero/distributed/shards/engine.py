@@ -138,6 +138,7 @@ class ShardEngine:
         self._need(unit)
         self._order.go_ahead()
         unit.active += 1
+        unit.used = True
         self._depth += 1
         if unit is self.root:
             for flat in unit.flats:

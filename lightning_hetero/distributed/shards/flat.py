@@ -57,8 +57,6 @@ class FlatParameters:
             # as DDP, which begins with the values of rank 0
             dist.broadcast(self._whole.view(torch.uint8), 0, exchange.group)
             self.local = self._parts[rank].clone()
-        for leaf, view in zip(self.leaves, self._views, strict=True):
-            leaf.data = view
         self.shards = [self._shard(number) for number in range(len(self.leaves))]
         self.had_gradient = [False] * len(self.leaves)
         self._created = [False] * len(self.leaves)
@@ -135,11 +133,16 @@ class FlatParameters:
             self._pending.wait()
             self._pending = None
 
-    def release(self) -> None:
-        """Register the parts, and free the memory of the whole parameters."""
+    def release(self, *, keep: bool = False) -> None:
+        """Register the parts, and free the memory of the whole parameters.
+
+        Args:
+            keep: Whether the parameters may have been written.
+        """
         self.wait()
         if self.is_whole:
-            self._keep_changes()
+            if keep:
+                self._keep_changes()
             self._register(self.shards, self.leaves)
             for leaf, shard, nothing in zip(self.leaves, self.shards, self._nothing, strict=True):
                 leaf.data = nothing

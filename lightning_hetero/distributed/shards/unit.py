@@ -34,6 +34,8 @@ class Unit:
         promised: How many times the unit has been gathered ahead while it was whole.
         active: How many calls of ``forward`` are under way, of the module or of those in it that own parameters.
         lent: Whether the unit must stay whole until the step ends, because its parameters are used outside of it.
+        used: Whether a ``forward`` has run since the unit was gathered, which may have written the parameters; those of
+            the root may be written anywhere in a step.
         arrived: How many gradients have been computed since the last reduction.
         expected: How many are computed until the next one.
         usual: How many that was, if it is not all; 0 if it is.
@@ -62,6 +64,7 @@ class Unit:
         self.promised = 0
         self.active = 0
         self.lent = False
+        self.used = False
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self.arrived = 0
         self.expected = 0
@@ -165,7 +168,8 @@ class Unit:
     def release(self) -> None:
         """Register the parts, and free the memory of the whole parameters."""
         for flat in self.flats:
-            flat.release()
+            flat.release(keep=self.used or self.number == 0)
+        self.used = False
         for alias, _ in self._casts.values():
             alias.untyped_storage().resize_(0)
         self.in_flight = self.is_whole = False
