@@ -166,6 +166,23 @@ class InPlace(Plain):
         return x
 
 
+class InPlaceViews(Blocks):
+    """Changes in place what layers return, which are views: their results have three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.Linear(WIDTH, WIDTH))
+
+    def inner(self, x: Tensor) -> Tensor:
+        x = x[:, None, :].expand(-1, 3, -1)
+        for number, block in enumerate(self.blocks):
+            y = block(x)
+            y += 0.1 * x
+            if number:
+                y[:, 0] *= 0.5
+            x = torch.tanh(y)
+        return x.mean(dim=1)
+
+
 def _with_linear(wrap: Callable[..., Any], **options: Any) -> Callable[[], nn.Module]:
     return lambda: Blocks(lambda: nn.Sequential(wrap(nn.Linear(WIDTH, WIDTH), **options), nn.Tanh()))
 
@@ -184,6 +201,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "shared modules": Shared,
     "methods": Methods,
     "in place": InPlace,
+    "views in place": InPlaceViews,
     "dropout": lambda: Blocks(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3))),
 }
 

@@ -32,6 +32,7 @@ __all__ = [
     "has_hooks",
     "is_without_memory",
     "node_before_ddp",
+    "node_behind_view",
     "norms_of",
     "queue_after_all_reduce",
     "queue_after_backward",
@@ -90,6 +91,14 @@ def running_function(frame: FrameType) -> type | None:
     if frame.f_code is torch.autograd.function.BackwardCFunction.apply.__code__:
         return cast("type", frame.f_locals["self"]._forward_cls)
     return None
+
+
+def node_behind_view(tensor: Tensor) -> Any:
+    """Return the node of autograd's graph that computed what ``tensor`` is a view of; None if it is no view.
+
+    A hook on a view is lost if the view is changed in place, and nothing public tells what it is a view of.
+    """
+    return None if tensor._base is None else tensor._base.grad_fn
 
 
 def source_of_cast(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -30,6 +30,7 @@ from lightning_hetero.distributed.torch_private import (
     has_hooks,
     is_without_memory,
     node_before_ddp,
+    node_behind_view,
     norms_of,
     queue_after_all_reduce,
     queue_after_backward,
@@ -318,3 +319,15 @@ def test_the_leaf_of_what_autocast_saves_is_known() -> None:
     ((cast, leaf),) = [pair for pair in found if pair[1] is layer.weight]
     assert cast.dtype == torch.bfloat16
     assert cast.shape == leaf.shape
+
+
+def test_what_is_behind_a_view_is_reached_after_a_change_in_place() -> None:
+    x, seen = torch.ones(2, 3, 3, requires_grad=True), []
+    y = nn.Linear(3, 3)(x)
+    node = node_behind_view(y)
+    y.register_hook(lambda _: seen.append("the view"))  # lost
+    node.register_prehook(lambda _: seen.append("behind"))
+    y += 1
+    y.sum().backward()
+    assert seen == ["behind"]
+    assert node_behind_view(torch.ones(2, requires_grad=True) * 2) is None

@@ -18,7 +18,12 @@ from typing_extensions import override
 from lightning_hetero.distributed.group.failure import announce, failure_of_peers
 from lightning_hetero.distributed.shards.engine import ShardEngine
 from lightning_hetero.distributed.shards.reductions import total_norm
-from lightning_hetero.distributed.shards.state import part_of_optimizer_state, whole_optimizer_state, whole_state
+from lightning_hetero.distributed.shards.state import (
+    part_of_optimizer_state,
+    whole_optimizer_state,
+    whole_state,
+    whole_values,
+)
 from lightning_hetero.distributed.shards.units import find_units
 from lightning_hetero.distributed.step_timer import StepTimer, clock_of
 from lightning_hetero.exceptions import ConfigurationError
@@ -291,6 +296,12 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(part_of_optimizer_state(optimizer, saved))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.engine is not None and not self.is_alone:  # what hooks have added
+            checkpoint = whole_values(checkpoint, keep=self.is_global_zero)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

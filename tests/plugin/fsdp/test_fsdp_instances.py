@@ -21,8 +21,9 @@ from shard_models import Plain, seeded
 from shard_trainings import Module, check, differences, fit
 from torch import Tensor, nn
 from torch.nn import functional
+from training import assert_close
 
-from lightning_hetero import HeteroFSDPStrategy
+from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy
 from lightning_hetero.distributed.shards.order import Meeting
 from lightning_hetero.exceptions import HeteroError, UnsupportedFeatureError
 from lightning_hetero.plugin.fsdp.refusals import warn_of_kept
@@ -128,6 +129,40 @@ def test_parameters_that_are_trained_later(ranks: RankPools) -> None:
     expected = torch.tensor(ranks.run(1, finetuned, HeteroFSDPStrategy(), 1)[0])
     for found in ranks.run(2, finetuned, HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]), 2):
         assert torch.allclose(torch.tensor(found), expected, rtol=0, atol=1e-10)
+
+
+class Averaged(Module):
+    """Averages its weights in parts, and keeps them in its checkpoint."""
+
+    def on_train_start(self) -> None:
+        self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for average, parameter in zip(self.average, self.model.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 0.5)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = {"weights": self.average, "steps": self.global_step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded = checkpoint["average"]["weights"]
+
+
+def averaged(path: str, strategy: Any) -> list[float]:
+    module = Averaged(seeded(Plain))
+    module.on_train_end = lambda: module.trainer.save_checkpoint(path)  # type: ignore[method-assign]
+    fit(strategy, module, 2, max_steps=4)
+    dist.barrier()
+    loaded: list[Tensor] = torch.load(path, weights_only=True)["average"]["weights"]
+    dist.barrier()
+    return torch.cat([value.flatten() for value in loaded]).tolist()
+
+
+def test_averages_of_weights_in_a_checkpoint_are_whole(ranks: RankPools, tmp_path: Path) -> None:
+    path = str(tmp_path / "averaged.ckpt")
+    expected = ranks.run(2, averaged, path, HeteroDDPStrategy(shares=[3, 1]))[0]
+    found = ranks.run(2, averaged, path, HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]))[0]
+    assert_close(found, expected)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
