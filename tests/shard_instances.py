@@ -47,7 +47,7 @@ class Counting(Block):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
         self.register_buffer("nothing", torch.zeros(0))
-        self.register_buffer("rotation", torch.zeros(2, dtype=torch.complex64), persistent=False)
+        self.register_buffer("unsaved", torch.zeros(2, dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.mean.mul_(0.9).add_(0.1 * x.detach().mean(dim=0))
