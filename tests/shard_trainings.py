@@ -117,9 +117,13 @@ def fit(strategy: Any, module: LightningModule, world_size: int, **options: Any)
 
     module.on_train_end = keep  # type: ignore[method-assign]
     trainer.fit(module, loader, DataLoader(Numbered(11), batch_size=2))
-    parameters = {name: value.detach().double() for name, value in module.state_dict().items()}
+    parameters = {name: _wide(value.detach()) for name, value in module.state_dict().items()}
     logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return {"parameters": parameters, "states": states, "logged": logged, "norms": getattr(module, "norms", [])}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.is_complex() else value.double()
 
 
 def differences(
@@ -133,7 +137,7 @@ def differences(
     result = {}
     for name in ("parameters", "states", "logged"):
         pairs = [(value, found[name][key]) for key, value in expected[name].items() if key in found[name]]
-        distances = [(torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs() for a, b in pairs]
+        distances = [(_wide(torch.as_tensor(a)) - _wide(torch.as_tensor(b))).abs() for a, b in pairs]
         result[name] = max((float(distance.max()) for distance in distances if distance.numel()), default=0.0)
     assert expected["parameters"].keys() == found["parameters"].keys()
     assert len(expected["norms"]) == len(found["norms"])

@@ -189,6 +189,8 @@ class ShardTensor(Tensor):
             return _REDUCTIONS[operator](operator, *args, **kwargs)
         if operator in (aten.copy_, aten.equal):
             return (_copy if operator is aten.copy_ else _equal)(*args, **kwargs)
+        if operator is aten.view_as_real:
+            return _as_real(args[0])
         if operator is FOREACH_NORM:
             return _norms(args[0], *args[1:2])
         if operator is UNSCALE:
@@ -260,6 +262,13 @@ def _local(value: Any, division: Division) -> Any:
     if not isinstance(value, ShardTensor):
         return value
     return value.local if value.division == division else division.part_of(value.full_tensor())
+
+
+def _as_real(shard: ShardTensor) -> ShardTensor:
+    """Return a view of complex numbers as pairs of real ones, as optimisers compute with them."""
+    division = shard.division
+    pairs = Division((*division.shape, 2), tuple(2 * size for size in division.sizes), division.rank)
+    return ShardTensor(torch.view_as_real(shard.local).flatten(), pairs)
 
 
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
