@@ -183,21 +183,6 @@ class InPlaceViews(Blocks):
         return x.mean(dim=1)
 
 
-class Spectral(nn.Module):
-    """Has a complex parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, 4, dtype=torch.complex128))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return self  # `double` would drop the imaginary part
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.fft.irfft(torch.fft.rfft(x) * self.weight.mean(dim=0), n=WIDTH)
-        return x + result
-
-
 def _with_linear(wrap: Callable[..., Any], **options: Any) -> Callable[[], nn.Module]:
     return lambda: Blocks(lambda: nn.Sequential(wrap(nn.Linear(WIDTH, WIDTH), **options), nn.Tanh()))
 
@@ -215,7 +200,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "returned objects": Objects,
     "shared modules": Shared,
     "methods": Methods,
-    "complex numbers": lambda: Blocks(Spectral),
     "in place": InPlace,
     "views in place": InPlaceViews,
     "dropout": lambda: Blocks(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3))),
