@@ -141,7 +141,7 @@ class ShardTensor(Tensor):
             if part.numel():
                 if rank == self.division.rank:
                     part.copy_(self.local.detach())
-                dist.broadcast(part, rank)
+                dist.broadcast(part.view(torch.uint8), rank)  # not every type can be sent in every version
         return torch.cat(parts).view(self.division.shape)
 
     @classmethod

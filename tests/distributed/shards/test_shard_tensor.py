@@ -167,13 +167,13 @@ def test_optimisers_clipping_and_scalers_give_what_they_give_on_one_device(ranks
 def complex_differences() -> list[float]:
     start = torch.complex(whole(1), whole(2))
     found = []
-    for options in ({}, {"foreach": True}):
+    for foreach in (False, True):
         plain, parts = nn.Parameter(start.clone()), nn.Parameter(shard_of(start, (7, 5)))
         for step in range(3):
             gradient = torch.complex(whole(10 + step), whole(20 + step))
             plain.grad, parts.grad = gradient, shard_of(gradient, (7, 5))
             for parameter in (plain, parts):
-                optimizer = torch.optim.AdamW([parameter], lr=0.1, **options)
+                optimizer = torch.optim.AdamW([parameter], lr=0.1, foreach=foreach)
                 optimizer.step()
         held: Any = parts.detach()
         found.append(float((held.full_tensor() - plain.detach()).abs().max()))
