@@ -36,7 +36,8 @@ def test_an_error_in_any_phase_ends_all(tmp_path: Path, phase: str, rank: int) -
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("phase", [pytest.param("forward pass", marks=thorough), "backward pass"])
+@thorough
+@pytest.mark.parametrize("phase", ["forward pass", "backward pass"])
 def test_a_rank_that_dies_ends_all(tmp_path: Path, phase: str) -> None:
     began = time.monotonic()
     done = run_script(PROGRAM, START_METHOD, f"dies in {phase}", "1", folder=tmp_path, timeout_s=90, patience_s=30)
