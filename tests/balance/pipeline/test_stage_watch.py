@@ -163,7 +163,7 @@ def test_layers_do_not_move_to_and_fro_where_they_cost_more_in_a_stage_than_alon
     problem = problem_of([1.0, 1.0])
 
     def bias(plan: StagePlan, rank: int) -> float:
-        return 1.25 if (rank == 1) == (plan.ends[0] >= 6) else 1.0
+        return 1.4 if (rank == 1) == (plan.ends[0] >= 6) else 1.0
 
     for seed in range(3):
         run = simulate(problem, best_plan(problem), lambda _: [1.0, 1.0], 1200, 0.02, seed=seed, bias=bias)
