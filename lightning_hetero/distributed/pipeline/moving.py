@@ -175,6 +175,8 @@ def why_not_moved(named: Iterable[tuple[str, Tensor]], optimizers: Sequence[Opti
             return f"something keeps a weak reference to {name!r}, as compiled layers do"
         if is_held_elsewhere(tensor):
             return f"something outside of Python holds {name!r}, as graphs of earlier steps do"
+        if tensor.is_meta:  # it comes from another rank
+            continue
         try:
             pickle.dumps(pack(tensor, optimizers).structure)
         except Exception as error:  # states may hold anything

@@ -16,6 +16,7 @@ from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
 from lightning_hetero.plugin.pipeline.planning import PipelineFindings, budget_bytes, find_stages, report_findings
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.pipeline.watching.watcher import StageChange, StageWatcher
+from lightning_hetero.plugin.step.gradients import taken_aside
 
 __all__ = ["WatchingStrategy"]
 
@@ -86,7 +87,9 @@ class WatchingStrategy(SavingStrategy):
             return
         if self.findings is None or (training and not self.findings.training):
             example = running.steps.example(step, args, training=training)
-            with running.steps.prepared(), self._context_of(training=training):
+            # the loss is timed with the module's own parameters
+            aside = taken_aside(running.placement.parameters)
+            with aside, running.steps.prepared(), self._context_of(training=training):
                 self.findings = find_stages(
                     running.placement,
                     running.found.calls,
