@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_hetero.distributed.pipeline.structure import tensors_of
 from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.step.metrics import forward_or_nan, set_step_value
 
@@ -61,7 +61,7 @@ class BatchValues:
         tensor, key, number = self._returned.get(id(value), (None, (0, 0), 0))
         if tensor is None or tensor is not value:
             return None
-        return lambda: _tensors(self._value(key))[number]
+        return lambda: tensors_of(self._value(key))[number]
 
     def _forward(self, metric: Metric, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._calls.get(id(metric), 0)
@@ -73,14 +73,14 @@ class BatchValues:
             self._used[key] = metric
         whole.update(*args, **kwargs)
         returned = forward_or_nan(metric, forward, *args, **kwargs)
-        for number, tensor in enumerate(_tensors(returned)):
+        for number, tensor in enumerate(tensors_of(returned)):
             self._returned[id(tensor)] = tensor, key, number
         return returned
 
     def _copy(self, metric: Metric, key: tuple[int, int]) -> Metric:
         if key not in self._copies:
             # what a graph has computed cannot be copied, and counts for nothing here
-            kept = [tensor for part in metric.modules() for tensor in _tensors(list(vars(part).values()))]
+            kept = [tensor for part in metric.modules() for tensor in tensors_of(list(vars(part).values()))]
             made = copy.deepcopy(metric, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
             for part in made.modules():
                 part.__dict__.pop("forward", None)
@@ -90,9 +90,3 @@ class BatchValues:
     def _value(self, key: tuple[int, int]) -> Any:
         with torch.no_grad():
             return self._copies[key].compute()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(value, Tensor, found.append)
-    return found

@@ -42,7 +42,8 @@ class Scored(LightningModule):
         self.log("second", self.twice(predicted.square(), y))
         self.log_dict(self.both(predicted, y), on_step=True)
         self.log("largest", predicted.max(), on_step=True, reduce_fx="max")
-        return (predicted - y).square().mean()
+        loss: Tensor = (predicted - y).square().mean()
+        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.01)
