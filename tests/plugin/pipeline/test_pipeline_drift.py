@@ -247,7 +247,7 @@ class Hooked(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
         every = [p for group in self.param_groups for p in group["params"]]
-        HELD.extend(p.register_hook(lambda gradient: gradient) for p in every if len(HELD) < len(every))
+        HELD.extend(p.register_hook(lambda gradient: gradient) for p in every if not p._backward_hooks)
         return loss
 
 
@@ -262,7 +262,7 @@ class Tricky(Deep):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2 and self.optimizer == "attribute":
             for layer in self.model:
-                vars(layer)[chr(120)] = (line for line in "abc")  # by a name that no code has
+                vars(layer)[3 * chr(113)] = (line for line in "abc")  # by a name that no code has
 
     def on_train_end(self) -> None:
         HELD.clear()
@@ -274,7 +274,7 @@ OBSTACLES = {
     "shared": "Shared keeps one tensor for several parameters",
     "hook": "has a hook on its gradient",
     "weak": "something keeps a weak reference to 'model.",
-    "attribute": ".x` cannot be sent",
+    "attribute": ".qqq` cannot be sent",
 }
 
 
@@ -286,7 +286,7 @@ def test_what_cannot_move_stays_and_is_named_once(ranks: RankPools) -> None:
     expected = {name: flat(alone(name, 8, module_of=Tricky)) for name in OBSTACLES}
     for outcomes in ranks.run(2, all_obstacles):
         for name, outcome in outcomes.items():
-            assert not outcome.changes
+            assert not outcome.changes, name
             (warning,) = outcome.warnings
             assert OBSTACLES[name] in warning
             assert "[9, 3] layers per rank would be faster" in warning
