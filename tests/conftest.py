@@ -26,6 +26,7 @@ TIMED = {
     "test_device_waits.py",
     "test_load_balancer.py",
     "test_memory.py",
+    "test_pipeline_drift.py",
     "test_pipeline_planning.py",
     "test_poison.py",
     "test_reporter.py",

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_hetero.balance.pipeline.simulation import Pass, Timeline
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
+from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import Exchange, Received, Sent
 from lightning_hetero.distributed.pipeline.structure import Call
@@ -41,9 +42,18 @@ class Pipeline:
         schedule: Order of forward and backward passes.
         rank: This rank.
         device: Device of this rank's layers.
+        timer: Timer of this rank's passes in training; None if they are never timed.
     """
 
-    def __init__(self, calls: LayerCalls, plan: StagePlan, schedule: Schedule, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        calls: LayerCalls,
+        plan: StagePlan,
+        schedule: Schedule,
+        rank: int,
+        device: torch.device,
+        timer: PassTimer | None = None,
+    ) -> None:
         if torch.__version__ < _TORCH_NEEDED:
             raise UnsupportedFeatureError(
                 f"A pipeline needs PyTorch {_TORCH_NEEDED} or later, got {torch.__version__}. Update it on every node,"
@@ -55,6 +65,7 @@ class Pipeline:
         self._stage = plan.stage_of(rank)
         self._numbers = plan.layers(self._stage)
         self._device = device
+        self._timer = timer
         before = None if self.is_first else plan.ranks[self._stage - 1]
         after = None if self.is_last else plan.ranks[self._stage + 1]
         self._exchange = Exchange(before, after, device)
@@ -66,6 +77,11 @@ class Pipeline:
     def is_first(self) -> bool:
         """Whether this rank has the first stage, which gets the inputs of the pipeline."""
         return self._stage == 0
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether passes are being recorded, which takes time itself."""
+        return self._recorded is not None
 
     @property
     def needs_calls(self) -> bool:
@@ -170,12 +186,12 @@ class Pipeline:
         passes = [one for part in all_gather(own) for one in part]
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
-    def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward or backward pass of a micro-batch, and record it if passes are being recorded."""
+    def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any) -> Any:
+        """Run a forward or backward pass of a micro-batch, and time or record it if that is asked for."""
         if self._recorded is None:
-            return run(number, *args, **kwargs)
+            return run(number, *args) if self._timer is None else self._timer.time(run, number, *args)
         start_s = time.perf_counter() - self._record_from_s
-        result, seconds = timed_call(lambda: run(number, *args, **kwargs), self._device)
+        result, seconds = timed_call(lambda: run(number, *args), self._device)
         micro_batch = self._micro_batches_before + number
         self._recorded.append(Pass(self._stage, kind, micro_batch, start_s, start_s + seconds))
         return result
