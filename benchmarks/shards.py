@@ -90,7 +90,7 @@ def sharded(model: nn.Module, engine: ShardEngine) -> Step:
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        with engine.step("train"):
+        with engine.step("train", backward_follows=True):
             loss = model(x).square().mean()
         with engine.backward():
             loss.backward()

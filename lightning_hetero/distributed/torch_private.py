@@ -6,7 +6,7 @@ tests/distributed/test_torch_private.py fails if torch changes one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any, cast
@@ -33,16 +33,19 @@ __all__ = [
     "is_held_elsewhere",
     "is_without_memory",
     "node_before_ddp",
+    "node_behind_view",
     "norms_of",
     "queue_after_all_reduce",
     "queue_after_backward",
     "reduces_after_backward",
     "running_function",
     "sleep_on_device",
+    "source_of_cast",
     "tensor_without_memory",
     "unscale",
     "version_of",
     "without_tensor_hooks",
+    "without_torch_function",
     "wrapper_of",
 ]
 
@@ -89,6 +92,27 @@ def running_function(frame: FrameType) -> type | None:
     if frame.f_code is torch.autograd.function.BackwardCFunction.apply.__code__:
         return cast("type", frame.f_locals["self"]._forward_cls)
     return None
+
+
+def node_behind_view(tensor: Tensor) -> Any:
+    """Return the node of autograd's graph that computed what ``tensor`` is a view of; None if it is no view.
+
+    A hook on a view is lost if the view is changed in place, and nothing public tells what it is a view of.
+    """
+    return None if tensor._base is None else tensor._base.grad_fn
+
+
+def source_of_cast(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a tensor that autocast has made from a leaf, and the leaf, if ``tensor`` is it or a view of it.
+
+    Autograd's graph knows the leaf, and a view its base; nothing public tells either.
+    """
+    base = tensor if tensor._base is None else tensor._base
+    node = base.grad_fn
+    if node is None or not node.name().startswith("ToCopyBackward"):
+        return None
+    leaf = getattr(node.next_functions[0][0], "variable", None)
+    return None if leaf is None or leaf.shape != base.shape else (base, leaf)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -240,3 +264,12 @@ def norms_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def unscale(gradients: Sequence[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
     """Unscale gradients, and note whether one of them is not finite, as a GradScaler does."""
     torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """Return a context in which tensors of subclasses are themselves, whatever their ``__torch_function__`` does.
+
+    torch's notes on extending it use this name; there is none without an underscore.
+    """
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context

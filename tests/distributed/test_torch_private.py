@@ -31,16 +31,19 @@ from lightning_hetero.distributed.torch_private import (
     is_held_elsewhere,
     is_without_memory,
     node_before_ddp,
+    node_behind_view,
     norms_of,
     queue_after_all_reduce,
     queue_after_backward,
     reduces_after_backward,
     running_function,
     sleep_on_device,
+    source_of_cast,
     tensor_without_memory,
     unscale,
     version_of,
     without_tensor_hooks,
+    without_torch_function,
     wrapper_of,
 )
 
@@ -278,6 +281,57 @@ def test_norms_and_unscaling_of_plain_tensors() -> None:
     assert (gradients[0].tolist(), float(found)) == ([1.0] * 4, 0.0)
     unscale(gradients, found, torch.tensor(0.5))
     assert float(found) == 1.0
+
+
+class Shy(nn.Parameter):
+    """Answers nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("asked")
+
+
+def test_a_parameter_changes_its_class_and_can_be_asked_past_it() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    loss = (parameter * 2).sum()
+    parameter.__class__ = Shy  # it stays the leaf of the graph
+    with pytest.raises(RuntimeError, match="asked"):
+        _ = parameter.grad
+    with without_torch_function():
+        loss.backward()
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == [2.0, 2.0]
+    parameter.__class__ = nn.Parameter
+    assert parameter.sum().item() == 2.0
+
+
+def test_the_leaf_of_what_autocast_saves_is_known() -> None:
+    layer = nn.Linear(3, 4)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        source = source_of_cast(tensor)
+        if source is not None:
+            found.append(source)
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(2, 3, requires_grad=True)).sum()
+    ((cast, leaf),) = [pair for pair in found if pair[1] is layer.weight]
+    assert cast.dtype == torch.bfloat16
+    assert cast.shape == leaf.shape
+
+
+def test_what_is_behind_a_view_is_reached_after_a_change_in_place() -> None:
+    x, seen = torch.ones(2, 3, 3, requires_grad=True), []
+    y = nn.Linear(3, 3)(x)
+    node = node_behind_view(y)
+    y.register_hook(lambda _: seen.append("the view"))  # lost
+    node.register_prehook(lambda _: seen.append("behind"))
+    y += 1
+    y.sum().backward()
+    assert seen == ["behind"]
+    assert node_behind_view(torch.ones(2, requires_grad=True) * 2) is None
 
 
 def test_what_cannot_be_swapped_is_known_in_advance() -> None:

@@ -13,6 +13,7 @@ from lightning_hetero.command.plan.fields import Fields
 from lightning_hetero.command.plan.pipeline_cluster import PipelineCluster
 from lightning_hetero.command.plan.pipeline_file import PIPELINE_KEYS, read_pipeline
 from lightning_hetero.command.plan.probe_file import read_probe
+from lightning_hetero.command.plan.shards.prediction import ShardedCluster
 from lightning_hetero.command.plan.yaml_file import read_yaml
 from lightning_hetero.exceptions import ConfigurationError, HeteroError
 
@@ -26,7 +27,11 @@ _DEVICE_KEYS = (
     *("name", "count", "samples_per_s", "milliseconds_per_sample", "overhead_ms", "speed", "probe", "max_batch_size"),
     *("memory_gigabytes", "price_per_hour"),
 )
-_KEYS = {"hetero_ddp": _DATA_PARALLEL_KEYS, "hetero_pipeline": PIPELINE_KEYS}
+_KEYS = {
+    "hetero_ddp": _DATA_PARALLEL_KEYS,
+    "hetero_fsdp": (*_DATA_PARALLEL_KEYS, "units", "optimizer_states"),
+    "hetero_pipeline": PIPELINE_KEYS,
+}
 _SPEEDS = ("samples_per_s", "milliseconds_per_sample", "speed", "probe")
 _MAX_DEVICES = 1_000_000
 _MAX_SAMPLES = 10**9
@@ -44,7 +49,7 @@ class ClusterFile:
         notes: Notes for the user about the input.
     """
 
-    cluster: Cluster | PipelineCluster
+    cluster: Cluster | PipelineCluster | ShardedCluster
     is_relative: bool = False
     notes: tuple[str, ...] = ()
 
@@ -61,13 +66,14 @@ def read_cluster_file(path: Path) -> ClusterFile:
         strategy = top.choice("strategy", tuple(_KEYS), "hetero_ddp")
         for key in values:
             if key not in _KEYS[strategy]:
-                (other,) = _KEYS.keys() - {strategy}
+                others = " and ".join(name for name, keys in _KEYS.items() if key in keys)
                 raise ConfigurationError(
-                    f"`{key}` must be left out with `strategy: {strategy}`, because only {other} has it."
+                    f"`{key}` must be left out with `strategy: {strategy}`, because only {others} has it."
                 )
         if strategy == "hetero_pipeline":
             return ClusterFile(read_pipeline(top))
-        return _read_data_parallel(top, path.parent)
+        file = _read_data_parallel(top, path.parent)
+        return file if strategy == "hetero_ddp" else _read_shards(top, file)
     except HeteroError as error:
         raise ConfigurationError(f"{path}: {error}") from None
 
@@ -108,6 +114,27 @@ def _read_data_parallel(top: Fields, folder: Path) -> ClusterFile:
         _read_memory(top),
     )
     return ClusterFile(cluster, is_relative, tuple(_notes(cluster, devices)))
+
+
+def _read_shards(top: Fields, file: ClusterFile) -> ClusterFile:
+    cluster = file.cluster
+    assert isinstance(cluster, Cluster)
+    if file.is_relative:
+        raise ConfigurationError("`devices` must have times with `strategy: hetero_fsdp`. Give samples_per_s of each.")
+    unknown = [kind.name for kind in cluster.kinds if kind.memory_bytes is None]
+    if unknown:
+        raise ConfigurationError(
+            f"`memory_gigabytes` must be given for all devices with `strategy: hetero_fsdp`, got none for {unknown[0]}."
+        )
+    size = sum(cluster.all_reduce.buckets)
+    if not size:
+        raise ConfigurationError("`parameters` or `gradient_megabytes` must be given with `strategy: hetero_fsdp`.")
+    ignored = "the memory of the devices is ignored without memory_megabytes_per_sample"
+    notes = [note for note in file.notes if note != ignored]
+    if cluster.memory is None:
+        notes.append("activations are ignored; to include them, give memory_megabytes_per_sample")
+    sharded = ShardedCluster(cluster, size, top.integer("units"), top.number("optimizer_states", 2.0, above=None))
+    return ClusterFile(sharded, notes=tuple(notes))
 
 
 def _read_devices(entry: Fields, folder: Path) -> list[_Device]:

@@ -26,7 +26,8 @@ a minimal cluster.yaml:
 All keys follow, with units in their names. An asterisk marks required keys.
 
   strategy              The strategy to predict: hetero_ddp, which divides the
-                        batch (default), or hetero_pipeline, which divides the
+                        batch (default), hetero_fsdp, which also divides the
+                        model by memory, or hetero_pipeline, which divides the
                         layers.
 
 keys with strategy: hetero_ddp
@@ -66,6 +67,12 @@ keys with strategy: hetero_ddp
     price_per_hour      Price of one device, in any currency. Give it for all
                         devices or for none.
 
+keys with strategy: hetero_fsdp, besides those of hetero_ddp; parameters or
+gradient_megabytes and, for every device, memory_gigabytes are then required
+  units *               Number of units, for example of transformer blocks.
+  optimizer_states      Numbers that the optimiser keeps for each parameter: 2
+                        for Adam (default), 0 for plain SGD.
+
 keys with strategy: hetero_pipeline
   devices *             List with one entry for each kind of device. The first
                         device is rank 0, which has the last stage.
@@ -95,7 +102,7 @@ keys with strategy: hetero_pipeline
                         for Adam (default), 0 for plain SGD.
 
 keys of the object that --json prints
-  with both strategies: lightning_hetero_plan (the version of the format, 1),
+  with all strategies: lightning_hetero_plan (the version of the format, 1),
     strategy, time_unit ("s" for seconds, or "relative" for the time that the
     slowest device needs for one sample), step_time, speed_up (over equal shares
     or equal numbers of layers)
@@ -105,6 +112,10 @@ keys of the object that --json prints
     communication_time, exposed_communication_time, fastest and cheapest
     (counts, step_time, samples_per_time, cost_per_million_samples), rounding,
     enough_global_batch_size, notes
+  with hetero_fsdp: global_batch_size, world_size, devices (name, count,
+    samples, shard, needed_bytes, own_time), sharded_bytes, gathered_bytes,
+    communication_time, exposed_communication_time, even (step_time,
+    does_not_fit; with equal batches and equal shards), notes
   with hetero_pipeline: schedule, num_microbatches, stages (rank, device,
     first_layer, num_layers, busy_time, needed_bytes), uniform (step_time,
     fits), alone (rank, step_time, fits), better_micro_batches (number,
@@ -133,6 +144,8 @@ def run(options: argparse.Namespace) -> None:
     # imported here, because only this command needs numpy and rich
     from lightning_hetero.command.plan.cluster import Cluster
     from lightning_hetero.command.plan.cluster_file import read_cluster_file
+    from lightning_hetero.command.plan.shards.output import print_shards, shards_document
+    from lightning_hetero.command.plan.shards.prediction import ShardedCluster, predict_shards
     from lightning_hetero.exceptions import ConfigurationError, HeteroError
 
     file = read_cluster_file(options.file)
@@ -142,6 +155,8 @@ def run(options: argparse.Namespace) -> None:
             from lightning_hetero.command.plan.cluster_plan import plan_cluster
 
             plan = plan_cluster(cluster)
+        elif isinstance(cluster, ShardedCluster):
+            shards = predict_shards(cluster)
         else:
             from lightning_hetero.command.plan.pipeline_cluster import predict_pipeline
 
@@ -151,16 +166,19 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         from lightning_hetero.command.plan.plan_json import cluster_document, pipeline_document
 
-        document = (
-            cluster_document(file, cluster, plan)
-            if isinstance(cluster, Cluster)
-            else pipeline_document(cluster, prediction)
-        )
+        if isinstance(cluster, Cluster):
+            document = cluster_document(file, cluster, plan)
+        elif isinstance(cluster, ShardedCluster):
+            document = shards_document(cluster, shards, file.notes)
+        else:
+            document = pipeline_document(cluster, prediction)
         print(json.dumps(document, indent=2, allow_nan=False))  # noqa: T201  # a command prints
         return
     from lightning_hetero.command.plan.plan_text import print_cluster_plan, print_pipeline
 
     if isinstance(cluster, Cluster):
         print_cluster_plan(file, cluster, plan)
+    elif isinstance(cluster, ShardedCluster):
+        print_shards(cluster, shards, file.notes)
     else:
         print_pipeline(cluster, prediction)

@@ -10,7 +10,7 @@ from lightning_hetero.command.plan.cluster_file import ClusterFile
 from lightning_hetero.command.plan.cluster_plan import ClusterPlan, DeviceSet
 from lightning_hetero.command.plan.pipeline_cluster import PipelineCluster, PipelinePrediction
 
-__all__ = ["print_cluster_plan", "print_pipeline"]
+__all__ = ["console", "print_cluster_plan", "print_pipeline", "short"]
 
 _SHOWN_KINDS = 40
 
@@ -51,9 +51,9 @@ def _shares_table(plan: ClusterPlan, is_relative: bool) -> Table:
             one.kind.name,
             str(one.kind.count),
             _span(str(one.min_samples), str(one.max_samples)),
-            _span(_short(one.min_own_s * scale), _short(one.max_own_s * scale)),
+            _span(short(one.min_own_s * scale), short(one.max_own_s * scale)),
             # the device with fewer samples waits longer
-            _span(_short(one.max_waiting_s * scale), _short(one.min_waiting_s * scale)),
+            _span(short(one.max_waiting_s * scale), short(one.min_waiting_s * scale)),
         )
     return table
 
@@ -62,7 +62,7 @@ def _span(one: str, other: str) -> str:
     return one if one == other else f"{one} to {other}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Return a number with at most four digits, or as an integer if it is large; rounding errors become 0."""
     value = value if value > 1e-9 else 0.0
     if value >= 1e7 or 0 < value < 1e-2:
@@ -74,10 +74,10 @@ def _data_parallel_notes(file: ClusterFile, cluster: Cluster, plan: ClusterPlan)
     unit = "unit" if file.is_relative else "second"
 
     def time(seconds: float) -> str:
-        return f"{_short(seconds)} units" if file.is_relative else f"{_short(1e3 * seconds)} ms"
+        return f"{short(seconds)} units" if file.is_relative else f"{short(1e3 * seconds)} ms"
 
     def rate(samples_per_s: float) -> str:
-        return f"{_short(samples_per_s)} samples per {unit}"
+        return f"{short(samples_per_s)} samples per {unit}"
 
     found = [f"a step takes {time(plan.whole.step_s)}: {rate(plan.whole.samples_per_s)}"]
     if plan.ddp_step_s is None:
@@ -94,7 +94,7 @@ def _data_parallel_notes(file: ClusterFile, cluster: Cluster, plan: ClusterPlan)
             f" {time(cluster.all_reduce.total_s(cluster.world_size))}, and the rest overlaps with the backward pass"
         )
     if plan.whole.cost_per_million_samples is not None and not file.is_relative:
-        found.append(f"a million samples cost {_short(plan.whole.cost_per_million_samples)}")
+        found.append(f"a million samples cost {short(plan.whole.cost_per_million_samples)}")
     if plan.fastest is not None:
         left_out = _left_out(cluster, plan.fastest)
         gain = plan.whole.step_s / plan.fastest.step_s - 1
@@ -128,10 +128,10 @@ def _cheapest_sentence(file: ClusterFile, cluster: Cluster, plan: ClusterPlan, c
     used = [f"{n} {kind.name}" for kind, n in zip(cluster.kinds, cheapest.counts, strict=True) if n]
     names = ", ".join(used[:5]) + (f" and devices of {len(used) - 5} more kinds" if len(used) > 5 else "")
     cost, whole = cheapest.cost_per_million_samples or 0.0, plan.whole.cost_per_million_samples or 1.0
-    price = "" if file.is_relative else f"{_short(cost)} per million samples, "
+    price = "" if file.is_relative else f"{short(cost)} per million samples, "
     return (
         f"samples cost least on {names}: {price}{1 - cost / whole:.0%} less than on all devices, and a step takes"
-        f" {_short(cheapest.step_s / plan.whole.step_s)} times as long"
+        f" {short(cheapest.step_s / plan.whole.step_s)} times as long"
     )
 
 
@@ -160,8 +160,8 @@ def print_pipeline(cluster: PipelineCluster, prediction: PipelinePrediction) -> 
             stage.device.name,
             str(stage.num_layers),
             str(stage.first_layer),
-            _short(1e3 * stage.busy_s),
-            _short(1e3 * (prediction.advice.step_s - stage.busy_s)),
+            short(1e3 * stage.busy_s),
+            short(1e3 * (prediction.advice.step_s - stage.busy_s)),
             "" if stage.needed_bytes is None else f"{stage.needed_bytes / 1e9:.3g}",
         )
     out.print(table)
@@ -172,7 +172,7 @@ def print_pipeline(cluster: PipelineCluster, prediction: PipelinePrediction) -> 
 def _pipeline_notes(cluster: PipelineCluster, prediction: PipelinePrediction) -> list[str]:
     advice = prediction.advice
     fastest = cluster.devices[advice.fastest_rank].name
-    uniform = f"{_short(1e3 * advice.uniform_step_s)} ms; speed-up {advice.uniform_step_s / advice.step_s:.2f}"
+    uniform = f"{short(1e3 * advice.uniform_step_s)} ms; speed-up {advice.uniform_step_s / advice.step_s:.2f}"
     if prediction.uniform_fits is False:
         uniform += ", but these stages do not fit into memory"
     alone = {
@@ -181,17 +181,16 @@ def _pipeline_notes(cluster: PipelineCluster, prediction: PipelinePrediction) ->
         None: "if the model fits into its memory",
     }[advice.fits_alone]
     found = [
-        f"a step takes {_short(1e3 * advice.step_s)} ms",
+        f"a step takes {short(1e3 * advice.step_s)} ms",
         f"with equal numbers of layers: {uniform}",
-        f"the fastest device, {fastest} (rank {advice.fastest_rank}), alone: {_short(1e3 * advice.alone_s)} ms;"
-        f" {alone}",
+        f"the fastest device, {fastest} (rank {advice.fastest_rank}), alone: {short(1e3 * advice.alone_s)} ms; {alone}",
     ]
     if advice.alone_s < advice.step_s and advice.fits_alone is not False:
         found.append(f"use {fastest} alone: it is {advice.step_s / advice.alone_s:.2f} times as fast as this pipeline")
     if advice.better_micro_batches is not None:
         found.append(
             f"{advice.better_micro_batches} micro-batches instead of {advice.micro_batches}:"
-            f" {_short(1e3 * advice.better_step_s)} ms, if smaller ones cost as much per sample"
+            f" {short(1e3 * advice.better_step_s)} ms, if smaller ones cost as much per sample"
         )
     if not prediction.is_refined:
         found.append(

@@ -17,22 +17,26 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from lightning_hetero.balance.shards.cuts import Cutter
 from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.shards.buffers import Buffers
 from lightning_hetero.distributed.shards.exchange import exchange_for
-from lightning_hetero.distributed.shards.order import OrderOfUse
+from lightning_hetero.distributed.shards.hooks import SavedCasts, UnitHooks, tensors_in
+from lightning_hetero.distributed.shards.order import Meeting, OrderOfUse
 from lightning_hetero.distributed.shards.reductions import Reductions
-from lightning_hetero.distributed.shards.unit import Unit
-from lightning_hetero.distributed.shards.units import initialise, plan_units
-from lightning_hetero.distributed.torch_private import current_backward_pass
+from lightning_hetero.distributed.shards.released import without_gradients
+from lightning_hetero.distributed.shards.unit import Unit, WholeUnits
+from lightning_hetero.distributed.shards.units import plan_units
+from lightning_hetero.distributed.torch_private import current_backward_pass, node_behind_view
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["ShardEngine"]
 
-_MOST_WHOLE = 2
+_OWN_BACKWARD = (
+    "it must know when a backward pass ends, so gradients must be computed by Lightning. Use"
+    " `self.manual_backward(loss)` in `training_step` instead of `loss.backward()`"
+)
 
 
 class ShardEngine:
@@ -55,6 +59,7 @@ class ShardEngine:
         most_whole_units: The largest number of units, besides the root, that were whole at a time.
         most_whole_bytes: The largest memory that whole parameters have taken.
         reduces: Whether backward passes reduce gradients; otherwise each rank accumulates its own, whole.
+        frees_casts: Whether what autocast makes of parameters is freed while they are released.
     """
 
     def __init__(
@@ -72,10 +77,9 @@ class ShardEngine:
         # of its own: what the user's code exchanges must not come between
         self._group: Any = dist.new_group()
         rank = dist.get_rank()
-        self._device, self._waiting, self._fail = device, waiting, fail
+        self._waiting, self._fail = waiting, fail
         self._find_unused = find_unused_parameters
         self._reshard = reshard_after_forward
-        self._root_module = root
         exchange, cutter = exchange_for(device, self._group), Cutter(weights)
         planned = plan_units(root, units)
         self.units = [
@@ -85,43 +89,30 @@ class ShardEngine:
         ]
         for number, unit in enumerate(self.units):
             unit.number = number
-        self._move_buffers()
+        self._buffers = Buffers(root, device, self._group, waiting)
         # from host to host, so that no host waits for its device
         hosts: Any = self._group if device.type == "cpu" else host_group()
+        self._whole = WholeUnits(self.units, reshard_after_forward, waiting)
         self._order = OrderOfUse(len(self.units), self, hosts, fail)
+        self._meeting = Meeting(hosts, waiting, fail)
+        self._meets_early = device.type == "cpu"  # hosts of devices run ahead, and must not wait for each other
         self._reductions = Reductions(self.units, hosts, waiting)
         self._kind: str | None = None
-        self._passes = 0
-        self._in_backward = False
-        self._muted = False
-        self.reduces = True
-        self.most_whole_units = 0
-        self.most_whole_bytes = 0
-        self._handles: list[RemovableHandle] = []
-        for unit in self.units:
-            self._hook(unit)
+        self._steps = self._passes = self._hooks_run = self._depth = 0
+        self._backward_follows = self._in_backward = self._muted = False
+        self.reduces, self.frees_casts = True, False
+        self._casts = SavedCasts(self.units)
+        self._hooks = UnitHooks(self.units, self)
 
-    def _move_buffers(self) -> None:
-        for module in self._root_module.modules():
-            own = dict(module.named_buffers(recurse=False))
-            if any(buffer.is_meta for buffer in own.values()):
-                initialise(module, [*own.values()], self._device)
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self._device))
-        self.synchronise_buffers()
+    @property
+    def most_whole_units(self) -> int:
+        """The largest number of units, besides the root, that were whole at a time."""
+        return self._whole.most_units
 
-    def synchronise_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0, as DDP does before each forward pass of a training."""
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self._root_module.buffers():
-            if buffer.numel():
-                by_type.setdefault(buffer.dtype, []).append(buffer)
-        with torch.no_grad(), self._waiting():
-            for buffers in by_type.values():
-                row = torch.cat([buffer.reshape(-1) for buffer in buffers])
-                dist.broadcast(row.view(torch.uint8), 0, self._group)
-                for buffer, value in zip(buffers, row.split([b.numel() for b in buffers]), strict=True):
-                    buffer.copy_(value.view(buffer.shape))
+    @property
+    def most_whole_bytes(self) -> int:
+        """The largest memory that whole parameters have taken."""
+        return self._whole.most_bytes
 
     @property
     def root(self) -> Unit:
@@ -138,158 +129,153 @@ class ShardEngine:
         """The parts that take the place of the user's parameters between steps."""
         return [shard for unit in self.units for shard in unit.shards]
 
-    # ---- hooks -------------------------------------------------------------------------------------------------------
+    # ---- gather and release ------------------------------------------------------------------------------------------
 
-    def _hook(self, unit: Unit) -> None:
-        # Plain functions, which a copy of the model shares with it; a copied engine would gather its own units.
-        if unit is not self.root:
-            module = unit.module
-            self._handles += [
-                module.register_forward_pre_hook(lambda *_: self._before_forward(unit), prepend=True),
-                module.register_forward_hook(lambda *_: self._after_forward(unit), always_call=True),
-            ]
-        else:
-            for owner in unit.owners:
-                self._handles.append(owner.register_forward_pre_hook(lambda *_: self._before_root(), prepend=True))
-        for owner in {id(m): m for m in [unit.module, *unit.owners] if m is not self._root_module}.values():
-            self._handles.append(owner.register_forward_hook(lambda _m, _i, out: self._watch(unit, out)))
-        for leaf in unit.leaves:
-            if leaf.is_floating_point() or leaf.is_complex():
-                frozen = not leaf.requires_grad  # hooks need a parameter that may be trained later
-                leaf.requires_grad_()
-                self._handles.append(leaf.register_post_accumulate_grad_hook(lambda _: self._gradient_arrived(unit)))
-                leaf.requires_grad_(not frozen)
-
-    def _before_forward(self, unit: Unit) -> None:
+    def before_forward(self, unit: Unit) -> None:
+        """Gather a unit whose parameters are about to be used; see :class:`UsesUnits`."""
+        if not unit.active and unit.is_stale and current_backward_pass() == -1:
+            unit.renew()  # an optimiser has stepped, or the user has written
         self._need(unit)
+        self._order.go_ahead()
         unit.active += 1
+        unit.used = True
+        self._depth += 1
+        if unit is self.root:
+            for flat in unit.flats:
+                flat.follow_freezing()
 
-    def _after_forward(self, unit: Unit) -> None:
+    def after_forward(self, unit: Unit, output: Any) -> None:
+        """Release a unit whose parameters have been used; see :class:`UsesUnits`."""
         unit.active = max(unit.active - 1, 0)
-        if current_backward_pass() != -1 or unit.active or not unit.is_whole:
-            return  # a checkpointed forward pass is repeated in the backward pass, which follows
-        if self._reshard or not torch.is_grad_enabled():
-            self._release(unit)
-            self._order.go_ahead()
-
-    def _before_root(self) -> None:
-        self._need(self.root)
-        for flat in self.root.flats:
-            flat.follow_freezing()
-
-    def _watch(self, unit: Unit, output: Any) -> None:
-        """Gather a unit when the gradient of an output of one of its modules has been computed."""
+        self._depth = max(self._depth - 1, 0)
+        found = list(tensors_in(output))
         if torch.is_grad_enabled() and self._kind is not None:
-            for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.requires_grad and not tensor.is_leaf:
+            for tensor in found:
+                if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(self._before_backward, unit))
+                    if (node := node_behind_view(tensor)) is not None:
+                        node.register_prehook(partial(self._before_backward, unit))
+        if current_backward_pass() == -1 and not unit.active and unit.is_whole and unit is not self.root:
+            self._after_use(unit, found)
+        if not self._depth and self._kind == "hook":
+            if not self._meeting.failed:  # the ranks are elsewhere, and this rank raises
+                self._finish()
+            self._end()
 
-    def _before_backward(self, unit: Unit, _: Tensor) -> None:
+    def _after_use(self, unit: Unit, found: Sequence[Tensor]) -> None:
+        # a checkpointed forward pass is repeated in the backward pass, which follows
+        trains = torch.is_grad_enabled() and self._kind == "train"
+        if not self._reshard and torch.is_grad_enabled():
+            return
+        if unit.shares_memory_with(found) or (trains and not found and unit.trains):
+            unit.lent = True  # its parameters are used elsewhere, or nothing will tell of its backward pass
+        elif not unit.lent:
+            self._whole.release(unit)
+        self._order.go_ahead()
+
+    def _before_backward(self, unit: Unit, _: Any) -> None:
+        """Gather a unit when the gradient of an output of one of its modules has been computed."""
         if self._reshard and not self._in_backward and torch.is_grad_enabled():
             self._refuse(
                 "gradients of gradients (`create_graph=True`) need all parameters at the same time. Set"
                 " HeteroFSDPStrategy(reshard_after_forward=False), which keeps them until the backward pass has ended"
             )
+        if self._kind is None:
+            self._refuse(_OWN_BACKWARD)
         self._need(unit)
-
-    # ---- gather and release ------------------------------------------------------------------------------------------
+        unit.make_casts()
+        self._order.go_ahead()
 
     def _need(self, unit: Unit) -> None:
         if unit.is_whole:
             return
         if self._kind is None:
-            raise UnsupportedFeatureError(
-                "`hetero_fsdp`: the model is used outside of a step, where the ranks do not gather its parameters"
-                " together. Use it in `training_step`, `validation_step`, `test_step` or `predict_step`."
-            )
+            self._kind, self._hooks_run = "hook", self._hooks_run + 1
+            self._begin("hook")
+        if not self._order.is_fixed:
+            self._meeting.check()
         if not unit.in_flight:
             if unit is not self.root:
-                self._make_room(unit)
+                self._whole.make_room(unit)
             self._order.gather(unit.number)
+        if self._meets_early:
+            self._meeting.check()
         with self._waiting():
             unit.finish_gathering()
         if unit is not self.root:
-            self._make_room(unit)
-        self._order.go_ahead()
-
-    def _make_room(self, used: Unit) -> None:
-        """Release units that are neither in use nor gathered ahead."""
-        if not self._reshard:
-            return
-        for unit in self.units[1:]:
-            if unit.is_whole and unit is not used and not unit.active:
-                self._release(unit)
-
-    def _release(self, unit: Unit) -> None:
-        if unit.promised:
-            unit.promised -= 1  # other ranks gather it again where this one keeps it
-        else:
-            unit.release()
+            self._whole.make_room(unit)
 
     def start_gather(self, unit: int, *, needed: bool) -> None:
         """Start to gather a unit; see :class:`~lightning_hetero.distributed.shards.order.Collectives`."""
-        target = self.units[unit]
-        if target.is_whole or target.in_flight:
-            with self._waiting():
-                for flat in target.flats:
-                    flat.wait()
-                    flat.start_gathering()  # the same values again
-                    flat.wait()
-            target.promised += needed
-            return
-        target.start_gathering()
-        self._note_memory()
-        if not needed:
-            with self._waiting():
-                target.release()
-
-    def _note_memory(self) -> None:
-        live = [unit for unit in self.units if unit.is_whole or unit.in_flight]
-        self.most_whole_units = max(self.most_whole_units, sum(unit is not self.root for unit in live))
-        self.most_whole_bytes = max(self.most_whole_bytes, sum(unit.whole_bytes for unit in live))
+        self._whole.start_gather(unit, needed=needed)
 
     def may_gather_ahead(self) -> bool:
-        """Return whether fewer than two units are whole or under way."""
-        return not self._reshard or sum(unit.is_whole or unit.in_flight for unit in self.units[1:]) < _MOST_WHOLE
+        """Return whether there is memory for one more unit."""
+        return self._whole.may_gather_ahead()
 
-    def release_all(self) -> None:
-        """Release every unit."""
-        for unit in self.units:
-            unit.promised = unit.active = 0
-            if unit.is_whole or unit.in_flight:
-                unit.release()
+    def synchronise_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0, as DDP does before a forward pass."""
+        if self._buffers:
+            self._meeting.check()
+            self._buffers.synchronise()
+
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """Register the parts of all parameters in this context; every rank must call this at the same point."""
+        self.settle()
+        with self._whole.in_parts():
+            yield
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self, kind: str) -> Iterator[None]:
-        """Let the model be used in this context, and after a training step until its backward pass has ended.
+    def step(self, kind: str, *, backward_follows: bool = False, buffers_follow: bool = True) -> Iterator[None]:
+        """Let the model be used in this context, and if a backward pass follows, until that has ended.
 
         Args:
             kind: What the step does. In "train" the order of units is fixed; in all others the ranks may use different
                 units, and in "predict" the ranks may have different numbers of steps.
+            backward_follows: Whether the step has one backward pass, which begins after the context has been left.
+            buffers_follow: Whether all ranks take the buffers of rank 0, in a training step.
         """
         self.close()
-        self._kind, self._passes = kind, 0
+        self._kind, self._passes, self._backward_follows = kind, 0, backward_follows
+        self._steps += kind != "predict"
         self._begin("forward")
+        if kind == "train" and buffers_follow:
+            self.synchronise_buffers()
         self._need(self.root)
-        yield
-        if kind != "train":
+        with self._casts.noticed() if kind == "train" and self.frees_casts else nullcontext():
+            yield
+        if not backward_follows:
             if kind != "predict":
-                self.settle()
-            self.release_all()
-            self._kind = None
+                self._finish()
+            if kind == "train":  # a rank that has left out a backward pass may wait elsewhere from now on
+                self._meeting.begin("end", self._steps, self._passes, 0)
+            self._end()
 
     def close(self) -> None:
-        """End the last training step, if it has not ended; every rank must call this at the same point."""
-        if self._kind == "train":
-            self._order.finish()
+        """End the last step, if it has not ended; every rank must call this at the same point."""
+        if self._kind is not None and self._kind != "predict":
+            self._finish()
+        self._end()
+
+    def _end(self) -> None:
         self._kind = None
-        self.release_all()
+        self._depth = 0
+        self._whole.release_all(forget_casts=True)
+
+    def refresh(self) -> None:
+        """Release units whose parts have been changed since they were gathered, as a step of an optimiser does."""
+        if not self._in_backward:
+            for unit in self.units:
+                if unit.is_whole and unit.is_stale and not unit.active:
+                    unit.release()
 
     def settle(self) -> None:
         """Prepare for the ranks to communicate in a step; every rank must call this at the same point."""
         if self._kind is not None and not self._in_backward:
+            self._meeting.check()
             with self._waiting():
                 self._order.settle()
 
@@ -299,9 +285,20 @@ class ShardEngine:
         self._order.finish()
 
     def _begin(self, name: str) -> None:
+        trained = hash(tuple(shard.requires_grad for shard in self.shards))
         fixed = self._kind == "train" and not self._find_unused
-        key = (self._passes, name, self.reduces) if fixed else None
+        key = (self._passes, name, self.reduces, trained) if fixed else None
+        if self._kind == "hook":
+            self._meeting.begin("hook", self._steps, self._hooks_run, 0)
+        elif self._kind is not None and self._kind != "predict":
+            kind = "backward" if name == "backward" else self._kind
+            self._meeting.begin(kind, self._steps, self._passes, trained)
         self._order.begin(key, backward=name == "backward")
+
+    def _finish(self) -> None:
+        self._meeting.check()
+        with self._waiting():
+            self._order.finish()
 
     @contextmanager
     def backward(self, *, partial_use: bool = False, muted: bool = False) -> Iterator[None]:
@@ -312,8 +309,9 @@ class ShardEngine:
             muted: Whether this rank has no sample, so that its gradients count as zero whatever they are, and the
                 parameters as not used by it.
         """
-        assert self._kind is not None
-        self._order.finish()
+        if self._kind != "train":
+            self._refuse("a backward pass runs outside of `training_step`. Call `self.manual_backward` inside of it")
+        self._finish()
         self._begin("backward")
         self._in_backward = True
         for unit in self.units:
@@ -323,16 +321,12 @@ class ShardEngine:
                 flat.begin_backward()
         self._order.go_ahead()
         self._muted = muted
-        # a product with zero would not do: gradients may be infinite
-        silenced = [leaf for leaf in self.leaves if leaf.requires_grad] if muted else []
-        silencers = [leaf.register_hook(torch.zeros_like) for leaf in silenced]
         try:
-            yield
-            self._end_backward(partial_use)
+            with without_gradients(self.leaves if muted else []):
+                yield
+                self._end_backward(partial_use)
         finally:
             self._in_backward = self._muted = False
-            for silencer in silencers:
-                silencer.remove()
 
     def _end_backward(self, partial_use: bool) -> None:
         if self.reduces:
@@ -341,22 +335,28 @@ class ShardEngine:
                     if self._find_unused:  # some of its parameters are not used: next time it need not wait for them
                         unit.usual = unit.arrived
                     self._order.reduce(unit.number)
-        with self._waiting():
-            self._order.finish()
+        self._finish()
         self._reductions.finish()
         if self.reduces:
             if self._find_unused or partial_use:
                 self._reductions.agree_on_used(muted=self._muted)
             self._check_complete(partial_use)
-        self.release_all()
+        self._whole.release_all()
         self._passes += 1
-        self._begin("forward")
+        if self._backward_follows:
+            self._end()
+        else:
+            self._begin("forward")
 
-    def _gradient_arrived(self, unit: Unit) -> None:
+    def gradient_arrived(self, unit: Unit) -> None:
+        """Reduce a unit whose gradients are complete; see :class:`UsesUnits`."""
         if not self._in_backward:
-            raise UnsupportedFeatureError(
-                "`hetero_fsdp` must know when a backward pass ends, so gradients must be computed by Lightning. Use"
-                " `self.manual_backward(loss)` instead of `loss.backward()`."
+            self._refuse(_OWN_BACKWARD)
+        if not unit.is_whole:
+            self._refuse(
+                f"a gradient of {type(unit.module).__name__} has been computed without its parameters, because nothing"
+                f" told of its backward pass: its `forward` returns no tensor, or an object whose tensors cannot be"
+                f" found. Return tensors, or set HeteroFSDPStrategy(reshard_after_forward=False)"
             )
         unit.arrived += 1
         if unit.arrived == unit.expected:
@@ -385,15 +385,13 @@ class ShardEngine:
 
     def restore(self) -> None:
         """Give the user's module its whole parameters back, on the host; every rank must call this together."""
-        self.remove_hooks()
+        self._hooks.remove()
         for flat in [flat for unit in self.units for flat in unit.flats]:
             flat.restore()
 
     def remove_hooks(self) -> None:
         """Leave the module's ``forward`` alone from now on."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.remove()
 
     def leave_group(self) -> None:
         """End the ranks' own group; no parameter can be gathered any more."""

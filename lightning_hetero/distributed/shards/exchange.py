@@ -77,7 +77,7 @@ class GlooExchange:
     def reduce(self, parts: Sequence[Tensor], rank: int) -> Pending:
         """Add up each part over the ranks; the result is this rank's. The parts are lost."""
         works = [
-            dist.reduce(part, target, group=self.group, async_op=True)
+            dist.reduce(_real(part), target, group=self.group, async_op=True)
             for target, part in enumerate(parts)
             if part.numel()
         ]
@@ -102,8 +102,14 @@ class NcclExchange:
     def reduce(self, parts: Sequence[Tensor], rank: int) -> Pending:
         """Add up each part over the ranks; the result is this rank's. The parts are lost."""
         result = torch.empty_like(parts[rank])
-        work = dist.reduce_scatter(result, list(parts), group=self.group, async_op=True)
+        addends = [_real(part) for part in parts]
+        work = dist.reduce_scatter(_real(result), addends, group=self.group, async_op=True)
         return Pending([work], result, parts)
+
+
+def _real(part: Tensor) -> Tensor:
+    """Return complex numbers as pairs, in the same memory: not every backend adds up complex ones."""
+    return torch.view_as_real(part) if part.is_complex() else part
 
 
 def exchange_for(device: torch.device, group: dist.ProcessGroup) -> Exchange:

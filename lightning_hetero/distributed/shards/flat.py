@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lightning_hetero.balance.shards.cuts import Cuts
 from lightning_hetero.distributed.shards.exchange import Exchange, Pending
+from lightning_hetero.distributed.shards.released import become_released, become_whole, guard_part
 from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
 from lightning_hetero.distributed.shards.units import PlannedParameter
+from lightning_hetero.distributed.torch_private import version_of, without_torch_function
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["FlatParameters"]
 
@@ -23,7 +26,7 @@ class FlatParameters:
     """Parameters that are gathered and released together.
 
     The user's own parameter objects are the leaves of autograd's graph, so their hooks and whoever holds them see what
-    they see on one device. While they are released, they have no elements, and the parts are registered in their place.
+    they see on one device. While they are released, the parts are registered in their place, and stand in for them.
     What autograd has saved stays valid: it shares the memory, whose size becomes zero and full again.
 
     Args:
@@ -46,7 +49,8 @@ class FlatParameters:
         self._parts = self._whole.split(cuts.sizes)
         pieces = self._whole.split([leaf.numel() for leaf in self.leaves])
         self._views = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-        self._nothing = self._whole.new_empty(0)
+        nothing = self._whole.new_zeros(())  # the shape of the whole, without its memory
+        self._nothing = [nothing.expand(shape) for shape in self._shapes]
         with torch.no_grad():
             for leaf, view in zip(self.leaves, self._views, strict=True):
                 view.copy_(leaf)
@@ -57,6 +61,7 @@ class FlatParameters:
         self.had_gradient = [False] * len(self.leaves)
         self._created = [False] * len(self.leaves)
         self._pending: Pending | None = None
+        self._gathered_version = version_of(self.local)
         self.is_whole = True
         self.release()
 
@@ -66,6 +71,7 @@ class FlatParameters:
         shard = nn.Parameter(ShardTensor(local, division), requires_grad=leaf.requires_grad)
         for name, value in vars(leaf).items():  # what the user has noted about the parameter
             setattr(shard, name, value)
+        guard_part(shard, self.parameters[number].name)
         return shard
 
     def _local_part(self, local: Tensor, number: int) -> tuple[Tensor, Division]:
@@ -86,6 +92,16 @@ class FlatParameters:
         """The memory that the gathered parameters take now."""
         return int(self._whole.untyped_storage().nbytes())
 
+    @property
+    def address(self) -> int:
+        """Where the gathered parameters lie."""
+        return self._whole.untyped_storage().data_ptr()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the parts have been changed since the whole parameters were gathered."""
+        return (self.is_whole or self._pending is not None) and version_of(self.local) != self._gathered_version
+
     # ---- gather and release ------------------------------------------------------------------------------------------
 
     def start_gathering(self) -> None:
@@ -93,15 +109,22 @@ class FlatParameters:
         self._whole.untyped_storage().resize_(self._whole.numel() * self._whole.element_size())
         with torch.no_grad():
             self._parts[self._rank].copy_(self.local)
+        self._gathered_version = version_of(self.local)
         self._pending = self._exchange.gather(self._parts, self._rank)
+
+    def gather_again(self) -> None:
+        """Gather what this rank has already, because other ranks need it."""
+        self.wait()
+        self._exchange.gather(self._parts, self._rank).wait()
 
     def finish_gathering(self) -> None:
         """Wait for what :meth:`start_gathering` has started, and register the whole parameters."""
         self.wait()
         for leaf, shard, view in zip(self.leaves, self.shards, self._views, strict=True):
+            become_whole(leaf)
             leaf.data = view
             leaf.requires_grad_(shard.requires_grad)
-        self._register(self.leaves)
+        self._register(self.leaves, self.shards)
         self.is_whole = True
 
     def wait(self) -> None:
@@ -110,15 +133,39 @@ class FlatParameters:
             self._pending.wait()
             self._pending = None
 
-    def release(self) -> None:
-        """Register the parts, and free the memory of the whole parameters."""
+    def release(self, *, keep: bool = False) -> None:
+        """Register the parts, and free the memory of the whole parameters.
+
+        Args:
+            keep: Whether the parameters may have been written.
+        """
         self.wait()
         if self.is_whole:
-            self._register(self.shards)
-            for leaf in self.leaves:
-                leaf.data = self._nothing
+            if keep:
+                self._keep_changes()
+            self._register(self.shards, self.leaves)
+            for leaf, shard, nothing in zip(self.leaves, self.shards, self._nothing, strict=True):
+                leaf.data = nothing
+                become_released(leaf, shard)
         self._whole.untyped_storage().resize_(0)
         self.is_whole = False
+
+    def _keep_changes(self) -> None:
+        """Copy this rank's part back: a ``forward`` may write parameters, as layers with bounded weights do."""
+        if self.is_stale:
+            return
+        with torch.no_grad():
+            for leaf, view in zip(self.leaves, self._views, strict=True):
+                if leaf.data_ptr() != view.data_ptr():  # `parameter.data` has been replaced
+                    view.copy_(leaf)
+            self.local.copy_(self._parts[self._rank])
+
+    def show(self, *, whole: bool) -> None:
+        """Register the whole parameters or the parts, and leave the memory of the whole ones alone."""
+        if whole:
+            self._register(self.leaves, self.shards)
+        else:
+            self._register(self.shards, self.leaves)
 
     def follow_freezing(self) -> None:
         """Freeze and unfreeze the whole parameters as the parts are."""
@@ -133,18 +180,31 @@ class FlatParameters:
         with torch.no_grad():
             values = [view.detach().cpu().clone() for view in self._views]
         for leaf, shard, value in zip(self.leaves, self.shards, values, strict=True):
+            become_whole(leaf)
             leaf.data = value
             leaf.grad = None
             leaf.requires_grad_(shard.requires_grad)
-        self._register(self.leaves)
+        self._register(self.leaves, self.shards)
         self._whole.untyped_storage().resize_(0)
 
-    def _register(self, parameters: Sequence[nn.Parameter]) -> None:
-        for planned, parameter in zip(self.parameters, parameters, strict=True):
+    def _register(self, parameters: Sequence[nn.Parameter], instead_of: Sequence[nn.Parameter]) -> None:
+        for planned, parameter, other in zip(self.parameters, parameters, instead_of, strict=True):
             for place in planned.places:
+                if place.get() is not other:
+                    raise UnsupportedFeatureError(
+                        f"`hetero_fsdp`: parameter {planned.name!r} has been replaced after the set-up, by an"
+                        f" assignment or by `functional_call`, so it can be neither gathered nor released. Change the"
+                        f' values of a parameter in place, or use strategy="hetero_ddp".'
+                    )
                 place.set(parameter)
 
     # ---- gradients ---------------------------------------------------------------------------------------------------
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the whole parameters on this rank; None where there is none."""
+        with without_torch_function():
+            return [leaf.grad for leaf in self.leaves]
 
     def start_reducing(self, *, counts: bool = True) -> Pending:
         """Start to add up the gradients of all ranks; those of this rank are then gone.
@@ -154,13 +214,17 @@ class FlatParameters:
         """
         dtype = torch.float32 if self._whole.dtype in _REDUCED_IN_FLOAT32 else self._whole.dtype
         row = torch.empty(self._ends[-1], dtype=dtype, device=self._whole.device)
-        for number, leaf in enumerate(self.leaves):
+        gradients = self.gradients
+        for number, gradient in enumerate(gradients):
             part = row[self._ends[number] : self._ends[number + 1]]
-            if leaf.grad is None:
+            if gradient is None:
                 part.zero_()
             else:
-                part.copy_(leaf.grad.reshape(-1))
+                part.copy_(gradient.to_dense().reshape(-1) if gradient.is_sparse else gradient.reshape(-1))
                 self.had_gradient[number] |= counts
+        del gradients
+        with without_torch_function():
+            for leaf in self.leaves:
                 leaf.grad = None
         return self._exchange.reduce(row.split(self._cuts.sizes), self._rank)
 
@@ -194,5 +258,5 @@ class FlatParameters:
 
     def begin_backward(self) -> None:
         """Note which parameters have gradients of earlier passes that are not reduced."""
-        self.had_gradient = [leaf.grad is not None for leaf in self.leaves]
+        self.had_gradient = [gradient is not None for gradient in self.gradients]
         self._created = [False] * len(self.leaves)

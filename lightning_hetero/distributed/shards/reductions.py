@@ -7,12 +7,16 @@ from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_hetero.distributed.shards.exchange import Pending
 from lightning_hetero.distributed.shards.flat import FlatParameters
+from lightning_hetero.distributed.shards.shard_tensor import ShardTensor
 from lightning_hetero.distributed.shards.unit import Unit
+from lightning_hetero.distributed.torch_private import norms_of
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["Reductions"]
+__all__ = ["Reductions", "total_norm"]
 
 
 class Reductions:
@@ -59,7 +63,7 @@ class Reductions:
         flats = [flat for unit in self._units for flat in unit.flats]
         used = [had for flat in flats for had in flat.had_gradient]
         # A reduction adds to what is used, so what it will find counts now.
-        waiting = [leaf.grad is not None and not muted for flat in flats for leaf in flat.leaves]
+        waiting = [gradient is not None and not muted for flat in flats for gradient in flat.gradients]
         late = [unit.has_gradients for unit in self._units]
         own = [*(a or b for a, b in zip(used, waiting, strict=True)), *late]
         of_all = torch.tensor(own, dtype=torch.uint8)
@@ -83,3 +87,26 @@ class Reductions:
             for parameter, shard, had in zip(flat.parameters, flat.shards, flat.had_gradient, strict=True)
             if shard.requires_grad and not had
         ]
+
+
+def total_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the norm of all numbers of several parts together; all ranks communicate once.
+
+    Args:
+        tensors: Tensors of which each rank holds a part.
+        device: Device of this rank.
+
+    Raises:
+        UnsupportedFeatureError: One of them is not in parts.
+    """
+    if not all(isinstance(tensor, ShardTensor) for tensor in tensors):
+        raise UnsupportedFeatureError(
+            "`hetero_fsdp` cannot clip gradients of parameters that have been added after the set-up: each rank has its"
+            " own. Create all parameters in the module's constructor or in `configure_model`."
+        )
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    locals_ = [tensor.local for tensor in tensors if isinstance(tensor, ShardTensor) and tensor.local.numel()]
+    for norm in norms_of(locals_) if locals_ else ():
+        total += norm.to(total.dtype) ** 2
+    dist.all_reduce(total)
+    return total.sqrt()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from lightning_hetero.distributed.torch_private import (
     FOREACH_MAX,
     FOREACH_NORM,
     UNSCALE,
-    norms_of,
     unscale,
+    without_torch_function,
     wrapper_of,
 )
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["Division", "ShardTensor", "total_norm"]
+__all__ = ["Division", "ShardTensor"]
 
 aten: Any = torch.ops.aten
 # They do not look at the values of other elements, but torch does not mark them as such.
@@ -47,10 +48,16 @@ _ELEMENTWISE = {
     CONVERT,
 }
 
+_OF_WHOLE = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 _NO_HOOKS = (
     "A hook on a parameter of which each rank holds a part would never be called: backward passes compute the gradient"
     " of the whole. Register it in the module's constructor, where it sees this rank's gradient as under `hetero_ddp`,"
     " or use the gradient in `on_after_backward`."
+)
+
+_NO_GRADIENT = (
+    "`torch.autograd.grad` cannot compute the gradient of a parameter of which each rank holds a part. Call"
+    " `self.manual_backward` and read `parameter.grad`."
 )
 
 
@@ -134,8 +141,18 @@ class ShardTensor(Tensor):
             if part.numel():
                 if rank == self.division.rank:
                     part.copy_(self.local.detach())
-                dist.broadcast(part, rank)
+                dist.broadcast(part.view(torch.uint8), rank)  # not every type can be sent in every version
         return torch.cat(parts).view(self.division.shape)
+
+    @classmethod
+    @override
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OF_WHOLE:
+            raise UnsupportedFeatureError(_why_not(func.__name__))
+        if func is torch.autograd.grad:
+            raise UnsupportedFeatureError(_NO_GRADIENT)
+        with without_torch_function():
+            return func(*args, **(kwargs or {}))
 
     @property
     def data(self) -> Any:
@@ -170,8 +187,10 @@ class ShardTensor(Tensor):
         operator = func.overloadpacket
         if operator in _REDUCTIONS:
             return _REDUCTIONS[operator](operator, *args, **kwargs)
-        if operator is aten.copy_:
-            return _copy(*args, **kwargs)
+        if operator in (aten.copy_, aten.equal):
+            return (_copy if operator is aten.copy_ else _equal)(*args, **kwargs)
+        if operator is aten.view_as_real:
+            return _as_real(args[0])
         if operator is FOREACH_NORM:
             return _norms(args[0], *args[1:2])
         if operator is UNSCALE:
@@ -196,7 +215,8 @@ def _elementwise(func: Any, name: str, args: Any, kwargs: Any, *, of_lists: bool
     if of_lists:
         return _over_lists(func, name, args, kwargs)
     division = _common_division(name, [*args, *kwargs.values()])
-    result = func(*tree_map(_local, args), **tree_map(_local, kwargs))
+    local = partial(_local, division=division)
+    result = func(*tree_map(local, args), **tree_map(local, kwargs))
     if name.endswith("_"):
         if not isinstance(args[0], ShardTensor):
             raise UnsupportedFeatureError(_why_not(name))
@@ -206,33 +226,49 @@ def _elementwise(func: Any, name: str, args: Any, kwargs: Any, *, of_lists: bool
 
 def _over_lists(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     lists = [value for value in [*args, *kwargs.values()] if isinstance(value, list | tuple)]
-    divisions = []
+    divisions: list[Division] = []
     for index, first in enumerate(lists[0] if lists else []):
         if not isinstance(first, ShardTensor):
             raise UnsupportedFeatureError(_why_not(name))
         divisions.append(_common_division(name, [values[index] for values in lists if len(values) == len(lists[0])]))
-    result = func(*tree_map(_local, args), **tree_map(_local, kwargs))
+
+    def local(value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == len(divisions):
+            return [_local(entry, division) for entry, division in zip(value, divisions, strict=True)]
+        return value
+
+    result = func(*map(local, args), **{key: local(value) for key, value in kwargs.items()})
     if result is None or name.endswith("_"):
         return result
     return [ShardTensor(value, division) for value, division in zip(result, divisions, strict=True)]
 
 
 def _common_division(name: str, values: Sequence[Any]) -> Division:
-    """Return the division of all parts among ``values``; beside them only single numbers are allowed."""
+    """Return the division of the first part among ``values``; beside parts of one shape only numbers are allowed."""
     division: Division | None = None
     for value in values:
         if isinstance(value, ShardTensor):
-            if division is not None and value.division != division:
+            division = division or value.division
+            if value.division.shape != division.shape:
                 raise UnsupportedFeatureError(_why_not(name))
-            division = value.division
         elif isinstance(value, Tensor) and value.dim():
             raise UnsupportedFeatureError(_why_not(name))
     assert division is not None
     return division
 
 
-def _local(value: Any) -> Any:
-    return value.local if isinstance(value, ShardTensor) else value
+def _local(value: Any, division: Division) -> Any:
+    """Return this rank's part of a tensor; if it is divided otherwise, the ranks communicate."""
+    if not isinstance(value, ShardTensor):
+        return value
+    return value.local if value.division == division else division.part_of(value.full_tensor())
+
+
+def _as_real(shard: ShardTensor) -> ShardTensor:
+    """Return a view of complex numbers as pairs of real ones, as optimisers compute with them."""
+    division = shard.division
+    pairs = Division((*division.shape, 2), tuple(2 * size for size in division.sizes), division.rank)
+    return ShardTensor(torch.view_as_real(shard.local).flatten(), pairs)
 
 
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
@@ -240,7 +276,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
         raise UnsupportedFeatureError(_why_not("copy_"))
     if isinstance(source, ShardTensor):
         _common_division("copy_", [target, source])
-        target.local.copy_(source.local, non_blocking)
+        target.local.copy_(_local(source, target.division), non_blocking)
     elif not source.dim():
         target.local.copy_(source)
     elif source.shape == target.shape:  # a whole tensor that every rank has, for example from a checkpoint
@@ -317,6 +353,13 @@ def _truth(operator: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = F
     return _reduced(value, dist.ReduceOp.MAX if is_any else dist.ReduceOp.MIN).bool()
 
 
+def _equal(first: Any, second: Any) -> bool:
+    _check_shards("equal", [first, second])
+    if first.shape != second.shape:
+        return False
+    return bool(_truth(aten.all, first == second))
+
+
 def _check_whole(name: str, dim: Any, keepdim: bool) -> None:
     if keepdim or (dim is not None and dim != []):
         raise UnsupportedFeatureError(_why_not(f"{name} over dimensions"))
@@ -352,18 +395,3 @@ def _unscale(gradients: Sequence[Any], found_inf: Tensor, inverse_scale: Tensor)
     if locals_:
         unscale(locals_, found_inf, inverse_scale)
     dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-
-
-def total_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the norm of all numbers of several parts together; all ranks communicate once.
-
-    Args:
-        tensors: Tensors of which each rank holds a part.
-        device: Device of this rank.
-    """
-    _check_shards("norm", tensors)
-    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    locals_ = [tensor.local for tensor in tensors if isinstance(tensor, ShardTensor) and tensor.local.numel()]
-    for norm in norms_of(locals_) if locals_ else ():
-        total += norm.to(total.dtype) ** 2
-    return _reduced(total, dist.ReduceOp.SUM).sqrt()

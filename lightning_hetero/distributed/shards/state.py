@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightning_hetero.distributed.shards.shard_tensor import ShardTensor
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
-__all__ = ["part_of_optimizer_state", "whole_optimizer_state", "whole_state"]
+__all__ = ["part_of_optimizer_state", "whole_optimizer_state", "whole_state", "whole_values"]
 
 # torch keeps it as a number, whatever the shape of the parameter
 _COUNTER = "step"
@@ -62,6 +63,25 @@ def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]
     state = optimizer.state_dict()
     state = {**state, "state": {index: whole(of_parameter) for index, of_parameter in state["state"].items()}}
     return state if keep else {}
+
+
+def whole_values(values: Any, *, keep: bool) -> Any:
+    """Return containers in which tensors in parts, such as averages of weights, are whole, in the memory of the host.
+
+    Every rank must call this at the same point.
+
+    Args:
+        values: Dictionaries, lists and tuples in each other.
+        keep: Whether this rank wants the result; otherwise it has None in place of these tensors.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, ShardTensor):
+            return value
+        tensor = value.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return tree_map(whole, values)
 
 
 def part_of_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,9 @@ def find_units(root: nn.Module, units: str | Sequence[type[nn.Module]] = "auto")
     """
     if units == "auto":
         total = sum(p.numel() for p in root.parameters())
-        return list(_auto(root, total * _LARGEST_PART))
+        return _distinct(_auto(root, total * _LARGEST_PART))
     classes = tuple(c for c in units if isinstance(c, type))
-    found = list(_outermost(root, classes))
+    found = _distinct(_outermost(root, classes))
     if not found:
         names = [c.__name__ for c in classes]
         raise ConfigurationError(
@@ -82,6 +82,10 @@ def find_units(root: nn.Module, units: str | Sequence[type[nn.Module]] = "auto")
             f' its blocks, or use "auto".'
         )
     return found
+
+
+def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in modules}.values())
 
 
 def _outermost(module: nn.Module, classes: tuple[type[Any], ...]) -> Iterator[nn.Module]:
@@ -111,11 +115,17 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def plan_units(root: nn.Module, units: Sequence[nn.Module]) -> list[PlannedUnit]:
-    """Return which parameters each unit holds; the root comes first, and holds those that several units share."""
-    unit_of: dict[int, int] = {}
+    """Return which parameters each unit holds.
+
+    The root comes first. It also holds the parameters that several units share, and those of modules inside of a unit
+    that can be reached without it, under another name: they may be used while the unit is not.
+    """
+    units_of: dict[int, set[int]] = {}
     for number, unit in enumerate(units, start=1):
         for module in unit.modules():
-            unit_of.setdefault(id(module), number)
+            units_of.setdefault(id(module), set()).add(number)
+    for module in _without(root, {id(unit) for unit in units}):
+        units_of.setdefault(id(module), set()).add(0)
     places: dict[int, list[Place]] = {}
     names: dict[int, str] = {}
     for prefix, module in root.named_modules():
@@ -124,9 +134,17 @@ def plan_units(root: nn.Module, units: Sequence[nn.Module]) -> list[PlannedUnit]
             names.setdefault(id(parameter), f"{prefix}.{attribute}" if prefix else attribute)
     held: list[list[PlannedParameter]] = [[] for _ in range(len(units) + 1)]
     for key, where in places.items():
-        owners = {unit_of.get(id(place.module), 0) for place in where}
+        owners = set().union(*(units_of[id(place.module)] for place in where))
         held[owners.pop() if len(owners) == 1 else 0].append(PlannedParameter(names[key], tuple(where)))
     return [PlannedUnit(m, tuple(p)) for m, p in zip([root, *units], held, strict=True)]
+
+
+def _without(module: nn.Module, units: set[int]) -> Iterator[nn.Module]:
+    """Yield a module and those in it that can be reached without passing through a unit."""
+    if id(module) not in units:
+        yield module
+        for child in module.children():
+            yield from _without(child, units)
 
 
 # ---- the meta device -------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from torch import nn
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_hetero.distributed.shards.optimizer_check import why_not_in_parts
@@ -15,7 +17,7 @@ from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.parts_of_model import why_not_with
 from lightning_hetero.plugin.ddp.shared_faults import is_compiled
 
-__all__ = ["refuse_module", "refuse_optimizers", "refuse_training"]
+__all__ = ["refuse_module", "refuse_optimizers", "refuse_training", "warn_of_kept"]
 
 
 def refuse_training(callbacks: Iterable[Callback], world_size: int) -> None:
@@ -25,7 +27,10 @@ def refuse_training(callbacks: Iterable[Callback], world_size: int) -> None:
         UnsupportedFeatureError: One of them needs it.
     """
     for callback in callbacks:
-        if (reason := why_not_with(callback, world_size)) is not None:
+        reason = why_not_with(callback, world_size)
+        if isinstance(callback, ModelPruning):
+            reason = f"{type(callback).__name__} compares all weights of a layer, of which each rank has only a part"
+        if reason is not None:
             raise UnsupportedFeatureError(f"`hetero_fsdp` cannot train this: {reason}.")
 
 
@@ -46,6 +51,43 @@ def refuse_module(module: LightningModule) -> None:
             f"`hetero_fsdp` must know the shape of every parameter before the first step, got the lazy parameter"
             f" {lazy[0]!r}. Give the layer its sizes, or run it once in the module's constructor."
         )
+    scripted = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
+    if any(True for part in scripted for _ in part.parameters()):
+        raise UnsupportedFeatureError(
+            "`hetero_fsdp` cannot gather the parameters of modules that torch.jit has scripted or traced: they take no"
+            ' hooks. Use the module itself, or strategy="hetero_ddp".'
+        )
+    for name, parameter in module.named_parameters():
+        if type(parameter.data) is not Tensor:
+            raise UnsupportedFeatureError(
+                f"`hetero_fsdp` cannot divide parameter {name!r}, whose data is of the class"
+                f" {type(parameter.data).__name__} and not an ordinary tensor. Take the quantisation or distribution of"
+                f' its layer out, or use strategy="hetero_ddp".'
+            )
+
+
+def warn_of_kept(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Warn if a module keeps the parameters that were replaced by parts, or their identities, in its attributes.
+
+    Those objects still do what is asked of them, but they are not those of `parameters()`.
+
+    Args:
+        module: The module.
+        parameters: The parameters that it had.
+    """
+    ids = {id(parameter) for parameter in parameters}
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute.startswith("_") or not isinstance(value, list | tuple | set | frozenset | dict):
+                continue
+            entries = [*value, *value.values()] if isinstance(value, dict) else value
+            if any(id(entry) in ids or (isinstance(entry, int) and entry in ids) for entry in entries):
+                rank_zero_warn(
+                    f"`hetero_fsdp`: the attribute {f'{name}.{attribute}'.lstrip('.')!r} keeps parameters, or their"
+                    f" `id`, of the time before the set-up. `self.parameters()` returns others since, so it contains"
+                    f" none of them. Compare names, or make the collection in `configure_optimizers`."
+                )
+                return
 
 
 def refuse_optimizers(

@@ -9,15 +9,21 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hetero.distributed.group.failure import announce, failure_of_peers
 from lightning_hetero.distributed.shards.engine import ShardEngine
-from lightning_hetero.distributed.shards.shard_tensor import total_norm
-from lightning_hetero.distributed.shards.state import part_of_optimizer_state, whole_optimizer_state, whole_state
+from lightning_hetero.distributed.shards.reductions import total_norm
+from lightning_hetero.distributed.shards.state import (
+    part_of_optimizer_state,
+    whole_optimizer_state,
+    whole_state,
+    whole_values,
+)
 from lightning_hetero.distributed.shards.units import find_units
 from lightning_hetero.distributed.step_timer import StepTimer, clock_of
 from lightning_hetero.exceptions import ConfigurationError
@@ -27,7 +33,7 @@ from lightning_hetero.plugin.common.lightning_private import accumulates, with_s
 from lightning_hetero.plugin.common.overridden import overridden, overridden_method
 from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu, refuse_saving
 from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
-from lightning_hetero.plugin.fsdp.refusals import refuse_module, refuse_optimizers, refuse_training
+from lightning_hetero.plugin.fsdp.refusals import refuse_module, refuse_optimizers, refuse_training, warn_of_kept
 from lightning_hetero.plugin.fsdp.weights import weights_of_memory
 
 __all__ = ["HeteroFSDPStrategy"]
@@ -117,6 +123,7 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         self.micro_batches.before_communication = self._settle
         self.engine: ShardEngine | None = None
         self._weights: tuple[float, ...] = ()
+        self._buffers_follow = True
         self._overrides = ExitStack()
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
@@ -174,6 +181,8 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
             find_unused_parameters=self.find_unused_parameters,
             reshard_after_forward=self.reshard_after_forward,
         )
+        self.engine.frees_casts = self.reshard_after_forward and isinstance(self.precision_plugin, MixedPrecision)
+        warn_of_kept(module, self.engine.leaves)
 
     def _weights_by_memory(self, units: Sequence[nn.Module]) -> tuple[float, ...]:
         shares = arguments.shares_of_ranks(self.shares, self.profiles)
@@ -206,14 +215,13 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        engine = self._running
-        of_several = self._module.automatic_optimization and accumulates(self.trainer)
+        engine, is_automatic = self._running, self._module.automatic_optimization
+        of_several = is_automatic and accumulates(self.trainer)
         engine.reduces = self.reduce_every_batch or not of_several
+        follow, self._buffers_follow = self._buffers_follow, not of_several  # as DDP, whose `no_sync` leaves them alone
         self.timer.pause()
-        with failure_of_peers():
-            engine.synchronise_buffers()
-            with engine.step("train"):
-                return super().training_step(*args, **kwargs)
+        with failure_of_peers(), engine.step("train", backward_follows=is_automatic, buffers_follow=follow):
+            return super().training_step(*args, **kwargs)
 
     @override
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,8 +231,20 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
     def _backward_of_shards(self, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Run a backward pass; the parts have their gradients before any hook looks at them."""
         partial_use = not self._module.automatic_optimization
+        if (inputs := kwargs.get("inputs")) is not None:
+            engine = self._running
+            leaves = {id(shard): leaf for shard, leaf in zip(engine.shards, engine.leaves, strict=True)}
+            named = [inputs] if isinstance(inputs, Tensor) else inputs
+            kwargs["inputs"] = [leaves.get(id(parameter), parameter) for parameter in named]
         with self._running.backward(partial_use=partial_use, muted=self.loss_weight == 0.0):
             backward(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        if self.engine is not None:
+            self.engine.refresh()  # a module that optimises manually may use it again in the same step
+        return output
 
     @override
     def _muted(self) -> AbstractContextManager[None]:
@@ -264,8 +284,8 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
             refuse_saving(self.strategy_name, None if self._failed else sys.exc_info()[1], self.on_exception)
         if self.engine is None:
             return super().lightning_module_state_dict()
-        self.engine.close()
-        return whole_state(self._module, keep=self.is_global_zero)
+        with failure_of_peers(), self.engine.in_parts():
+            return whole_state(self._module, keep=self.is_global_zero)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -276,6 +296,12 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(part_of_optimizer_state(optimizer, saved))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.engine is not None and not self.is_alone:  # what hooks have added
+            checkpoint = whole_values(checkpoint, keep=self.is_global_zero)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

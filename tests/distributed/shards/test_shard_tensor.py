@@ -13,7 +13,8 @@ import torch.distributed as dist
 from harness import RankPools
 from torch import Tensor, nn
 
-from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor, total_norm
+from lightning_hetero.distributed.shards.reductions import total_norm
+from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 SHAPE = (4, 3)
@@ -161,3 +162,24 @@ def test_optimisers_clipping_and_scalers_give_what_they_give_on_one_device(ranks
         for name, difference, same_scale in found:
             assert difference < 1e-12, name
             assert same_scale, name
+
+
+def complex_differences() -> list[float]:
+    start = torch.complex(whole(1), whole(2))
+    found = []
+    for foreach in (False, True):
+        plain, parts = nn.Parameter(start.clone()), nn.Parameter(shard_of(start, (7, 5)))
+        for step in range(3):
+            gradient = torch.complex(whole(10 + step), whole(20 + step))
+            plain.grad, parts.grad = gradient, shard_of(gradient, (7, 5))
+            for parameter in (plain, parts):
+                optimizer = torch.optim.AdamW([parameter], lr=0.1, foreach=foreach)
+                optimizer.step()
+        held: Any = parts.detach()
+        found.append(float((held.full_tensor() - plain.detach()).abs().max()))
+    return found
+
+
+def test_optimisers_take_complex_numbers_as_pairs(ranks: RankPools) -> None:
+    for found in ranks.run(2, complex_differences):
+        assert max(found) < 1e-12

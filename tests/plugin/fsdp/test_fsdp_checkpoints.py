@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from harness import RankPools
 from lightning.pytorch import LightningModule
+from profiles import THOROUGH
 from shard_models import Plain, Tied, seeded
 from shard_trainings import Module
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def test_checkpoints_pass_from_strategy_to_strategy(ranks: RankPools, tmp_path: 
         (HeteroFSDPStrategy(), 1),
         ("auto", 1),
     ]
-    for optimizer in ("SGD", "AdamW"):
+    for optimizer in ("SGD", "AdamW") if THOROUGH else ("AdamW",):
         path, alone = str(tmp_path / "chain.ckpt"), str(tmp_path / "alone.ckpt")
         for epoch, (strategy, world_size) in enumerate(chain):
             resume = ["resumed"] if epoch else []

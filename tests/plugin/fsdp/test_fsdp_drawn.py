@@ -13,7 +13,7 @@ from profiles import drawn
 from shard_models import MODELS
 from shard_trainings import InfiniteStandIn, check, differences
 
-TRAININGS = drawn(8, 120)
+TRAININGS = drawn(2, 120)
 # DDP itself trains no blocks that are checkpointed reentrantly; the engine's tests compare them with one device
 NAMES = [name for name in MODELS if "reentrantly" not in name and name != "mixed types"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from harness import RankPools
+from profiles import THOROUGH
 from shard_models import MODELS, NOT_ALWAYS_USED, Block, Plain, seeded
 from shard_trainings import InfiniteStandIn, Manual, Module, check, differences
 from torch import Tensor, nn
@@ -36,6 +37,17 @@ class Penalised(Module):
         return (found - y).square().mean() + gradient.square().mean()
 
 
+class Adversarial(Module):
+    """Computes gradients of its input before it computes those of the loss."""
+
+    def step(self, batch: Any) -> Tensor:
+        index, x, y = batch
+        near = x.float().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self(near).float().sum(), near)
+        return super().step((index, x + 0.1 * gradient.sign(), y))
+
+
 def all_differences(cases: list[tuple[Any, ...]]) -> list[tuple[str, dict[str, float]]]:
     found = []
     for name, *case in cases:
@@ -48,13 +60,14 @@ def all_differences(cases: list[tuple[Any, ...]]) -> list[tuple[str, dict[str, f
 
 SHARES = {"shares": [3, 1]}
 TWO = {"shard_weights": [2, 1]}
+MORE = ("accumulated whole", "clipped by value", "named units", "frozen")  # if there is time; drawn trainings have them
 
 
 def test_two_ranks(ranks: RankPools) -> None:
     sgd, unused = partial(Module, optimizer="SGD"), {**SHARES, "find_unused_parameters": True}
     cases = [
-        ("SGD, ragged end", sgd, Plain, SHARES, TWO, 2, {}),
-        ("AdamW, infinite loss", InfiniteStandIn, Plain, SHARES, TWO, 2, {"batch_size": 9}),
+        ("SGD, ragged end", sgd, Plain, SHARES, TWO, 2, {"max_steps": 20}),
+        ("AdamW, infinite loss", InfiniteStandIn, Plain, SHARES, TWO, 2, {"batch_size": 9, "max_steps": 20}),
         ("no shard", sgd, Plain, SHARES, {"shard_weights": [1, 0]}, 2, {"gradient_clip_val": 0.3}),
         ("accumulated", sgd, Plain, SHARES, TWO, 2, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}),
         (
@@ -83,6 +96,7 @@ def test_two_ranks(ranks: RankPools) -> None:
         ("manual", Manual, Plain, {"find_unused_parameters": True, **SHARES}, TWO, 2, {"limit_val_batches": 0}),
         ("batch normalisation", sgd, Normalised, SHARES, TWO, 2, {}),
     ]
+    cases = [case for case in cases if THOROUGH or case[0] not in MORE]
     check(ranks.run(2, all_differences, cases, timeout_s=240.0))
 
 
@@ -108,9 +122,19 @@ def single(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def test_other_precisions(ranks: RankPools) -> None:
-    cases = [
+    cases: list[tuple[Any, ...]] = [
         (precision, Module, Plain, SHARES, TWO, 2, {"precision": precision, "made": single, "gradient_clip_val": 0.3})
-        for precision in ("32-true", "bf16-mixed", "16-mixed")
+        for precision in (["32-true"] if THOROUGH else []) + ["bf16-mixed", "16-mixed"]
+    ]
+    # autograd looks at what autocast has made in passes of other kinds, too
+    cases += [
+        (name, kind, MODELS[model], SHARES, TWO, 2, {"precision": "bf16-mixed", "made": single})
+        for name, kind, model in [
+            ("mixed, twice", Module, "twice"),
+            ("mixed, checkpointed", Module, "checkpointed"),
+            ("mixed, adversarial", Adversarial, "plain"),
+        ]
+        if THOROUGH or kind is Adversarial
     ]
     check(ranks.run(2, all_differences, cases), tolerance=2e-3)
     cases = [("bf16-true", Module, Plain, SHARES, TWO, 2, {"precision": "bf16-true", "made": single})]

@@ -93,8 +93,6 @@ class With(Module):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.change == "outside":
-            self(batch[1])
         if self.change == "hook":
             next(self.model.parameters()).register_hook(print)
         if self.change == "out of memory":
@@ -119,7 +117,6 @@ REFUSED = {
     "borrowed": "looks at numbers that other ranks hold",
     "penalty": "gradients of gradients",
     "own backward": "Use `self.manual_backward(loss)`",
-    "outside": "the model is used outside of a step",
     "hook": "would never be called",
 }
 
