@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import drawn
 
+from lightning_hetero.balance.pipeline.orders.choice import choose_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held, verify_order
 from lightning_hetero.balance.pipeline.orders.search import (
     OrderPlan,
@@ -20,7 +21,8 @@ from lightning_hetero.balance.pipeline.orders.search import (
 )
 from lightning_hetero.balance.pipeline.simulation import simulate_order
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
-from lightning_hetero.balance.pipeline.stages import LayerCosts
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
+from lightning_hetero.exceptions import InfeasiblePlanError
 
 
 def costs_of(speeds: list[float], layers: int = 12) -> LayerCosts:
@@ -113,3 +115,43 @@ def test_a_single_rank_and_too_few_layers_have_no_v() -> None:
     assert v_shapes(costs_of([1]), 0) == []
     assert v_shapes(costs_of([1, 2], 2), 0) == []
     assert v_shapes(costs_of([1, 2, 3], 4), 0) == [(0, 2, 1, 0), (0, 1, 2, 0)]
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def seconds(costs: LayerCosts, factor: float) -> LayerCosts:
+    return LayerCosts(
+        *(
+            tuple(tuple(factor * s for s in row) for row in rows)
+            for rows in (costs.forward_s, costs.backward_s, costs.weight_s)
+        )
+    )
+
+
+def test_the_simplest_plan_that_is_nearly_the_best_is_taken() -> None:
+    costs = seconds(costs_of([2, 1]), 0.01)
+    choice = choose_order(OrderProblem(costs, 8))
+    assert (choice.name, choice.stages) == ("v", StagePlan((0, 1, 0), (2, 6, 12)))
+    assert choice.order is not None
+    assert "97% of the limit of 960 ms" in choice.reason
+    assert "1f1b 1080 ms, v 990 ms" in choice.reason
+    split = choose_order(OrderProblem(costs, 8, split=True))
+    assert split.name == "v, split", "2.6 % faster"
+    many = choose_order(OrderProblem(costs, 256))
+    assert (many.name, many.order) == ("1f1b", None), "what is filled and drained hardly matters"
+
+
+def test_short_passes_run_as_before_unless_a_v_is_asked_for() -> None:
+    problem = OrderProblem(seconds(costs_of([2, 1]), 1e-4), 8)
+    choice = choose_order(problem)
+    assert choice.name == "1f1b"
+    assert "too short for others" in choice.reason
+    assert choose_order(problem, always_v=True).name == "v"
+    assert choose_order(OrderProblem(costs_of([2, 1], 2), 8), always_v=True).name == "1f1b", "too few layers for a V"
+
+
+def test_a_v_is_no_way_around_memory() -> None:
+    memory = StageMemory((1.0,) * 12, (1.0,) * 12, (3.0, 3.0), micro_batches=8)
+    with pytest.raises(InfeasiblePlanError):
+        choose_order(OrderProblem(costs_of([2, 1]), 8, memory=memory))
