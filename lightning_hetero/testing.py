@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ class SlowLayers(Callback):
 
     Args:
         factors: How many times as long each rank takes for a layer, one positive number per rank. Without
-            ``seconds_per_sample`` every factor must be at least 1.
+            ``seconds_per_sample`` every factor must be at least 1. Change the attribute to have a device become slower
+            or faster.
         seconds_per_sample: Seconds that a layer's forward and backward pass together take for one sample on a device of
             factor 1: one number for all layers, or one per layer. By default layers take as long as their real work,
             multiplied by the factor.
@@ -197,9 +199,13 @@ class SlowLayers(Callback):
                 f" numbers."
             )
         self._remove_hooks()
+        factor = partial(self._factor_of, trainer.global_rank)
         for number, layer in enumerate(layers):
-            slow = _SlowLayer(self.factors[trainer.global_rank], None if seconds is None else seconds[number])
+            slow = _SlowLayer(factor, None if seconds is None else seconds[number])
             self._hooks += [layer.register_forward_pre_hook(slow.begin), layer.register_forward_hook(slow.end)]
+
+    def _factor_of(self, rank: int) -> float:
+        return self.factors[rank]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -218,7 +224,7 @@ def _hooked(layer: nn.Module) -> nn.Module:
 
 
 class _SlowLayer:
-    def __init__(self, factor: float, seconds_per_sample: float | None) -> None:
+    def __init__(self, factor: Callable[[], float], seconds_per_sample: float | None) -> None:
         self._factor = factor
         self._seconds_per_sample = seconds_per_sample
         self._started = 0.0
@@ -229,10 +235,10 @@ class _SlowLayer:
     def end(self, _: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         passed_s = time.perf_counter() - self._started
         if self._seconds_per_sample is None:
-            pause_s = (self._factor - 1) * passed_s
+            pause_s = (self._factor() - 1) * passed_s
             pause_before_backward_s = 2 * pause_s
         else:
-            whole_s = self._factor * self._seconds_per_sample * len(flatten(inputs)[0][0])
+            whole_s = self._factor() * self._seconds_per_sample * len(flatten(inputs)[0][0])
             pause_s = _FORWARD_PART * whole_s - passed_s
             pause_before_backward_s = (1 - _FORWARD_PART) * whole_s
         time.sleep(max(pause_s, 0.0))

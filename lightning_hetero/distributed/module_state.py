@@ -6,20 +6,16 @@ number of its changes, so that no tensor is read.  What every rank has, such as 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
-import sys
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.distributed.torch_private import version_of
+from lightning_hetero.distributed.state_digest import Buffer, Digest, Numbers, is_local
 
 __all__ = ["Changes", "ModuleState"]
 
@@ -73,7 +69,7 @@ class ModuleState:
         self._of_this_rank = of_this_rank
         self._is_shared = is_shared
         self._before: dict[Place, tuple[bytes, list[Any]]] = {}
-        self._numbers = _Numbers()
+        self._numbers = Numbers()
         self._found: _Objects | None = None
 
     def begin(self, names: frozenset[str] | None = None) -> None:
@@ -109,7 +105,7 @@ class ModuleState:
 
         def local(place: Place, number: int) -> Any:
             if place not in leaves:
-                leaves[place] = _Digest.of(_get(modules[place[0]], place[1]), names, _Numbers())[1]
+                leaves[place] = Digest.of(_get(modules[place[0]], place[1]), names, Numbers())[1]
             return leaves[place][number]
 
         values: dict[Place, Any] = _Receiving(io.BytesIO(changes.values), known, tensors, local).load()
@@ -117,6 +113,16 @@ class ModuleState:
             _set(modules[owner], name, value)
         for owner, name in changes.deleted:
             modules[owner].__dict__.pop(name, None)
+
+    def unsendable(self, owners: Collection[str]) -> str | None:
+        """Return why an attribute of one of some submodules of this rank cannot be sent; None if all can."""
+        for owner, part, _ in self._objects.own if owners else ():
+            for name in vars(part).keys() - _OF_MODULES if owner in owners else ():
+                leaves = self._leaves_of([(owner, name)])
+                reason = _why_not_sent(vars(part)[name], self._objects.names, leaves, self._device)
+                if reason is not None:
+                    return f"`{owner}.{name}` cannot be sent: {reason}"
+        return None
 
     def refresh(self) -> None:
         """Look for submodules and objects that every rank has again, at the next call."""
@@ -133,10 +139,10 @@ class ModuleState:
             attributes = vars(module)
             wanted = attributes.keys() - _OF_MODULES if names is None else attributes.keys() & names
             for name in (wanted - self._leaves_out) if module is self._module else wanted:
-                found[owner, name] = _Digest.of(attributes[name], objects.names, self._numbers)
+                found[owner, name] = Digest.of(attributes[name], objects.names, self._numbers)
             for name in buffers if names is None else buffers & names:
-                buffer = _Buffer(getattr(module, name))
-                found[owner, name] = _Digest.of(buffer, objects.names, self._numbers)
+                buffer = Buffer(getattr(module, name))
+                found[owner, name] = Digest.of(buffer, objects.names, self._numbers)
         if names is None:
             self._numbers.clean()
         return found
@@ -176,21 +182,14 @@ class _Objects:
     own: list[tuple[str, nn.Module, set[str]]]
 
 
-class _Buffer:
-    """A buffer as an attribute: it is a known object, and what counts is its value."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
 def _get(module: nn.Module, name: str) -> Any:
     if name in vars(module):
         return vars(module)[name]
-    return _Buffer(getattr(module, name)) if name in dict(module.named_buffers(recurse=False)) else None
+    return Buffer(getattr(module, name)) if name in dict(module.named_buffers(recurse=False)) else None
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
-    if isinstance(value, _Buffer):
+    if isinstance(value, Buffer):
         buffer: Tensor = getattr(module, name)
         if buffer.shape == value.value.shape and not buffer.is_inference():
             with torch.no_grad():
@@ -212,111 +211,6 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
     vars(module)[name] = value
 
 
-# ---- digests ---------------------------------------------------------------------------------------------------------
-
-
-class _Numbers:
-    """Numbers tensors and other objects by their identity, as long as they live."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[Any, int]] = {}
-        self._next = 0
-
-    def of(self, obj: Any) -> int:
-        """Return the number of an object; an object that has died is never confused with a new one."""
-        reference, number = self._of.get(id(obj), (None, -1))
-        if reference is None or reference() is not obj:
-            try:
-                reference = weakref.ref(obj)
-            except TypeError:
-                kept = obj
-                reference = lambda: kept  # noqa: E731
-            self._next += 1
-            self._of[id(obj)], number = (reference, self._next), self._next
-        return number
-
-    def new(self) -> int:
-        """Return a number that no object has."""
-        self._next += 1
-        return self._next
-
-    def clean(self) -> None:
-        """Forget what has died."""
-        self._of = {key: kept for key, kept in self._of.items() if kept[0]() is not None}
-
-
-class _Digest(pickle.Pickler):
-    """Computes a digest of a value without keeping its pickled form."""
-
-    def __init__(self, sink: Any, known: Mapping[int, Any], numbers: _Numbers) -> None:
-        super().__init__(sink, protocol=5)
-        self.leaves: list[Any] = []
-        self._known = known
-        self._numbers = numbers
-
-    @classmethod
-    def of(cls, value: Any, known: Mapping[int, Any], numbers: _Numbers) -> tuple[bytes, list[Any]]:
-        """Return the digest, and the objects in the value that cannot be sent but may be on every rank."""
-        if isinstance(value, _Buffer):
-            return repr(_version(value.value, numbers)).encode(), []
-        if value is None or type(value) in (bool, int, float, str):
-            return repr((type(value).__name__, value)).encode(), []
-        sink = _Sink()
-        pickler = cls(sink, known, numbers)
-        try:
-            pickler.dump(value)
-        except Exception:  # objects raise whatever they like when they are pickled
-            return f"object {numbers.of(value)}".encode(), [value]
-        return sink.hash.digest(), pickler.leaves
-
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor) and id(obj) not in self._known:
-            return _version(obj, self._numbers)
-        if id(obj) in self._known:
-            return str(self._known[id(obj)])
-        if _stays(obj):
-            self.leaves.append(obj)
-            return self._numbers.of(obj)
-        return None
-
-
-class _Sink:
-    def __init__(self) -> None:
-        self.hash = hashlib.blake2b(digest_size=16)
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        return len(data)
-
-
-def _version(tensor: Tensor, numbers: _Numbers) -> tuple[int, int]:
-    # changes of inference tensors are not counted
-    return (numbers.new(), 0) if tensor.is_inference() else (numbers.of(tensor), version_of(tensor))
-
-
-def _stays(obj: Any) -> bool:
-    """Return whether an object cannot be pickled, but may have its like on every rank."""
-    if isinstance(obj, FunctionType | type | BuiltinFunctionType):
-        owner = getattr(obj, "__self__", None)  # of a bound method in C
-        if owner is not None and not isinstance(owner, ModuleType):
-            return False
-        return not _is_importable(obj)
-    if isinstance(obj, ModuleType | io.IOBase | weakref.ref):
-        return True
-    if isinstance(obj, MethodType):
-        return False
-    return type(obj).__module__ in ("_thread", "_io", "_socket") or type(obj).__name__ in (
-        "generator", "coroutine", "frame", "code",
-    )  # fmt: skip
-
-
-def _is_importable(obj: Any) -> bool:
-    found: Any = sys.modules.get(getattr(obj, "__module__", None) or "builtins")
-    for name in getattr(obj, "__qualname__", "").split("."):
-        found = getattr(found, name, None)
-    return found is obj
-
-
 # ---- sending ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,13 +222,13 @@ class _Sending(pickle.Pickler):
         self._sent: dict[int, tuple[int, Tensor]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _Buffer):
+        if isinstance(obj, Buffer):
             return ("buffer", self._number(obj.value))
         if id(obj) in self._known:
             return ("known", self._known[id(obj)])
         if isinstance(obj, Tensor):
             return ("tensor", self._number(obj), isinstance(obj, nn.Parameter), obj.requires_grad and obj.is_leaf)
-        if _stays(obj):
+        if is_local(obj):
             if id(obj) in self._local:
                 return ("local", *self._local[id(obj)])
             raise TypeError(f"a {type(obj).__name__!r} is known to this process only")
@@ -385,7 +279,7 @@ class _Receiving(pickle.Unpickler):
         if kind == "local":
             return self._local(*rest)
         if kind == "buffer":
-            return _Buffer(self._tensors[rest[0]])
+            return Buffer(self._tensors[rest[0]])
         number, is_parameter, requires_grad = rest
         if number not in self._made:
             tensor = self._tensors[number]

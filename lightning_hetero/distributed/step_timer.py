@@ -107,11 +107,17 @@ def _cuda_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
 
 
-def clock_of(device: torch.device) -> Clock:
+def clock_of(
+    device: torch.device,
+    strategy: str = "hetero_ddp",
+    way_out: str = "Give the shares, for example HeteroDDPStrategy(shares=[1, 2])",
+) -> Clock:
     """Return the clock of a device; warn if that is only the host's, because the device's events do not measure time.
 
     Args:
         device: Device of this rank, which is the current one.
+        strategy: Name of the strategy that measures.
+        way_out: What the warning proposes.
     """
     if device.type == "cpu":
         return HostClock()
@@ -123,9 +129,8 @@ def clock_of(device: torch.device) -> Clock:
     except Exception as error:  # whatever a backend raises for what it does not have
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         warnings.warn(
-            f"`hetero_ddp`: events of {device} do not measure time ({reason}), so the host's clock measures this rank:"
-            f" it sees how long the host takes to launch a step, not how long the device works. Give the shares, for"
-            f" example HeteroDDPStrategy(shares=[1, 2]).",
+            f"`{strategy}`: events of {device} do not measure time ({reason}), so the host's clock measures this rank:"
+            f" it sees how long the host takes to launch a step, not how long the device works. {way_out}.",
             stacklevel=2,
         )
         return HostClock()

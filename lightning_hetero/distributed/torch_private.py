@@ -30,6 +30,7 @@ __all__ = [
     "default_store",
     "functional_resolvers",
     "has_hooks",
+    "is_held_elsewhere",
     "is_without_memory",
     "node_before_ddp",
     "norms_of",
@@ -98,6 +99,14 @@ def version_of(tensor: Tensor) -> int:
 def has_hooks(parameter: Tensor) -> bool:
     """Return whether the user has registered hooks on the gradient of a parameter; nothing public lists them."""
     return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def is_held_elsewhere(tensor: Tensor) -> bool:
+    """Return whether more than Python and one node of a graph hold a tensor, so that it cannot be swapped.
+
+    ``torch.utils.swap_tensors`` raises an error then, and nothing public tells in advance.
+    """
+    return tensor._use_count() > (2 if tensor.is_leaf and tensor.requires_grad else 1)
 
 
 @contextmanager

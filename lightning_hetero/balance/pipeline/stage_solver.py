@@ -13,7 +13,7 @@ the slowest stage matters.  With few, the waiting at the beginning and at the en
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, product
@@ -126,13 +126,16 @@ def uniform_stages(num_layers: int, world_size: int, last_rank: int = 0) -> Stag
     return StagePlan(_default_order(world_size, last_rank), tuple(accumulate(sizes)))
 
 
-def solve_stages(costs: LayerCosts, memory: StageMemory | None = None, last_rank: int = 0) -> StagePlan:
+def solve_stages(
+    costs: LayerCosts, memory: StageMemory | None = None, last_rank: int = 0, order: Sequence[int] | None = None
+) -> StagePlan:
     """Return the plan whose slowest stage is fastest.
 
     Args:
         costs: Time of every layer on every rank.
         memory: Memory needs and budgets that the plan must respect; None if unknown.
         last_rank: Rank of the last stage.
+        order: Rank of each stage, ``last_rank`` last; None for the best order.
 
     Raises:
         ConfigurationError: There are fewer layers than ranks.
@@ -143,7 +146,7 @@ def solve_stages(costs: LayerCosts, memory: StageMemory | None = None, last_rank
         StagePlan(ranks=(1, 0), ends=(4, 12))
     """
     _check_layers(costs.num_layers, costs.world_size)
-    problem = _Problem(costs, memory, last_rank)
+    problem = _Problem(costs, memory, last_rank, order)
     best = problem.quick_plan(inf) or problem.plan(inf)
     if best is None:
         raise InfeasiblePlanError(_does_not_fit(memory, costs.world_size))
@@ -174,6 +177,8 @@ def refine_stages(
     schedule: Schedule = "1f1b",
     memory: StageMemory | None = None,
     transfer_s: float = 0.0,
+    *,
+    swaps: bool = True,
 ) -> StagePlan:
     """Shorten the simulated step of a plan by moves of single layers and swaps of neighbouring ranks.
 
@@ -184,6 +189,7 @@ def refine_stages(
         schedule: Pipeline schedule.
         memory: Memory needs and budgets that a plan must respect; None if unknown.
         transfer_s: Seconds that a transfer between two stages takes.
+        swaps: Whether ranks may be swapped.
 
     Returns:
         The improved plan; ``plan`` itself if no move helps.
@@ -196,7 +202,7 @@ def refine_stages(
     improved = True
     while improved:
         improved = False
-        for candidate in _neighbours(best):
+        for candidate in _neighbours(best, swaps=swaps):
             if memory is not None and not memory.allows(candidate):
                 continue
             candidate_s = step_s(candidate)
@@ -205,13 +211,13 @@ def refine_stages(
     return best
 
 
-def _neighbours(plan: StagePlan) -> Iterator[StagePlan]:
+def _neighbours(plan: StagePlan, *, swaps: bool) -> Iterator[StagePlan]:
     ends = plan.ends
     for stage, step in product(range(len(ends) - 1), (-1, 1)):
         moved = ends[stage] + step
         if (ends[stage - 1] if stage else 0) < moved < ends[stage + 1]:
             yield StagePlan(plan.ranks, (*ends[:stage], moved, *ends[stage + 1 :]))
-    for stage in range(len(ends) - 2):  # the last stage keeps its rank
+    for stage in range(len(ends) - 2 if swaps else 0):  # the last stage keeps its rank
         ranks = list(plan.ranks)
         ranks[stage], ranks[stage + 1] = ranks[stage + 1], ranks[stage]
         yield StagePlan(tuple(ranks), ends)
@@ -248,7 +254,9 @@ class _Problem:
     many sets, all ranks form one kind and are taken in a fixed order.
     """
 
-    def __init__(self, costs: LayerCosts, memory: StageMemory | None, last_rank: int) -> None:
+    def __init__(
+        self, costs: LayerCosts, memory: StageMemory | None, last_rank: int, order: Sequence[int] | None
+    ) -> None:
         self._world_size, self._num_layers = costs.world_size, costs.num_layers
         self._last_rank = last_rank
         self._prefixes = [[0.0, *accumulate(row)] for row in costs.total_s]
@@ -262,6 +270,8 @@ class _Problem:
         self._kinds = list(kinds.values())
         if prod(len(ranks) + 1 for ranks in self._kinds) > _MAX_SETS:
             self._kinds = [sorted(others, key=lambda rank: -sum(costs.total_s[rank]))]  # the slowest first
+        if order is not None:
+            self._kinds = [list(order[:-1])]
         self._all = tuple(len(ranks) for ranks in self._kinds)
         self._none = (0,) * len(self._kinds)
 

@@ -113,6 +113,16 @@ class LayerCosts:
             tuple(tuple(backward / speed for _, backward in layers) for speed in speeds),
         )
 
+    def times(self, factors: Sequence[float]) -> LayerCosts:
+        """Return the costs of ranks that take ``factors`` times as long, shape ``(world_size,)``."""
+        return LayerCosts(
+            *(
+                tuple(tuple(f * s for s in row) for f, row in zip(factors, rows, strict=True))
+                for rows in (self.forward_s, self.backward_s, self.weight_s)
+                if rows
+            )
+        )
+
     @property
     def world_size(self) -> int:
         """Number of ranks."""

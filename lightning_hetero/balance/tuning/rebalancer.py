@@ -26,7 +26,16 @@ from lightning_hetero.balance.tuning.shrinkage import shrink
 from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTime, WindowTiming
 
-__all__ = ["Decision", "Rebalancer", "Window"]
+__all__ = [
+    "COOL_DOWN_WINDOWS",
+    "LARGE_GAIN",
+    "SETTLE_STEPS",
+    "Decision",
+    "Rebalancer",
+    "Window",
+    "doubt_of",
+    "steps_between_windows",
+]
 
 # The probability that one check of all ranks finds a difference although there is none.
 _FALSE_ALARMS = 0.001
@@ -35,12 +44,12 @@ _NO_GAIN = 0.2
 # While tuning, a gain is taken if it remains one with all ranks measured this many standard deviations too slow.
 _LITTLE_DOUBT = 0.5
 # A gain above this does not wait for the cool-down.
-_LARGE_GAIN = 0.15
-_COOL_DOWN_WINDOWS = 2
+LARGE_GAIN = 0.15
+COOL_DOWN_WINDOWS = 2
 # After a large change of speed, the best plan known is followed for this many steps, as in the tuning.
 _FOLLOW_STEPS = 16
 # After a change of mini-batch size, the allocator and the autotuner of a device see new shapes.
-_SETTLE_STEPS = 1
+SETTLE_STEPS = 1
 _FIRST_WINDOW = 2
 _LONGEST_WINDOW = 10
 # Checks for drift are at least this far apart, so that they cost next to nothing if steps are short or ranks are many:
@@ -92,6 +101,35 @@ class Decision:
     unmeasured_ranks: tuple[int, ...]
 
 
+def doubt_of(world_size: int, freedom: float) -> float:
+    """Return the number of standard deviations that the worst rank can be off by chance.
+
+    Student's quantile by the first term of its expansion around the normal one (M. Abramowitz and I. Stegun,
+    *Handbook of Mathematical Functions*, 26.7.5).
+
+    Args:
+        world_size: Number of ranks.
+        freedom: Number of steps that the estimate of the standard deviation is based on.
+    """
+    z = NormalDist().inv_cdf(1 - _FALSE_ALARMS / world_size)
+    return z + (z**3 + z) / (4 * freedom)
+
+
+def steps_between_windows(step_s: float, watch_steps: int, world_size: int, exchange_s: float) -> int:
+    """Return for how many steps nothing is measured while watching, so that exchanges cost next to nothing.
+
+    Args:
+        step_s: Seconds per step.
+        watch_steps: Number of steps of a window.
+        world_size: Number of ranks.
+        exchange_s: Seconds that an exchange of measurements takes without waiting.
+    """
+    interval_s = max(_CHECK_INTERVAL_S, _CHECK_INTERVAL_S_PER_RANK * world_size)
+    apart = math.ceil(interval_s / max(step_s, 1e-9))
+    affordable = math.ceil(exchange_s / _EXCHANGES / max(step_s, 1e-9))
+    return max(min(apart, (_LONGEST_PAUSE + 1) * watch_steps), affordable, watch_steps) - watch_steps
+
+
 class Rebalancer:
     """Decides on the plans of one run; lives on rank 0.
 
@@ -125,21 +163,24 @@ class Rebalancer:
         self._min_gain = min_gain
         self._watch_steps = watch_steps
         self._tune_steps_left = tune_steps if model is None else 0
-        self._windows_since_change = _COOL_DOWN_WINDOWS
+        self._windows_since_change = COOL_DOWN_WINDOWS
         self._communication_s = 0.0
         self._observed = 0
         self._deviations: tuple[float, ...] = ()
         self.model = model or StepTimeModel(initial.world_size)
-        self._normal_doubt = NormalDist().inv_cdf(1 - _FALSE_ALARMS / initial.world_size)
 
     def set_limits(self, limits: BatchLimits) -> None:
         """Respect ``limits`` from the next decision on; a plan that breaks them is left at once."""
         self._limits = limits
 
     @property
-    def limits(self) -> BatchLimits:
-        """The limits that every plan must respect."""
-        return self._limits
+    def must_change(self) -> bool:
+        """Whether the current plan breaks the limits, so that it is left at once."""
+        return not keeps_limits(self.current, self._limits)
+
+    def follow(self, other: Rebalancer) -> None:
+        """Take over the plan, the limits and the costs of an exchange from another rebalancer."""
+        self.current, self._limits, self.exchange_s = other.current, other._limits, other.exchange_s
 
     def first_window(self) -> Window:
         """Return the first window to measure."""
@@ -159,7 +200,7 @@ class Rebalancer:
         gain = self._gain(step_times, target)
         must = not keeps_limits(self.current, self._limits)
         if target != self.current and (must or self._worth_it(step_times, target, gain)):
-            if self._tune_steps_left <= 0 and gain > _LARGE_GAIN:
+            if self._tune_steps_left <= 0 and gain > LARGE_GAIN:
                 self._tune_steps_left = _FOLLOW_STEPS
             return self._change(target, step_times, gain)
         if self._settled(gain):
@@ -169,7 +210,7 @@ class Rebalancer:
     def _change(self, target: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Decision:
         self.current = target
         self._windows_since_change = 0
-        self._tune_steps_left -= _SETTLE_STEPS
+        self._tune_steps_left -= SETTLE_STEPS
         return self._decision(target, step_times, gain)
 
     def _without_times(self) -> Decision:
@@ -197,9 +238,9 @@ class Rebalancer:
             return gain > self._min_gain and sure > self._min_gain / 2
         if self._tune_steps_left > 0:
             return self._gain(step_times, target, _LITTLE_DOUBT) > 0
-        if gain > _LARGE_GAIN and sure > 0:
+        if gain > LARGE_GAIN and sure > 0:
             return True
-        return sure > 0 and self._windows_since_change > _COOL_DOWN_WINDOWS
+        return sure > 0 and self._windows_since_change > COOL_DOWN_WINDOWS
 
     def _gain(self, step_times: Sequence[StepTime], target: BatchPlan, doubt: float = 0.0) -> float:
         """Predict the relative gain of ``target`` over the current plan, in samples per second.
@@ -218,13 +259,7 @@ class Rebalancer:
 
     @property
     def _doubt(self) -> float:
-        """Number of standard deviations that a rank can be off by chance, given how well the deviation is known.
-
-        Student's quantile by the first term of its expansion around the normal one (M. Abramowitz and I. Stegun,
-        *Handbook of Mathematical Functions*, 26.7.5).
-        """
-        z = self._normal_doubt
-        return z + (z**3 + z) / (4 * self.model.freedom)
+        return doubt_of(self.initial.world_size, self.model.freedom)
 
     def _settled(self, gain: float) -> bool:
         """Return whether more measuring would hardly change the plan."""
@@ -250,13 +285,10 @@ class Rebalancer:
 
     def _decision(self, plan: BatchPlan, step_times: tuple[StepTime, ...], gain: float) -> Decision:
         tuned = self._tune_steps_left <= 0
-        skipped = _SETTLE_STEPS if self._windows_since_change == 0 else 0
+        skipped = SETTLE_STEPS if self._windows_since_change == 0 else 0
         if tuned and step_times and not skipped:
-            interval_s = max(_CHECK_INTERVAL_S, _CHECK_INTERVAL_S_PER_RANK * plan.world_size)
-            apart = math.ceil(interval_s / max(self._step_s(step_times, plan), 1e-9))
-            affordable = math.ceil(self.exchange_s / _EXCHANGES / max(self._step_s(step_times, plan), 1e-9))
-            apart = max(min(apart, (_LONGEST_PAUSE + 1) * self._watch_steps), affordable)
-            skipped = max(apart - self._watch_steps, 0)
+            step_s = self._step_s(step_times, plan)
+            skipped = steps_between_windows(step_s, self._watch_steps, plan.world_size, self.exchange_s)
         window = Window(skipped, self._length_of_window())
         return Decision(
             plan=plan,

@@ -155,7 +155,7 @@ class TuningSession:
         self._measure_from = self._elapsed_steps = self._kept_steps = 0
         self._timing = False
         self._suggestion: BatchPlan | None = None
-        self._judge = WindowJudge(asynchronous=False)
+        self._judge: WindowJudge[Decision] = WindowJudge(asynchronous=False)
         self._has_changed = False
         self._times_at_last_change: tuple[StepTime, ...] = ()
 

@@ -12,19 +12,65 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
 
-from lightning_hetero.balance.batch.batch_solver import keeps_limits
-from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
+from lightning_hetero.balance.tuning.rebalancer import Window
 from lightning_hetero.balance.types import WindowTiming
 
-__all__ = ["WindowJudge"]
+__all__ = ["DecidesOnPlans", "PlanDecision", "WindowJudge"]
 
 # A doubt that was not confirmed is looked into after this many windows again, and then after twice as many, to a limit.
 _FIRST_PAUSE_WINDOWS = 4
 _LONGEST_PAUSE_WINDOWS = 64
 
 
-class WindowJudge:
+class PlanDecision(Protocol):
+    """What is decided after a window; a frozen dataclass."""
+
+    @property
+    def plan(self) -> Any:
+        """The plan to follow from now on."""
+
+    @property
+    def gain(self) -> float:
+        """Gain of ``plan`` over the plan before it."""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the tuning is over."""
+
+    @property
+    def window(self) -> Window:
+        """The steps to measure next."""
+
+
+_Decision = TypeVar("_Decision", bound=PlanDecision)
+
+
+class DecidesOnPlans(Protocol[_Decision]):
+    """Learns from windows, and decides which plan to follow.
+
+    Attributes:
+        current: The plan that holds now.
+    """
+
+    current: Any
+
+    @property
+    def must_change(self) -> bool:
+        """Whether the current plan is left at once."""
+        ...
+
+    def follow(self, other: Any) -> None:
+        """Take over everything but measurements from another object of this class."""
+        ...
+
+    def update(self, windows: Sequence[WindowTiming | None]) -> _Decision:
+        """Learn from the latest window of each rank, and decide."""
+        ...
+
+
+class WindowJudge(Generic[_Decision]):
     """Decides with a rebalancer, and with a second one while watching.
 
     Args:
@@ -33,11 +79,13 @@ class WindowJudge:
 
     def __init__(self, asynchronous: bool) -> None:
         self.asynchronous = asynchronous
-        self._watching: Rebalancer | None = None
+        self._watching: DecidesOnPlans[_Decision] | None = None
         self._pause_windows = _FIRST_PAUSE_WINDOWS
         self._windows_left = 0
 
-    def judge(self, rebalancer: Rebalancer, windows: Sequence[WindowTiming | None], synchronised: bool) -> Decision:
+    def judge(
+        self, rebalancer: DecidesOnPlans[_Decision], windows: Sequence[WindowTiming | None], synchronised: bool
+    ) -> _Decision:
         """Decide what follows from the latest window of each rank, shape ``(world_size,)``.
 
         Args:
@@ -47,11 +95,10 @@ class WindowJudge:
         """
         if not self.asynchronous:
             return rebalancer.update(windows)
-        if synchronised or self._watching is None or not keeps_limits(rebalancer.current, rebalancer.limits):
+        if synchronised or self._watching is None or rebalancer.must_change:
             return self._of_synchronised(rebalancer, windows)
-        before = self._watching.current = rebalancer.current
-        self._watching.set_limits(rebalancer.limits)
-        self._watching.exchange_s = rebalancer.exchange_s
+        before = rebalancer.current
+        self._watching.follow(rebalancer)
         seen = self._watching.update(windows)
         self._windows_left -= 1
         if seen.plan == before:
@@ -61,7 +108,9 @@ class WindowJudge:
         window = replace(seen.window, skipped_steps=0 if confirms else seen.window.skipped_steps, synchronised=confirms)
         return replace(seen, plan=before, gain=0.0, tuned=True, window=window)
 
-    def _of_synchronised(self, rebalancer: Rebalancer, windows: Sequence[WindowTiming | None]) -> Decision:
+    def _of_synchronised(
+        self, rebalancer: DecidesOnPlans[_Decision], windows: Sequence[WindowTiming | None]
+    ) -> _Decision:
         confirming, before = self._watching is not None, rebalancer.current
         decision = rebalancer.update(windows)
         if not decision.tuned:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hetero.distributed.collectives import all_wait
 from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import as_outputs
@@ -43,6 +45,7 @@ class LayerProfile:
             all micro-batches, such as autocast's casts of parameters.
         activations_bytes: Bytes that each layer keeps for the backward pass of each micro-batch.
         boundary_bytes: Bytes of each layer's output.
+        copy_s: Seconds that it takes to copy each layer's parameters and buffers to other ranks.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
 
@@ -52,21 +55,23 @@ class LayerProfile:
     constant_bytes: tuple[int, ...]
     activations_bytes: tuple[int, ...]
     boundary_bytes: tuple[int, ...]
+    copy_s: tuple[float, ...]
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
         """Return all values in one list, the transfer time last."""
         counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
-        return [*(value for row in (self.forward_s, self.backward_s, *counts) for value in row), self.transfer_s]
+        rows = (self.forward_s, self.backward_s, self.copy_s, *counts)
+        return [*(value for row in rows for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
-        n = len(values) // 6
-        forward_s, backward_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(6))
+        n = len(values) // 7
+        forward_s, backward_s, copy_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(7))
         parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in counts)
-        return cls(forward_s, backward_s, parameters, constants, activations, boundaries, transfer_s)
+        return cls(forward_s, backward_s, parameters, constants, activations, boundaries, copy_s, transfer_s)
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,14 @@ def profile_layers(
     timings: list[_Timing] = []
     sizes: list[tuple[int, int]] = []
     boundaries: list[int] = []
+    copy_s: list[float] = []
     value: Any = None
     cuda = [device] if device.type == "cuda" else []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
         for number, layer in enumerate(calls.layers):
-            copies = placement.broadcast_layer(number)
+            all_wait()  # what follows takes as long as the copying
+            copies, seconds = timed_call(partial(placement.broadcast_layer, number), device)
+            copy_s.append(seconds)
             with borrowed(layer, copies), state_kept(layer):
                 layer_of_model = _Layer(calls, number, call, value)
                 timing, value = _timed_often(layer_of_model, list(copies.values()), device)
@@ -130,6 +138,7 @@ def profile_layers(
         constant_bytes=tuple(n + t.shared_bytes for (_, n), t in zip(sizes, timings, strict=True)),
         activations_bytes=tuple(t.kept_bytes for t in timings),
         boundary_bytes=tuple(boundaries),
+        copy_s=tuple(copy_s),
         transfer_s=_transfer_s(int(median(boundaries)), device),
     )
 

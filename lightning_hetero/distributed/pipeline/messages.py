@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_hetero.balance.pipeline.orders.order import Message, Order
 from lightning_hetero.distributed.host_group import host_group
-from lightning_hetero.distributed.pipeline.channels import channel
+from lightning_hetero.distributed.pipeline.passes.channels import channel
 from lightning_hetero.distributed.pipeline.structure import Description, flatten, unflatten
 
 __all__ = ["Exchange", "Received", "Sent", "as_outputs"]

@@ -21,10 +21,11 @@ from lightning_hetero.balance.pipeline.orders.proof import verify_order
 from lightning_hetero.balance.pipeline.simulation import Pass, Timeline
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
+from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.channels import open_channels
-from lightning_hetero.distributed.pipeline.deferred import DeferredGradients, Job
 from lightning_hetero.distributed.pipeline.messages import Exchange, Received, Sent
+from lightning_hetero.distributed.pipeline.passes.channels import open_channels
+from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients, Job
 from lightning_hetero.distributed.pipeline.structure import Call
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
@@ -47,13 +48,20 @@ class Pipeline:
             most.
         rank: This rank.
         device: Device of this rank's layers.
+        timer: Timer of this rank's passes in training; None if they are never timed.
 
     Raises:
         ConfigurationError: The ranks would wait for each other for ever in the order that is given.
     """
 
     def __init__(
-        self, calls: LayerCalls, plan: StagePlan, schedule: Schedule | Order, rank: int, device: torch.device
+        self,
+        calls: LayerCalls,
+        plan: StagePlan,
+        schedule: Schedule | Order,
+        rank: int,
+        device: torch.device,
+        timer: PassTimer | None = None,
     ) -> None:
         if torch.__version__ < _TORCH_NEEDED:
             raise UnsupportedFeatureError(
@@ -68,6 +76,7 @@ class Pipeline:
         self._rank = rank
         self._stages = plan.stages_of(rank)
         self._device = device
+        self._timer = timer
         if plan.num_stages > 1:
             open_channels(plan.ranks, device)
         self._exchange = Exchange(rank, device)
@@ -80,6 +89,11 @@ class Pipeline:
     def is_first(self) -> bool:
         """Whether this rank has the first stage, which gets the inputs of the pipeline."""
         return 0 in self._stages
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether passes are being recorded, which takes time itself."""
+        return self._recorded is not None
 
     @property
     def needs_calls(self) -> bool:
@@ -217,9 +231,9 @@ class Pipeline:
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
     def _observed(self, action: Action, run: Callable[[], Any]) -> Any:
-        """Compute a pass, and record it if passes are being recorded."""
+        """Compute a pass, and time or record it if that is asked for."""
         if self._recorded is None:
-            return run()
+            return run() if self._timer is None else self._timer.time(run)
         start_s = time.perf_counter() - self._record_from_s
         result, seconds = timed_call(run, self._device)
         kind, stage, number = action

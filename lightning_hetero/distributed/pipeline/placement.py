@@ -6,7 +6,7 @@ checkpoints see the names, order and groups of parameters of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,17 @@ from torch.optim import Optimizer
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.pipeline.moving import (
+    Parcel,
+    Unpacked,
+    pack,
+    receive,
+    send,
+    state_on,
+    why_not_moved,
+)
 
-__all__ = ["TensorPlacement", "gather_on_rank_zero", "state_on"]
+__all__ = ["TensorPlacement", "gather_on_rank_zero"]
 
 
 class TensorPlacement:
@@ -44,6 +53,7 @@ class TensorPlacement:
         self._everywhere: set[int] = set()  # identities of buffers that are in no layer
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
+        self._groups: dict[tuple[int, ...], Any] = {}
         self._set_owners(plan)
         foreign = []
         for tensor in self._tensors():
@@ -60,6 +70,18 @@ class TensorPlacement:
 
     def _set_owners(self, plan: StagePlan) -> None:
         self.plan = plan
+        self._owners = self._owners_of_tensors(plan)
+        self.tied = []
+        for tensor in self._tensors():
+            owners = self._owners[id(tensor)]
+            if isinstance(tensor, nn.Parameter) and len(owners) > 1:
+                if owners not in self._groups:
+                    self._groups[owners] = dist.new_group(list(owners))  # every rank must call this
+                if self._rank in owners:
+                    self.tied.append((tensor, self._groups[owners]))
+
+    def _owners_of_tensors(self, plan: StagePlan) -> dict[int, tuple[int, ...]]:
+        """Return the ranks of each tensor that the module has now, by its identity: a step may replace a buffer."""
         ranks_of: dict[int, set[int]] = {}
         for stage, owner in enumerate(plan.ranks):
             for i in plan.layers(stage):
@@ -68,14 +90,7 @@ class TensorPlacement:
         unused = {plan.ranks[-1]}
         self._everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
         ranks_of |= {key: {*plan.ranks} for key in self._everywhere}
-        self._owners = {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
-        self.tied = []
-        for tensor in self._tensors():
-            owners = self._owners[id(tensor)]
-            if isinstance(tensor, nn.Parameter) and len(owners) > 1:
-                group = dist.new_group(list(owners))  # every rank must call this
-                if self._rank in owners:
-                    self.tied.append((tensor, group))
+        return {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
 
     def _equalise_tied(self) -> None:
         # without a seed, ranks begin with different values
@@ -134,6 +149,7 @@ class TensorPlacement:
         """
         foreign: list[Tensor] = []
         with torch.inference_mode(False):
+            self._owners = self._owners_of_tensors(self.plan)
             tensors = [] if self._is_complete else list(self._tensors())
             has_gradient = all_gather([gradients and self.owns(t) and t.grad is not None for t in tensors])
             for number, tensor in enumerate(tensors):
@@ -172,6 +188,7 @@ class TensorPlacement:
 
         Those of other ranks are copies.
         """
+        self._owners = self._owners_of_tensors(self.plan)
         copies: dict[int, Tensor] = {}
         for tensor in self._tensors():
             copy = self._broadcast(tensor)
@@ -179,6 +196,21 @@ class TensorPlacement:
                 copies[id(tensor)] = _parameter_like(tensor, copy.to(self._device)) if tensor.is_meta else tensor
             del copy
         return {name: copies[id(tensor)] for name, tensor in _named(self._module)} if self._rank == rank else {}
+
+    def why_not_moved(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> str | None:
+        """Return why this rank cannot change to other stages during a training without a trace; None if it can."""
+        before, after = self._owners_of_tensors(self.plan), self._owners_of_tensors(plan)
+        moved = [
+            (name, tensor)
+            for name, tensor in (*self._module.named_parameters(), *self._module.named_buffers())
+            if before[id(tensor)] != after[id(tensor)] and self._rank in (*before[id(tensor)], *after[id(tensor)])
+        ]
+        return why_not_moved(moved, optimizers)
+
+    def modules_of_layers(self, layers: Iterable[int]) -> set[str]:
+        """Return the names in the module of what some layers consist of."""
+        parts = {id(part) for i in layers for part in self._layers[i].modules()}
+        return {name for name, part in self._module.named_modules() if id(part) in parts}
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer], layers: Sequence[nn.Module] | None = None) -> None:
         """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
@@ -190,34 +222,43 @@ class TensorPlacement:
             optimizers: The optimisers.
             layers: The layers in a new order; None if it is the same.
         """
+        tensors = list(self._tensors())
+        before = self._owners_of_tensors(self.plan)
         if layers is not None:
             self._layers = list(layers)
-        before = self._owners
         self._set_owners(plan)
-        for tensor in self._tensors():
-            if id(tensor) in self._everywhere:  # perhaps only since a step has replaced a buffer, on one rank
-                continue
-            source, new = before[id(tensor)][0], self._owners[id(tensor)]
-            for target in new:
-                if target not in before[id(tensor)]:
-                    self._send(tensor, source, target, optimizers)
-            if self._rank in before[id(tensor)] and self._rank not in new:
+        moves = [
+            (tensor, before[id(tensor)], self._owners[id(tensor)])
+            for tensor in tensors
+            if id(tensor) not in self._everywhere  # perhaps only since a step has replaced a buffer, on one rank
+        ]
+        # What leaves goes first, so that no device holds more than its old stage or its new one.
+        leaving: dict[int, Parcel] = {}
+        for tensor, old, new in moves:
+            if self._rank in old and self._rank not in new:
+                if self._rank == old[0]:
+                    leaving[id(tensor)] = pack(tensor, optimizers)
                 for optimizer in optimizers:
                     optimizer.state.pop(tensor, None)
                 _swap(tensor, _without_memory(tensor))
+        for tensor, old, new in moves:
+            parcel = leaving.pop(id(tensor), None)
+            for target in new:
+                if target in old:
+                    continue
+                if self._rank == old[0]:
+                    parcel = parcel or pack(tensor, optimizers)
+                    send(parcel, target)
+                elif self._rank == target:
+                    self._take(tensor, receive(old[0], tensor), optimizers)
 
-    def _send(self, tensor: Tensor, source: int, target: int, optimizers: Sequence[Optimizer]) -> None:
-        if self._rank == source:
-            _send_value(tensor, target)
-            states = [_each(o.state.get(tensor, {}), lambda value, _: value.detach().cpu()) for o in optimizers]
-            dist.send_object_list([states], dst=target, group=host_group())
-        elif self._rank == target:
-            _swap(tensor, _like(tensor, _received_value(tensor, source).to(self._device)))
-            received: list[Any] = [None]
-            dist.recv_object_list(received, src=source, group=host_group())
-            for optimizer, state in zip(optimizers, received[0], strict=True):
-                if state:
-                    optimizer.state[tensor] = state_on(self._device, tensor, state, optimizer)
+    def _take(self, tensor: Tensor, received: Unpacked, optimizers: Sequence[Optimizer]) -> None:
+        _swap(tensor, _like(tensor, received.value.to(self._device)))
+        if received.gradient is not None:
+            tensor.grad = received.gradient.to(self._device)
+        for optimizer, state in zip(optimizers, received.states, strict=True):
+            if state:
+                optimizer.state[tensor] = state_on(self._device, tensor, state, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the whole module on rank 0, and an empty dict elsewhere; every rank must call this."""
@@ -249,6 +290,7 @@ class TensorPlacement:
 
     def complete(self) -> None:
         """Copy the parameters and buffers of all stages to every rank's CPU; every rank must call this."""
+        self._owners = self._owners_of_tensors(self.plan)
         copy: Tensor | None = None
         for tensor in self._tensors():
             copy = None  # released before the next one takes memory
@@ -279,18 +321,6 @@ class TensorPlacement:
         """Yield each parameter and buffer once, in the same order on all ranks."""
         yield from self._module.parameters()
         yield from self._module.buffers()
-
-
-def state_on(device: torch.device, parameter: Tensor, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimiser's state of a parameter on the devices on which torch puts a state that it loads.
-
-    That is the parameter's device, except for step counts, which only fused and capturable optimisers keep there.
-    """
-    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
-    steps_on_device = group.get("fused") or group.get("capturable")
-    moved = _each(state, lambda value, key: value if key == "step" and not steps_on_device else value.to(device))
-    assert isinstance(moved, dict)
-    return moved
 
 
 def gather_on_rank_zero(value: Any) -> list[Any] | None:
@@ -360,15 +390,6 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
-
-
-def _each(value: Any, change: Callable[[Tensor, Any], Tensor], key: Any = None) -> Any:
-    """Change every tensor in nested containers; ``change`` also gets the key under which it is kept."""
-    if isinstance(value, Tensor):
-        return change(value, key)
-    if isinstance(value, dict):
-        return {k: _each(v, change, k) for k, v in value.items()}
-    return type(value)(_each(v, change, key) for v in value) if type(value) in (list, tuple) else value
 
 
 def _on_cpu(value: Any) -> Any:

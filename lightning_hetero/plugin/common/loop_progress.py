@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -31,6 +32,17 @@ class TrainingProgress:
     def step(self) -> int:
         """The current or latest step, counted from 0 over all epochs; -1 before the first."""
         return self._loop.total_batch_idx  # type: ignore[no-any-return]
+
+    @property
+    def remaining_steps(self) -> float:
+        """The number of steps from the current one on, if nothing ends the training before; infinite if unknown."""
+        loop = self._loop
+        left = [math.inf]
+        if loop.max_steps is not None and loop.max_steps >= 0:
+            left.append((loop.max_steps - loop.trainer.global_step) * loop.trainer.accumulate_grad_batches)
+        if loop.max_epochs is not None and loop.max_epochs >= 0:
+            left.append((loop.max_epochs - self.epoch) * loop.trainer.num_training_batches - loop.batch_idx)
+        return max(min(left), 0)
 
     @property
     def logged_step(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
+from lightning_hetero.balance.pipeline.stage_rebalancer import StageProblem
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
@@ -38,6 +39,7 @@ class PipelineFindings:
         transfer_s: Seconds that a transfer between two stages takes.
         advice: Predictions for the plan and its alternatives.
         training: Whether the predictions are for training steps.
+        problem: The measurements as the watching of the stages needs them.
     """
 
     plan: StagePlan
@@ -45,6 +47,19 @@ class PipelineFindings:
     transfer_s: float
     advice: PipelineAdvice
     training: bool
+    problem: StageProblem
+
+    def changed(self, plan: StagePlan, factors: Sequence[float]) -> PipelineFindings:
+        """Return the findings for other stages, on devices that take ``factors`` times as long as when they were timed.
+
+        Args:
+            plan: The stages.
+            factors: Factor of each rank, rank 0 first.
+        """
+        known = self.problem
+        costs = known.costs.times(factors)
+        arguments = (known.micro_batches, known.schedule, known.transfer_s, known.samples, known.memory)
+        return replace(self, plan=plan, costs=costs, advice=advise_pipeline(costs, plan, *arguments))
 
 
 def find_stages(
@@ -83,14 +98,12 @@ def _decision(
         backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
         costs = LayerCosts(tuple(p.forward_s for p in profiles), tuple(backward))
         budgets = tuple(row[0] for row in rows)
-        memory = None
+        memory, kept = None, profiles[0]
+        of_layers = list(zip(kept.parameter_bytes, kept.constant_bytes, strict=True))
+        weights = [trained * (2 + state_per_parameter) + constant for trained, constant in of_layers]
         if min(budgets) < inf:
-            kept = profiles[0]
             memory = StageMemory(
-                weights_bytes=tuple(
-                    trained * (2 + state_per_parameter) + constant
-                    for trained, constant in zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
-                ),
+                weights_bytes=tuple(weights),
                 activations_bytes=tuple(float(n) for n in kept.activations_bytes),
                 budgets_bytes=budgets,
                 micro_batches=example.micro_batches,
@@ -101,7 +114,12 @@ def _decision(
         last_rank = current.ranks[-1]
         plan = plan_pipeline(costs, example.micro_batches, schedule, transfer_s, memory, last_rank)
         advice = advise_pipeline(costs, plan, example.micro_batches, schedule, transfer_s, example.samples, memory)
-        return PipelineFindings(plan, costs, transfer_s, advice, example.training)
+        # all ranks have copied a layer at the same time; the last of them has not waited
+        copy_s = [min(profile.copy_s[layer] for profile in profiles) for layer in range(costs.num_layers)]
+        more = [n / max(sum(sizes), 1) for n, sizes in zip(weights, of_layers, strict=True)]
+        moving_s = tuple(seconds * max(times, 1.0) for seconds, times in zip(copy_s, more, strict=True))
+        known = (example.micro_batches, example.samples, schedule, transfer_s, memory, moving_s)
+        return PipelineFindings(plan, costs, transfer_s, advice, example.training, StageProblem(costs, *known))
 
     return decide
 

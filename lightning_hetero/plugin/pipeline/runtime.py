@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
+from lightning_hetero.balance.pipeline.moves import layer_moves
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
-from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.distributed.collectives import all_gather, broadcast_from
 from lightning_hetero.distributed.data.divided_by_user import functions_of_single_process
+from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call
+from lightning_hetero.distributed.step_timer import clock_of
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
 from lightning_hetero.plugin.pipeline.hooks.running import HookRunner
@@ -56,6 +60,7 @@ class Runtime:
         pipeline: The pipeline, which runs the layers of this rank's stage.
         hooks: The hooks of the module and of callbacks.
         steps: The user's steps on this rank.
+        timer: Times this rank's passes, if the stages are watched.
         seed: Seed of the random numbers that are the same on all ranks.
     """
 
@@ -79,6 +84,9 @@ class Runtime:
         self._loss_weights = loss_weights
         self._overrides = ExitStack()
         self._verified = False
+        self.timer = PassTimer(
+            partial(clock_of, device, "hetero_pipeline", "Give the stages, for example `splits=[4]`")
+        )
         self.found = layers_of(module)
         self.seed = broadcast_from(torch.initial_seed(), 0)
         self.placement = TensorPlacement(module, self.found.layers, plan, device)
@@ -99,7 +107,7 @@ class Runtime:
 
     def _new_pipeline(self) -> Pipeline:
         placement = self.placement
-        return Pipeline(self.found.calls, placement.plan, self._schedule, self._rank, self._device)
+        return Pipeline(self.found.calls, placement.plan, self._schedule, self._rank, self._device, self.timer)
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(
@@ -157,7 +165,18 @@ class Runtime:
             self.placement.move(plan, optimizers, self.found.layers)
         self.hooks.traces.moved()
         self.pipeline = self._new_pipeline()
-        self.steps = self._new_steps()
+        self.steps.use(self.pipeline)
+
+    def why_not_moved(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> str | None:
+        """Return why layers cannot move without a trace while a training runs, on all ranks; None if they can.
+
+        Every rank must call this at the same point.
+        """
+        traces, placement = self.hooks.traces, self.placement
+        traces.equalise()
+        layers = [move.layer for move in layer_moves(placement.plan, plan)]
+        reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(placement.modules_of_layers(layers))
+        return next((found for found in all_gather(reason) if found is not None), None)
 
     # ---- what is overridden ----------------------------------------------------------------------------------------
 

@@ -101,6 +101,9 @@ class PipelineStep:
         metrics: The module's metrics.
         seed: Seed of the random numbers of the user's step, the same on all ranks.
         traces: What the steps change in the module and its Trainer.
+
+    Attributes:
+        samples: Number of samples in the latest training step.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class PipelineStep:
     ) -> None:
         self._module = module
         self.traces = traces
+        self.samples = 0
         self._called = layers.called
         self._pipeline = pipeline
         self._micro_batches = micro_batches
@@ -134,6 +138,10 @@ class PipelineStep:
         # layers that `pipeline_layers()` has made, which the module does not reach when it changes its mode
         self._wrappers = [p for layer in layers.layers for p in layer.modules() if id(p) not in known]
 
+    def use(self, pipeline: Pipeline) -> None:
+        """Run the layers with another pipeline from now on."""
+        self._pipeline = pipeline
+
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
         """Run a training step, and accumulate its gradients on the parameters.
 
@@ -149,6 +157,7 @@ class PipelineStep:
         self._times_run += 1
         self.traces.begin()
         sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
+        self.samples = sum(sizes)
         parts = self._split(batch, sizes)
         weights = self._loss_weights(parts, sizes)
         outputs: list[Any] = []

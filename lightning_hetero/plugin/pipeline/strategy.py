@@ -22,26 +22,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
+from lightning_hetero.balance.pipeline.stages import Schedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.exceptions import ConfigurationError
-from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
 from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu
-from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
-from lightning_hetero.plugin.pipeline.planning import (
-    PipelineFindings,
-    budget_bytes,
-    find_stages,
-    first_plan,
-    report_findings,
-)
+from lightning_hetero.plugin.pipeline.planning import first_plan
 from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_tensor_hooks, refuse_training
 from lightning_hetero.plugin.pipeline.runtime import Runtime
+from lightning_hetero.plugin.pipeline.watching.strategy import WatchingStrategy
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
 from lightning_hetero.plugin.step.seeded import seeded
@@ -49,7 +42,7 @@ from lightning_hetero.plugin.step.seeded import seeded
 __all__ = ["HeteroPipelineStrategy"]
 
 
-class HeteroPipelineStrategy(SavingStrategy):
+class HeteroPipelineStrategy(WatchingStrategy):
     """Model-parallel training in which a device twice as fast gets twice the layers.
 
     ``self.model`` is a model of several blocks, for example of transformers, or an ``nn.Sequential``, or it or the
@@ -71,7 +64,12 @@ class HeteroPipelineStrategy(SavingStrategy):
             tokens without padding. In YAML it is an import path, for example my_package.count_tokens.
         max_memory_bytes: Memory that each rank may use, one number for all or one per rank. By default it is 92 % of
             what a GPU has for this process, and unlimited on processors. Only stages found by timing respect it.
-        verbose: Whether to print the stages that were found and the predictions for them.
+        min_gain: Minimum predicted gain that justifies moving layers to other ranks while the training runs, because a
+            device has become slower or faster; 0.05 is 5 % more samples/s.
+        watch_steps: Number of training steps per window while watching for such changes. The ranks exchange a few
+            numbers after each window, at most about four times per second. 0 leaves layers where they are. Stages given
+            by ``splits`` or ``speeds`` are not watched.
+        verbose: Whether to print the stages that were found, the predictions for them, and what moves.
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
@@ -88,6 +86,7 @@ class HeteroPipelineStrategy(SavingStrategy):
     Attributes:
         plan: The stages; None before set-up.
         findings: The measurements and predictions; None if nothing was measured.
+        changes: The changes of stages during the training.
 
     Example::
 
@@ -105,6 +104,8 @@ class HeteroPipelineStrategy(SavingStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], float] | None = None,
         max_memory_bytes: int | list[int] | None = None,
+        min_gain: float = 0.05,
+        watch_steps: int = 10,
         verbose: bool = True,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         timeout: timedelta | None = default_pg_timeout,
@@ -126,6 +127,8 @@ class HeteroPipelineStrategy(SavingStrategy):
             raise ConfigurationError("`speeds` must be None if `splits` says how the layers are divided. Give one.")
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
+        arguments.check_at_least("min_gain", min_gain, 0, whole=False)
+        arguments.check_at_least("watch_steps", watch_steps, 0)
         arguments.check_bool("verbose", verbose)
         # not all of DDP's arguments, because no DDP uses them here
         launching: dict[str, Any] = {
@@ -149,6 +152,8 @@ class HeteroPipelineStrategy(SavingStrategy):
         self.loss_reduction = loss_reduction
         self.num_loss_terms = num_loss_terms
         self.max_memory_bytes = max_memory_bytes
+        self.min_gain = min_gain
+        self.watch_steps = watch_steps
         self.verbose = verbose
         self.renew()
 
@@ -163,8 +168,7 @@ class HeteroPipelineStrategy(SavingStrategy):
 
     @override
     def renew(self) -> None:
-        self.plan: StagePlan | None = None
-        self.findings: PipelineFindings | None = None
+        super().renew()
         self._data: PipelineData | None = None
         self._runtime: Runtime | None = None
         self._batches = 0
@@ -204,6 +208,7 @@ class HeteroPipelineStrategy(SavingStrategy):
         found = None if self.findings is None else self.findings.plan
         self.plan = first_plan(len(layers_of(self._module).layers), self.world_size, self.splits, self.speeds, found)
         self._batches = 0
+        self._watcher, self._accumulates = None, False
         self._runtime = Runtime(
             self._module,
             self.plan,
@@ -214,35 +219,7 @@ class HeteroPipelineStrategy(SavingStrategy):
             loss_weights=partial(loss_weights, loss_reduction=self.loss_reduction, num_loss_terms=self.num_loss_terms),
         )
 
-    def _plan_by_measuring(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
-        """Change to the best stages before the first step, not counting Lightning's sanity check."""
-        running = self._running
-        running.verify(step, args, self.optimizers, self._context_of(training=training), training=training)
-        if (
-            self.splits != "auto"
-            or self.speeds is not None
-            or self.world_size == 1
-            or self._module.trainer.sanity_checking
-            or (self.findings is not None and (self.findings.training or not training))
-        ):
-            return
-        example = running.steps.example(step, args, training=training)
-        with running.steps.prepared(), self._context_of(training=training):
-            self.findings = find_stages(
-                running.placement,
-                running.found.calls,
-                example,
-                self.schedule,
-                self.root_device,
-                budget_bytes(self.max_memory_bytes, self.global_rank, self.root_device),
-                max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
-            )
-        self.plan = self.findings.plan
-        if self.plan != running.placement.plan:
-            running.move(self.plan, self.optimizers)
-        if self.verbose:
-            report_findings(self._module.trainer, self.findings)
-
+    @override
     def _context_of(self, *, training: bool) -> AbstractContextManager[None]:
         return self.precision_plugin.train_step_context() if training else self.precision_plugin.val_step_context()
 
@@ -285,7 +262,7 @@ class HeteroPipelineStrategy(SavingStrategy):
     @override
     @failure_of_peers()
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._plan_by_measuring(self._module.training_step, args, training=True)
+        self._prepare(self._module.training_step, args, training=True)
         running, accumulated = self._running, self._module.trainer.accumulate_grad_batches
         with (
             self.precision_plugin.train_step_context(),
@@ -293,12 +270,15 @@ class HeteroPipelineStrategy(SavingStrategy):
         ):
             output = running.steps.train(self._module.training_step, args, accumulated)
         self._step_gradients = gradients
+        self._finish()
         return output
 
     @override
     @failure_of_peers()
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        return super().optimizer_step(*args, **kwargs)
+        output = super().optimizer_step(*args, **kwargs)
+        self._accumulates = False
+        return output
 
     @override
     @failure_of_peers()
@@ -312,21 +292,21 @@ class HeteroPipelineStrategy(SavingStrategy):
     @override
     @failure_of_peers()
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._plan_by_measuring(self._module.validation_step, args, training=False)
+        self._prepare(self._module.validation_step, args, training=False)
         with self.precision_plugin.val_step_context():
             return self._running.steps.evaluate(self._module.validation_step, args, logs=True)
 
     @override
     @failure_of_peers()
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._plan_by_measuring(self._module.test_step, args, training=False)
+        self._prepare(self._module.test_step, args, training=False)
         with self.precision_plugin.test_step_context():
             return self._running.steps.evaluate(self._module.test_step, args, logs=True)
 
     @override
     @failure_of_peers()
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._plan_by_measuring(self._module.predict_step, args, training=False)
+        self._prepare(self._module.predict_step, args, training=False)
         with self.precision_plugin.predict_step_context():
             return self._running.steps.evaluate(self._module.predict_step, args, logs=False)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from lightning_hetero.distributed.pipeline.deferred import DeferredGradients
+from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients
 
 D = 8
 

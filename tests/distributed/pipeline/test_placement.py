@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.pipeline.chain import Chain
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
-from lightning_hetero.distributed.pipeline.placement import TensorPlacement, state_on
+from lightning_hetero.distributed.pipeline.moving import state_on
+from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call
 
 CPU = torch.device("cpu")

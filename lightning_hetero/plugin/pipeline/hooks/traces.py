@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +204,10 @@ class StepTraces:
         for changes in gathered:
             if changes is not None and changes.refused:
                 self._refuse(changes)
+
+    def why_not_moved(self, modules: Collection[str]) -> str | None:
+        """Return what keeps some submodules of this rank on it, given their names; None if they can move."""
+        return self._epoch.unsendable(modules)
 
     def _apply(self, state: ModuleState, changes: Changes) -> None:
         with torch.inference_mode(False):

@@ -1,0 +1,278 @@
+"""Decide, window after window, whether layers move to other ranks because devices have become slower or faster.
+
+Before the first step, every rank has timed every layer. While the training runs, each rank measures what its own passes
+take per step. Divided by what they were predicted to take, that is the factor by which its device is slower now. The
+layers' times, multiplied by these factors, give new stages (``stage_solver``), with the ranks in the order that they
+have. The factors are learned with the model that also learns the step times of data-parallel ranks
+(``step_time_model``), in which the predicted time of a stage takes the place of the mini-batch size.
+
+- Layers move only if the gain exceeds ``min_gain`` beyond doubt: the slowest rank must be slow even if it was measured
+  too slow by chance. A large gain is taken at once, a small one only some time after the latest move.
+- Layers move only if the remaining steps save more time than the move takes. Otherwise the decision says so, once.
+- A layer may take another part of a step within a stage than it took alone. What a stage takes differently right after
+  a move is therefore put down to that plan and not to the devices, within limits. Otherwise layers could move to and
+  fro between two plans, each of which seems better from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from statistics import fmean
+
+from lightning_hetero.balance.pipeline.moves import moving_s
+from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.balance.tuning.rebalancer import (
+    COOL_DOWN_WINDOWS,
+    LARGE_GAIN,
+    SETTLE_STEPS,
+    Window,
+    doubt_of,
+    steps_between_windows,
+)
+from lightning_hetero.balance.tuning.shrinkage import shrink
+from lightning_hetero.balance.tuning.step_time_model import StepTimeModel
+from lightning_hetero.balance.types import WindowTiming
+from lightning_hetero.exceptions import InfeasiblePlanError
+
+__all__ = ["StageDecision", "StageProblem", "StageRebalancer"]
+
+_UNITS_PER_S = 1e9  # sizes of the model of step times are whole numbers, here nanoseconds
+# Within a stage, layers may take so much more or less of a rank's time than alone.
+_MOST_BIAS = 1.25
+# Stages are solved again when a rank has changed by this fraction of `min_gain`.
+_NOTEWORTHY = 0.2
+# Of trainings without an end, so many further steps count.
+_HORIZON_STEPS = 100_000
+# A move that does not pay is proposed again only if the gain becomes larger by this factor.
+_LARGER = 1.5
+
+
+@dataclass(frozen=True)
+class StageProblem:
+    """What is known about the layers before the first step.
+
+    Attributes:
+        costs: Time that each rank took for each layer and one micro-batch.
+        micro_batches: Number of micro-batches per step.
+        samples: Number of samples per step.
+        schedule: Pipeline schedule.
+        transfer_s: Seconds that a transfer between two stages takes.
+        memory: Memory needs of the layers and budgets of the ranks; None if unknown.
+        moving_s: Seconds that each layer takes to move, with its gradients and the state of its optimiser.
+    """
+
+    costs: LayerCosts
+    micro_batches: int
+    samples: int
+    schedule: Schedule
+    transfer_s: float
+    memory: StageMemory | None
+    moving_s: tuple[float, ...]
+
+    def step_s(self, plan: StagePlan, factors: Sequence[float]) -> float:
+        """Return the seconds of a step on devices that take ``factors`` times as long, shape ``(world_size,)``."""
+        times = self.costs.times(factors).of_stages(plan)
+        return simulate_pipeline(times, self.micro_batches, self.schedule, self.transfer_s).step_s
+
+    def own_s(self, plan: StagePlan) -> tuple[float, ...]:
+        """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""
+        times = self.costs.of_stages(plan)
+        each = zip(times.forward_s, times.backward_s, strict=True)
+        by_stage = [max(self.micro_batches * (f + b), 1 / _UNITS_PER_S) for f, b in each]
+        return tuple(sum(by_stage[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size))
+
+
+@dataclass(frozen=True)
+class StageDecision:
+    """The decision on what all ranks do next.
+
+    Attributes:
+        plan: The stages to change to, or that would be faster; the current ones if there are no better ones.
+        pays: Whether changing to ``plan`` takes less time than it saves in the remaining steps.
+        gain: Predicted gain of ``plan`` over the current one; 0.25 is a quarter more samples/s.
+        moving_s: Seconds that changing to ``plan`` takes.
+        factors: How many times as long each rank takes as it did before the first step, shape ``(world_size,)``; empty
+            until every rank was measured.
+        window: The steps to measure next.
+        tuned: True, since the first stages are found before the first step.
+    """
+
+    plan: StagePlan
+    pays: bool
+    gain: float
+    moving_s: float
+    factors: tuple[float, ...]
+    window: Window
+    tuned: bool = True
+
+
+class StageRebalancer:
+    """Decides on the stages of one run; lives on rank 0.
+
+    Args:
+        problem: What is known about the layers.
+        current: The stages that hold now.
+        min_gain: Minimum predicted gain that justifies a move.
+        watch_steps: Number of steps of a window.
+
+    Attributes:
+        current: The stages that hold now; set it after a decision that was followed.
+        exchange_s: Seconds that an exchange of measurements takes without waiting.
+        remaining_steps: Number of steps until the training ends; infinite if it is unknown.
+        moving_factor: How many times as long moves take as predicted.
+    """
+
+    def __init__(self, problem: StageProblem, current: StagePlan, min_gain: float, watch_steps: int) -> None:
+        self.problem = problem
+        self.current = current
+        self.exchange_s = 0.0
+        self.remaining_steps = inf
+        self.moving_factor = 1.0
+        self._min_gain = min_gain
+        self._watch_steps = watch_steps
+        self._model = StepTimeModel(current.num_stages)
+        self._measured: StagePlan | None = None  # the plan of the latest window
+        self._speeds: tuple[float, ...] = (1.0,) * current.num_stages
+        self._bias: dict[StagePlan, tuple[float, ...]] = {current: (1.0,) * current.num_stages}
+        self._windows_since_change = COOL_DOWN_WINDOWS
+        self._declined: dict[StagePlan, float] = {}
+        self._solved: tuple[StagePlan, tuple[float, ...], tuple[StagePlan, ...]] | None = None
+
+    @property
+    def must_change(self) -> bool:
+        """False: what fits into memory when it is found fits later, too."""
+        return False
+
+    def follow(self, other: StageRebalancer) -> None:
+        """Take over everything but measurements from another rebalancer."""
+        self.current, self.exchange_s = other.current, other.exchange_s
+        self.remaining_steps, self.moving_factor = other.remaining_steps, other.moving_factor
+        self._declined = dict(other._declined)
+
+    def first_window(self) -> Window:
+        """Return the first window to measure."""
+        return Window(0, self._watch_steps)
+
+    def update(self, windows: Sequence[WindowTiming | None]) -> StageDecision:
+        """Learn from the latest window of each rank, shape ``(world_size,)``, and decide."""
+        self._observe(windows)
+        self._windows_since_change += 1
+        if not self._model.ready:
+            return self._kept(())
+        doubt = doubt_of(self.current.num_stages, self._model.freedom)
+        sizes = self._model.samples
+        times, deviations = shrink(self._model, fmean(sizes), doubt)
+        self._speeds = tuple(time.seconds(n) / n * _UNITS_PER_S for time, n in zip(times, sizes, strict=True))
+        now_s = self._step_s(self.current)
+        target = self._best(now_s)
+        if target is None:
+            return self._kept(self._speeds)
+        gain, takes_s = now_s / self._step_s(target) - 1, self._moving_s(target)
+        least = [1 - min(doubt * deviation, 1.0) for deviation in deviations]
+        sure = self._step_s(self.current, least) / self._step_s(target) - 1
+        pays = self._pays(target, now_s)
+        known = not pays and gain <= _LARGER * self._declined.get(target, 0.0)
+        if known or not self._worth_it(gain, sure):
+            return self._kept(self._speeds)
+        if pays:
+            self.current, self._windows_since_change = target, 0
+        else:
+            self._declined[target] = gain
+        return replace(self._kept(self._speeds), plan=target, pays=pays, gain=gain, moving_s=takes_s)
+
+    def _worth_it(self, gain: float, sure: float) -> bool:
+        if gain > LARGE_GAIN and sure > 0:
+            return True
+        return sure > self._min_gain / 2 and self._windows_since_change > COOL_DOWN_WINDOWS
+
+    def _kept(self, factors: tuple[float, ...]) -> StageDecision:
+        settles = self._windows_since_change == 0
+        skipped = SETTLE_STEPS
+        if factors and not settles:
+            step_s = self._step_s(self.current)
+            skipped = steps_between_windows(step_s, self._watch_steps, self.current.num_stages, self.exchange_s)
+        return StageDecision(self.current, True, 0.0, 0.0, factors, Window(skipped, self._watch_steps))
+
+    # ---- times -----------------------------------------------------------------------------------------------------
+
+    def _observe(self, windows: Sequence[WindowTiming | None]) -> None:
+        own_s = self.problem.own_s(self.current)
+        if self._measured not in (None, self.current) and self.current not in self._bias:
+            self._bias[self.current] = self._bias_after_move(windows, own_s)
+        self._measured = self.current
+        bias = self._bias_of(self.current)
+        self._model.observe(
+            [
+                None if w is None else replace(w, samples=max(round(_UNITS_PER_S * s * b * self._part(w)), 1))
+                for w, s, b in zip(windows, own_s, bias, strict=True)
+            ]
+        )
+
+    def _part(self, window: WindowTiming) -> float:
+        """Return how large a batch was, compared with that with which layers were timed."""
+        return window.samples / self.problem.samples
+
+    def _bias_after_move(self, windows: Sequence[WindowTiming | None], own_s: Sequence[float]) -> tuple[float, ...]:
+        assert self._measured is not None
+        found = list(self._bias_of(self._measured))
+        for rank, window in enumerate(windows):
+            if window is not None:
+                expected_s = self._speeds[rank] * own_s[rank] * self._part(window)
+                found[rank] = min(max(window.own_s / expected_s, 1 / _MOST_BIAS), _MOST_BIAS)
+        return tuple(found)
+
+    def _bias_of(self, plan: StagePlan) -> tuple[float, ...]:
+        """Return how many times as long stages take as their layers alone; of unknown plans, as those of this one."""
+        return self._bias.get(plan) or self._bias.get(self.current) or (1.0,) * plan.num_stages
+
+    def _step_s(self, plan: StagePlan, parts: Sequence[float] | None = None) -> float:
+        """Return the predicted seconds of a step, where each rank takes only ``parts`` of its time."""
+        parts = parts or [1.0] * plan.num_stages
+        factors = [a * b * c for a, b, c in zip(self._speeds, self._bias_of(plan), parts, strict=True)]
+        return self.problem.step_s(plan, factors)
+
+    # ---- plans -----------------------------------------------------------------------------------------------------
+
+    def _moving_s(self, plan: StagePlan) -> float:
+        return self.moving_factor * moving_s(self.current, plan, self.problem.moving_s)
+
+    def _pays(self, plan: StagePlan, now_s: float) -> bool:
+        return self._moving_s(plan) <= self.remaining_steps * (now_s - self._step_s(plan))
+
+    def _best(self, now_s: float) -> StagePlan | None:
+        """Return the plan with which the training ends soonest; if none pays, the fastest one; None if none gains."""
+        better = [plan for plan in self._candidates() if now_s / self._step_s(plan) - 1 > self._min_gain]
+        paying = [plan for plan in better if self._pays(plan, now_s)]
+        left = min(self.remaining_steps, _HORIZON_STEPS)
+        if paying:
+            return min(paying, key=lambda plan: left * self._step_s(plan) + self._moving_s(plan))
+        return min(better, key=self._step_s, default=None)
+
+    def _candidates(self) -> tuple[StagePlan, ...]:
+        if self._solved is not None:
+            current, speeds, found = self._solved
+            near = all(
+                abs(a / b - 1) <= _NOTEWORTHY * self._min_gain for a, b in zip(self._speeds, speeds, strict=True)
+            )
+            if current == self.current and near:
+                return found
+        self._solved = self.current, self._speeds, self._solve()
+        return self._solved[2]
+
+    def _solve(self) -> tuple[StagePlan, ...]:
+        problem, plan = self.problem, self.current
+        factors = [a * b for a, b in zip(self._speeds, self._bias_of(plan), strict=True)]
+        costs = problem.costs.times(factors)
+        starts = [plan]
+        try:
+            starts.append(solve_stages(costs, problem.memory, plan.ranks[-1], plan.ranks))
+        except InfeasiblePlanError:  # as long as nothing moves, it is as it was
+            return ()
+        arguments = (problem.micro_batches, problem.schedule, problem.memory, problem.transfer_s)
+        refined = [refine_stages(costs, start, *arguments, swaps=False) for start in starts]
+        visited = [p for p in self._bias if problem.memory is None or problem.memory.allows(p)]
+        return tuple(dict.fromkeys((*starts, *refined, *visited)))

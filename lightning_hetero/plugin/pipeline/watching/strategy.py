@@ -1,0 +1,112 @@
+"""Find the stages before the first step, and watch them during a training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from typing_extensions import override
+
+from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
+from lightning_hetero.distributed.group.failure import failure_of_peers
+from lightning_hetero.hardware.memory import state_per_parameter
+from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
+from lightning_hetero.plugin.pipeline.planning import PipelineFindings, budget_bytes, find_stages, report_findings
+from lightning_hetero.plugin.pipeline.runtime import Runtime
+from lightning_hetero.plugin.pipeline.watching.watcher import StageChange, StageWatcher
+from lightning_hetero.plugin.step.gradients import taken_aside
+
+__all__ = ["WatchingStrategy"]
+
+
+class WatchingStrategy(SavingStrategy):
+    """A strategy that finds its stages by measuring, and lets layers move where devices change.
+
+    Attributes:
+        plan: The stages; None before set-up.
+        findings: The measurements and predictions; None if nothing was measured.
+        changes: The changes of stages during the training.
+    """
+
+    splits: Any
+    speeds: Any
+    schedule: Schedule
+    max_memory_bytes: Any
+    min_gain: float
+    watch_steps: int
+    verbose: bool
+
+    @override
+    def renew(self) -> None:
+        self.plan: StagePlan | None = None
+        self.findings: PipelineFindings | None = None
+        self.changes: list[StageChange] = []
+        self._watcher: StageWatcher | None = None
+        self._accumulates = False
+
+    @property
+    @abstractmethod
+    def runtime(self) -> Runtime | None:
+        """The stages of the current run, or None."""
+
+    @abstractmethod
+    def _context_of(self, *, training: bool) -> AbstractContextManager[None]:
+        """Return the context of a step's passes, such as autocast."""
+
+    @override
+    @failure_of_peers()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        # not within a step, which runs inside that of the optimiser
+        if self._watcher is not None and self.runtime is not None:
+            self._watcher.between_steps(self.optimizers, accumulates=self._accumulates)
+            self.plan, self.findings = self.runtime.placement.plan, self._watcher.findings
+
+    def _prepare(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
+        """Find the stages before the first step, and measure others if that is due."""
+        running = self.runtime
+        assert running is not None
+        self._find(running, step, args, training=training)
+        if training and self._watcher is not None:
+            self._watcher.before_step()
+
+    def _finish(self) -> None:
+        """Note that the passes of a training step have been run."""
+        self._accumulates = True
+        if self._watcher is not None:
+            self._watcher.after_step()
+
+    def _find(self, running: Runtime, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
+        """Change to the best stages before the first step, not counting Lightning's sanity check."""
+        running.verify(step, args, self.optimizers, self._context_of(training=training), training=training)
+        module = self.lightning_module
+        assert isinstance(module, LightningModule)
+        if self.splits != "auto" or self.speeds is not None or self.world_size == 1 or module.trainer.sanity_checking:
+            return
+        if self.findings is None or (training and not self.findings.training):
+            example = running.steps.example(step, args, training=training)
+            # the loss is timed with the module's own parameters
+            aside = taken_aside(running.placement.parameters)
+            with aside, running.steps.prepared(), self._context_of(training=training):
+                self.findings = find_stages(
+                    running.placement,
+                    running.found.calls,
+                    example,
+                    self.schedule,
+                    self.root_device,
+                    budget_bytes(self.max_memory_bytes, self.global_rank, self.root_device),
+                    max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
+                )
+            self.plan = self.findings.plan
+            if self.plan != running.placement.plan:
+                running.move(self.plan, self.optimizers)
+            if self.verbose:
+                report_findings(module.trainer, self.findings)
+        if training and self.watch_steps and self._watcher is None:
+            self._watcher = StageWatcher(
+                module.trainer, running, self.findings, self.min_gain, self.watch_steps, self.root_device,
+                verbose=self.verbose,
+            )  # fmt: skip
+            self._watcher.changes = self.changes
