@@ -10,9 +10,10 @@ from typing import Any, Literal
 from lightning_hetero.balance.checked import as_ints, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes"]
+__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes", "WantedSchedule"]
 
 Schedule = Literal["gpipe", "1f1b"]
+WantedSchedule = Literal["auto", "v", "gpipe", "1f1b"]
 Kind = Literal["forward", "backward", "input", "weight"]
 
 
@@ -92,12 +93,14 @@ class LayerCosts:
     Attributes:
         forward_s: Seconds of each forward pass, shape ``(world_size, num_layers)``.
         backward_s: Seconds of each backward pass, shape ``(world_size, num_layers)``.
-        weight_s: Seconds of that part of each backward pass that computes the gradients of parameters, for which no
-            other rank waits; empty if backward passes cannot be split.
+        input_s: Seconds of the first part of each backward pass if it is split; empty if none can be.
+        weight_s: Seconds of the second part, which computes gradients of parameters, for which no other rank waits; 0
+            for layers whose backward pass is whole, and empty if none can be split.
     """
 
     forward_s: tuple[tuple[float, ...], ...]
     backward_s: tuple[tuple[float, ...], ...]
+    input_s: tuple[tuple[float, ...], ...] = ()
     weight_s: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
@@ -118,7 +121,7 @@ class LayerCosts:
         return LayerCosts(
             *(
                 tuple(tuple(f * s for s in row) for f, row in zip(factors, rows, strict=True))
-                for rows in (self.forward_s, self.backward_s, self.weight_s)
+                for rows in (self.forward_s, self.backward_s, self.input_s, self.weight_s)
                 if rows
             )
         )

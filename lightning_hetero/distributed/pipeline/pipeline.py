@@ -8,7 +8,7 @@ micro-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,7 @@ class Pipeline:
         rank: This rank.
         device: Device of this rank's layers.
         timer: Timer of this rank's passes in training; None if they are never timed.
+        split_layers: Numbers of the layers whose backward pass an order may split; None for all.
 
     Raises:
         ConfigurationError: The ranks would wait for each other for ever in the order that is given.
@@ -62,6 +63,7 @@ class Pipeline:
         rank: int,
         device: torch.device,
         timer: PassTimer | None = None,
+        split_layers: Collection[int] | None = None,
     ) -> None:
         if torch.__version__ < _TORCH_NEEDED:
             raise UnsupportedFeatureError(
@@ -80,7 +82,9 @@ class Pipeline:
         if plan.num_stages > 1:
             open_channels(plan.ranks, device)
         self._exchange = Exchange(rank, device)
-        self._deferred = DeferredGradients(calls.layers[number] for number in plan.layers_of(rank))
+        self._deferred = DeferredGradients(
+            calls.layers[number] for number in plan.layers_of(rank) if split_layers is None or number in split_layers
+        )
         self._recorded: list[Pass] | None = None
         self._record_from_s = 0.0
         self._micro_batches_before = 0
@@ -147,6 +151,7 @@ class Pipeline:
 
     def _order(self, count: int) -> Order:
         if isinstance(self._schedule, Order):
+            assert count <= self._schedule.micro_batches, "an order is for as many micro-batches as a step may have"
             return self._schedule.first(count)
         return known_order(self._plan.ranks, count, self._schedule)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import permutations
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -86,7 +87,7 @@ def can_run(order: Order, action: Action, done: list[Action]) -> bool:
     return has(stage, "forward") and (is_last or has(stage + 1, "backward", "input"))
 
 
-def broken(*actions: tuple[str, int, int]) -> Order:
+def broken(*actions: Any) -> Order:
     return Order((0,), 1, (tuple(Action(*a) for a in actions),))
 
 
@@ -130,8 +131,8 @@ def test_what_is_held_beyond_the_cap_is_refused() -> None:
 
 @given(st.integers(1, 6), st.integers(1, 9))
 def test_known_orders_are_accepted(stages: int, count: int) -> None:
-    for schedule in ("1f1b", "gpipe"):
-        verify_order(known_order(range(stages), count, schedule))  # type: ignore[arg-type]
+    verify_order(known_order(range(stages), count, "1f1b"))
+    verify_order(known_order(range(stages), count, "gpipe"))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 6))

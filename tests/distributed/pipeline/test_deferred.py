@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Doubled(torch.autograd.Function):
-    calls = 0
+    calls: int = 0
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -49,6 +49,9 @@ class Doubled(torch.autograd.Function):
 class Of(nn.Module):
     """A module of parts, with a function that computes with them; counts what hooks do."""
 
+    first: Any
+    second: Any
+
     def __init__(self, function: Callable[[Any, Tensor], Any], **parts: Any) -> None:
         super().__init__()
         for name, part in parts.items():
@@ -60,12 +63,16 @@ class Of(nn.Module):
         return self.function(self, x)
 
 
+def doubled(x: Tensor, w: Tensor) -> Any:
+    return Doubled.apply(x, w)  # type: ignore[no-untyped-call]
+
+
 def linear(a: int = D, b: int = D, **given: Any) -> nn.Linear:
     return nn.Linear(a, b, **given)
 
 
-def hooked() -> nn.Module:
-    module = Of(lambda m, x: m.second(m.first(x)), first=linear(), second=linear())
+def hooked() -> Any:
+    module: Any = Of(lambda m, x: m.second(m.first(x)), first=linear(), second=linear())
 
     def double(gradient: Tensor) -> Tensor:
         module.count += 1
@@ -79,8 +86,8 @@ def hooked() -> nn.Module:
     return module
 
 
-def backward_hook() -> nn.Module:
-    module = Of(lambda m, x: m.second(m.first(x)), first=linear(), second=linear())
+def backward_hook() -> Any:
+    module: Any = Of(lambda m, x: m.second(m.first(x)), first=linear(), second=linear())
     module.first.register_full_backward_hook(lambda *_: setattr(module, "count", module.count + 1))
     return module
 
@@ -151,9 +158,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "a weight used by others": lambda: Of(lambda m, x: m.a(x) @ m.a.weight + m.a.bias, a=linear()),
     "checkpoint": lambda: checkpointed(reentrant=False),
     "reentrant checkpoint": lambda: checkpointed(reentrant=True),
-    "custom function": lambda: Of(
-        lambda m, x: m.a(Doubled.apply(x, m.w)), a=linear(), w=nn.Parameter(torch.randn(D, D))
-    ),
+    "custom function": lambda: Of(lambda m, x: m.a(doubled(x, m.w)), a=linear(), w=nn.Parameter(torch.randn(D, D))),
     "in place": lambda: Of(lambda m, x: m.b(m.r(m.a(x))), a=linear(), b=linear(), r=nn.ReLU(inplace=True)),
     "a view as output": lambda: Of(lambda m, x: m.a(x)[:, 1:].transpose(1, 2), a=linear()),
     "unused parameters": lambda: Of(lambda m, x: m.a(x), a=linear(), unused=linear()),
@@ -217,7 +222,7 @@ def gradients(make: Callable[[], nn.Module], *, put_off: bool, as_loss: bool) ->
             given = [torch.randn_like(o) for o in outputs]
             with deferred.put_off() as noted:
                 if as_loss:
-                    sum((o * g).sum() for o, g in zip(outputs, given, strict=True)).backward()  # type: ignore[union-attr]
+                    sum((o * g).sum() for o, g in zip(outputs, given, strict=True)).backward()
                 else:
                     torch.autograd.backward(outputs, given)
             jobs += noted

@@ -226,7 +226,7 @@ def run_on_rank(cases: list[Case]) -> list[tuple[list[Tensor | None], list[Any],
 def planned(speeds: list[float], layers: int, sizes: tuple[int, ...], most_held: int, *, split: bool) -> Case:
     """Return a V for ranks of some speeds."""
     costs = LayerCosts.of_speeds([(1.0, 2.0)] * layers, speeds)
-    costs = LayerCosts(costs.forward_s, costs.backward_s, costs.forward_s)
+    costs = LayerCosts(costs.forward_s, costs.backward_s, costs.forward_s, costs.forward_s)
     problem = OrderProblem(costs, len(sizes), most_held=most_held, split=split)
     found = plan_order(problem, v_shapes(costs, 0))
     assert found is not None

@@ -23,6 +23,8 @@ from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 __all__ = ["OrderPlan", "OrderProblem", "plan_order", "straight_shapes", "v_shapes"]
 
+Rows = tuple[tuple[float, ...], ...]
+
 _EFFORT = 60_000  # passes that are scheduled in a search: some half a second
 _BISECTIONS = 40
 _PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # of its work, that a rank with both ends has in its first stage
@@ -55,7 +57,7 @@ class OrderProblem:
 
     @property
     def limit_s(self) -> float:
-        """Seconds per step if no rank ever waited and work could be divided at will."""
+        """Seconds per step if no rank ever waited and each did the same part of every layer, by its speed."""
         return self.micro_batches / sum(1 / sum(row) for row in self.costs.total_s)
 
     def task(self, plan: StagePlan) -> Task | None:
@@ -63,7 +65,6 @@ class OrderProblem:
         costs, m = self.costs, self.micro_batches
         rows = [(rank, plan.layers(stage)) for stage, rank in enumerate(plan.ranks)]
         forward = [sum(costs.forward_s[rank][i] for i in layers) for rank, layers in rows]
-        backward = [sum(costs.backward_s[rank][i] for i in layers) for rank, layers in rows]
         if self.memory is None:
             held = tuple(float(len(layers)) for _, layers in rows)
             free = (inf,) * plan.world_size
@@ -75,11 +76,13 @@ class OrderProblem:
         caps = tuple(min(cap, most * whole) for cap, whole in zip(free, full, strict=True))
         if any(cap < 0 for cap in caps):
             return None
-        weight = [0.0] * len(rows)
+        inputs: Rows = costs.backward_s
+        weights: Rows = ()
         if self.split and costs.weight_s:
-            weight = [sum(costs.weight_s[rank][i] for i in layers) for rank, layers in rows]
-        inputs = [max(b - w, 0.0) for b, w in zip(backward, weight, strict=True)]
-        times = PassTimes(*([(t,) * m for t in row] for row in (forward, inputs, weight)))
+            inputs, weights = costs.input_s, costs.weight_s
+        first = [sum(inputs[rank][i] for i in layers) for rank, layers in rows]
+        second = [sum(weights[rank][i] for i in layers) if weights else 0.0 for rank, layers in rows]
+        times = PassTimes(*([(t,) * m for t in row] for row in (forward, first, second)))
         return Task(plan.ranks, times, held, caps, self.transfer_s)
 
 
