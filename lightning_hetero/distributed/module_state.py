@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -118,11 +119,16 @@ class ModuleState:
         """Return why an attribute of one of some submodules of this rank cannot be sent; None if all can."""
         for owner, part, _ in self._objects.own if owners else ():
             for name in vars(part).keys() - _OF_MODULES if owner in owners else ():
-                leaves = self._leaves_of([(owner, name)])
+                # functions and classes are the same on all ranks, but iterators and files have a state of their own
+                leaves = {key: at for key, at in self._leaves_of([(owner, name)]).items() if self._is_code(at)}
                 reason = _why_not_sent(vars(part)[name], self._objects.names, leaves, self._device)
                 if reason is not None:
                     return f"`{owner}.{name}` cannot be sent: {reason}"
         return None
+
+    def _is_code(self, at: tuple[Place, int]) -> bool:
+        place, number = at
+        return isinstance(self._before[place][1][number], FunctionType | type | BuiltinFunctionType | ModuleType)
 
     def refresh(self) -> None:
         """Look for submodules and objects that every rank has again, at the next call."""

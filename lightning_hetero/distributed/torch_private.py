@@ -106,7 +106,8 @@ def is_held_elsewhere(tensor: Tensor) -> bool:
 
     ``torch.utils.swap_tensors`` raises an error then, and nothing public tells in advance.
     """
-    return tensor._use_count() > (2 if tensor.is_leaf and tensor.requires_grad else 1)
+    held: int = cast("Any", tensor)._use_count()
+    return held > (2 if tensor.is_leaf and tensor.requires_grad else 1)
 
 
 @contextmanager

@@ -221,6 +221,7 @@ class RunRecord:
         changes: Changes of shares in their order.
         advice: Latest advice; None before the tuning has finished.
         stages: Latest stages of a pipeline; None for ``hetero_ddp``.
+        earlier_stages: Stages of a pipeline before layers have moved, in their order.
         passes: Latest recorded step of a pipeline; None if none was recorded.
         end: End of the run; None while it continues, or if its process was killed.
     """
@@ -230,6 +231,7 @@ class RunRecord:
     changes: tuple[RunChange, ...] = ()
     advice: RunAdvice | None = None
     stages: RunStages | None = None
+    earlier_stages: tuple[RunStages, ...] = ()
     passes: RunPasses | None = None
     end: RunEnd | None = None
 

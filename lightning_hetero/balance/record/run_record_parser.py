@@ -63,6 +63,7 @@ def parse_record(lines: Iterable[str], name: str = "the record") -> RunRecord:
         changes=tuple(e for e in events if isinstance(e, RunChange)),
         advice=_latest(events, RunAdvice),
         stages=_latest(events, RunStages),
+        earlier_stages=tuple(e for e in events if isinstance(e, RunStages))[:-1],
         passes=_latest(events, RunPasses),
         end=_latest(events, RunEnd),
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from lightning_hetero.balance.tuning.rebalancer import Window
 from lightning_hetero.balance.types import WindowTiming
@@ -26,6 +26,8 @@ _LONGEST_PAUSE_WINDOWS = 64
 
 class PlanDecision(Protocol):
     """What is decided after a window; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def plan(self) -> Any:
@@ -45,9 +47,10 @@ class PlanDecision(Protocol):
 
 
 _Decision = TypeVar("_Decision", bound=PlanDecision)
+_Decision_co = TypeVar("_Decision_co", bound=PlanDecision, covariant=True)
 
 
-class DecidesOnPlans(Protocol[_Decision]):
+class DecidesOnPlans(Protocol[_Decision_co]):
     """Learns from windows, and decides which plan to follow.
 
     Attributes:
@@ -65,7 +68,7 @@ class DecidesOnPlans(Protocol[_Decision]):
         """Take over everything but measurements from another object of this class."""
         ...
 
-    def update(self, windows: Sequence[WindowTiming | None]) -> _Decision:
+    def update(self, windows: Sequence[WindowTiming | None]) -> _Decision_co:
         """Learn from the latest window of each rank, and decide."""
         ...
 

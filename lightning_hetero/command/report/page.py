@@ -102,10 +102,13 @@ def _batch_charts(record: RunRecord, comparison: Comparison | None, shown: Shown
 def _stage_charts(record: RunRecord) -> dict[str, Markup]:
     if record.stages is None:
         return {}
-    predicted = predicted_passes(record.stages) or []
+    # a step that was recorded before layers have moved belongs to the stages that held then
+    held = [s for s in (*record.earlier_stages, record.stages) if record.passes is None or s.step <= record.passes.step]
+    stages = held[-1] if held else record.stages
+    predicted = predicted_passes(stages) or []
     recorded = [] if record.passes is None else recorded_passes(record.passes)
     until_s = max((p.end_s for p in [*predicted, *recorded]), default=0.0)
-    ranks = record.stages.ranks
+    ranks = stages.ranks
     charts = {
         "predicted": passes_chart("predicted", "Predicted step", predicted, ranks, until_s),
         "recorded": passes_chart(
@@ -181,12 +184,15 @@ def _notes(record: RunRecord) -> list[str]:
     found = [] if record.advice is None else list(record.advice.sentences)
     if record.stages is not None:
         found += record.stages.sentences
+        earlier = [stages.sentences[0] for stages in record.earlier_stages if stages.step and stages.sentences]
+        found += reversed(earlier)
     return found[:_MAX_SENTENCES]
 
 
 def _events(record: RunRecord) -> list[Any]:
     single = (record.advice, record.stages, record.passes, record.end)
-    return [*record.windows, *record.changes, *(event for event in single if event is not None)]
+    several = (*record.windows, *record.changes, *record.earlier_stages)
+    return [*several, *(event for event in single if event is not None)]
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,20 +191,19 @@ def _why_not_divided(optimizer: Optimizer) -> str | None:
     for number, (key, state) in enumerate(optimizer.state.items()):
         if id(key) not in parameters:
             return f"keeps a state for {type(key).__name__!r}, which is none of its parameters"
-        found: list[Tensor] = []
-        _each(state, lambda value, _, found=found: found.append(value))
-        for tensor in found:
+        for tensor in _tensors_in(state):
             if owners.setdefault(id(tensor), number) != number:
                 return "keeps one tensor for several parameters"
     for name, value in vars(optimizer).items():
-        if name not in _OF_OPTIMIZERS and not callable(value) and _holds_tensor(value):
+        if name not in _OF_OPTIMIZERS and not callable(value) and any(True for _ in _tensors_in(value)):
             return f"keeps tensors in {name!r} and not in the states of its parameters"
     return None
 
 
-def _holds_tensor(value: Any) -> bool:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, dict):
-        return any(_holds_tensor(v) for pair in value.items() for v in pair)
-    if isinstance(value, list | tuple | set):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor)
+        yield from (tensor for pair in value.items() for entry in pair for tensor in _tensors_in(entry))
+    elif isinstance(value, list | tuple | set):
+        yield from (tensor for entry in value for tensor in _tensors_in(entry))
+    elif isinstance(value, Tensor):
+        yield value

@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.step.metrics import step_value
+from lightning_hetero.plugin.step.whole_batch import BatchValues
 
 __all__ = ["MetricOf", "PipelineMetrics", "hosted", "portable"]
 
@@ -53,6 +54,7 @@ class PipelineMetrics:
         names: Name of each metric in the module, by its identity.
         is_alone: Whether this rank runs code that the others do not run, so that no collective may be used.
         share: Function that returns the value of the last stage on every rank.
+        batch_values: Values of the metrics for the batch of a step.
     """
 
     def __init__(self, module: LightningModule, last_rank: int, *, is_last: bool) -> None:
@@ -63,7 +65,9 @@ class PipelineMetrics:
         metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         self.names = {id(metric): name for name, metric in metrics.items()}
         self._overrides = ExitStack()
-        for metric in {id(m): m for m in (*metrics.values(), *_kept_in(vars(module)))}.values():
+        every = list({id(m): m for m in (*metrics.values(), *_kept_in(vars(module)))}.values())
+        self.batch_values = BatchValues(every)
+        for metric in every:
             for name, value in (("compute", self._broadcasting(metric.compute)), ("distributed_available_fn", _never)):
                 self._overrides.enter_context(overridden(metric, name, value))
 

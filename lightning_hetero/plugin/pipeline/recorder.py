@@ -28,6 +28,8 @@ __all__ = ["PipelineRecorder"]
 class PipelineRecorder(Callback):
     """Records one training step of ``hetero_pipeline``: which stage computes which micro-batch when.
 
+    It also records when layers move to other ranks after that step.
+
     Args:
         step: Number of the training step to record, counted from 0. The first steps prepare the stages and are slower
             than the others.
@@ -59,6 +61,7 @@ class PipelineRecorder(Callback):
         self.record = record
         self.timeline: Timeline | None = None
         self._started_s = 0.0
+        self._changes = 0
         self._writer: RunWriter | None = None
 
     @override
@@ -78,9 +81,13 @@ class PipelineRecorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        strategy = self._strategy_of(trainer)
         if trainer.fit_loop.total_batch_idx == self.step:
-            self.timeline = self._strategy_of(trainer).recorded_step()
+            self.timeline = strategy.recorded_step()
             self._write(trainer, self.timeline, _samples_in(batch) if trainer.is_global_zero else 0)
+        elif self._writer is not None and len(strategy.changes) > self._changes:
+            self._writer.add(_stages(strategy, self._time_s))
+        self._changes = len(strategy.changes)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,8 +144,12 @@ def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
     plan, found = strategy.plan, strategy.findings
     assert plan is not None
     times = None if found is None else found.costs.of_stages(plan)
+    change = strategy.changes[-1] if strategy.changes else None
+    sentences = () if found is None else tuple(found.advice.sentences())
+    if change is not None:
+        sentences = (f"layers have moved before step {change.step}: {change.reason}", *sentences)
     return RunStages(
-        step=0,
+        step=0 if change is None else change.step,
         time_s=time_s,
         ranks=plan.ranks,
         ends=plan.ends,
@@ -149,7 +160,7 @@ def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
         transfer_s=0.0 if found is None else found.transfer_s,
         step_s=0.0 if found is None else found.advice.step_s,
         uniform_step_s=0.0 if found is None else found.advice.uniform_step_s,
-        sentences=() if found is None else tuple(found.advice.sentences()),
+        sentences=sentences,
     )
 
 

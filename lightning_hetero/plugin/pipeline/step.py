@@ -162,10 +162,14 @@ class PipelineStep:
         weights = self._loss_weights(parts, sizes)
         outputs: list[Any] = []
         calls: list[dict[str, Any]] = []
-        log = LogCapture(lambda *given, **named: calls.append(_named_arguments(given, named)))
+        values = self._metrics.batch_values
+        log = LogCapture(lambda *a, **kw: calls.append(_named_arguments(a, kw)), batch_value_of=values.of)
+        captured = overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext()
+        of_batch = values.of_step() if self._pipeline.is_last and len(sizes) > 1 else nullcontext()
 
         def loss_of_part(i: int, output: Any) -> Tensor:
             log.samples, log.weight = sizes[i], weights[i]
+            values.next_micro_batch()
             returned = self._finished(step, parts[i], rest, output, i)
             loss = loss_of(returned)
             log.note_loss(loss)
@@ -175,8 +179,9 @@ class PipelineStep:
                 return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
             return loss * (weights[i] / accumulated_batches)
 
-        with overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext(), self.prepared():
+        with captured, of_batch, self.prepared():
             self._pipeline.train(len(parts), self._calls(step, parts, rest), loss_of_part)
+            values.finish()
         if not self._pipeline.is_last:
             return self._hear()
         log.flush()

@@ -42,14 +42,23 @@ class LogCapture:
     Args:
         log: The module's own ``log`` method.
         hook_of: Function that returns the name of the hook that is being called.
+        batch_value_of: Function that returns a function for the value for the whole batch, given a value that is logged
+            for a micro-batch; None if that is not known.
 
     Attributes:
         samples: Number of samples of the current micro-batch.
         weight: Weight of its loss in the sum over all micro-batches.
     """
 
-    def __init__(self, log: Callable[..., None], hook_of: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        log: Callable[..., None],
+        hook_of: Callable[[], str | None] = lambda: None,
+        batch_value_of: Callable[[Any], Callable[[], Any] | None] = lambda _: None,
+    ) -> None:
         self._log = log
+        self._batch_value_of = batch_value_of
+        self._batch_values: dict[str, Callable[[], Any]] = {}
         self._hook_of = hook_of
         self._in_backward = False
         self._of_hooks: dict[tuple[str | None, str], list[_Call]] = {}
@@ -68,6 +77,9 @@ class LogCapture:
         if isinstance(value, Tensor) and value.grad_fn is not None:
             self._nodes[name] = value.grad_fn
         self._calls.setdefault(name, []).append(call)
+        batch_value = self._batch_value_of(value)
+        if batch_value is not None:
+            self._batch_values[name] = batch_value
 
     def _call(self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         return _Call(value.detach() if isinstance(value, Tensor) else value, self.samples, self.weight, args, kwargs)
@@ -122,7 +134,8 @@ class LogCapture:
         if kwargs.get("batch_size") is not None:
             kwargs = {**kwargs, "batch_size": sum(call.kwargs["batch_size"] for call in calls)}
         reduce_fx = args[_REDUCE_FX] if len(args) > _REDUCE_FX else kwargs.get("reduce_fx", "mean")
-        log(name, _combined(calls, reduce_fx, name in self._losses), *args, **kwargs)
+        known = self._batch_values.get(name)
+        log(name, _combined(calls, reduce_fx, name in self._losses) if known is None else known(), *args, **kwargs)
 
 
 def _combined(calls: list[_Call], reduce_fx: Any, is_loss: bool) -> Any:

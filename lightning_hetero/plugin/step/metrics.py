@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -22,6 +23,7 @@ __all__ = [
     "GATHER_STATES",
     "DiscardedUpdates",
     "discarded_metrics",
+    "forward_or_nan",
     "is_forward",
     "patched_reductions",
     "reductions_of",
@@ -185,3 +187,28 @@ def step_value(metric: Metric) -> Any:
 def set_step_value(metric: Metric, value: Any) -> None:
     """Make Lightning log ``value`` as the metric's value of the step."""
     metric._forward_cache = value
+
+
+def forward_or_nan(metric: Metric, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a metric with a part of a batch, for which alone it may have no value; return NaN then.
+
+    A metric that raises an error in ``forward`` loses what it has collected, so that is restored.
+
+    Args:
+        metric: The metric.
+        forward: Its method.
+        *args: Positional arguments.
+        **kwargs: Keyword arguments.
+    """
+    in_place = metric.full_state_update is not False or metric.dist_sync_on_step
+    before = {
+        name: _copied(value) if in_place or not isinstance(value, Tensor) else value
+        for name, value in vars(metric).items()
+        if name not in _OF_MODULES
+    }
+    try:
+        return forward(*args, **kwargs)
+    except (ValueError, RuntimeError, ZeroDivisionError):
+        vars(metric).update(before)
+        metric.update(*args, **kwargs)  # raises the error if it is not about the value
+        return torch.full((), float("nan"), device=metric.device)

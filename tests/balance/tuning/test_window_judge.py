@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from lightning_hetero.balance.tuning.rebalancer import Rebalancer
+from lightning_hetero.balance.tuning.rebalancer import Decision, Rebalancer
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.tuning.window_judge import WindowJudge
 from lightning_hetero.balance.types import BatchLimits, BatchPlan, StepTiming, WindowTiming
@@ -21,7 +21,7 @@ def windows(plan: BatchPlan, *seconds_per_sample: float) -> list[WindowTiming | 
     return [window(n, n * s) for n, s in zip(plan.samples, seconds_per_sample, strict=True)]
 
 
-def tuned(judge: WindowJudge) -> Rebalancer:
+def tuned(judge: WindowJudge[Decision]) -> Rebalancer:
     plan = BatchPlan((32, 32))
     rebalancer = Rebalancer(plan, plan, BatchLimits(), 0.05, 10)
     while not judge.judge(rebalancer, windows(plan, 0.001, 0.001), synchronised=True).tuned:
@@ -30,7 +30,7 @@ def tuned(judge: WindowJudge) -> Rebalancer:
 
 
 def test_nothing_moves_before_a_synchronised_window_confirms() -> None:
-    judge = WindowJudge(asynchronous=True)
+    judge: WindowJudge[Decision] = WindowJudge(asynchronous=True)
     rebalancer = tuned(judge)
     slow = windows(rebalancer.current, 0.001, 0.004)
     seen = judge.judge(rebalancer, slow, synchronised=False)
@@ -43,7 +43,7 @@ def test_nothing_moves_before_a_synchronised_window_confirms() -> None:
 
 
 def test_a_doubt_that_is_not_confirmed_is_looked_into_less_and_less_often() -> None:
-    judge = WindowJudge(asynchronous=True)
+    judge: WindowJudge[Decision] = WindowJudge(asynchronous=True)
     rebalancer = tuned(judge)
     confirming = []
     for _ in range(100):
@@ -60,7 +60,7 @@ def test_a_doubt_that_is_not_confirmed_is_looked_into_less_and_less_often() -> N
 
 
 def test_the_tuning_is_synchronised_and_the_watching_is_not() -> None:
-    judge = WindowJudge(asynchronous=True)
+    judge: WindowJudge[Decision] = WindowJudge(asynchronous=True)
     plan = BatchPlan((32, 32))
     rebalancer = Rebalancer(plan, plan, BatchLimits(), 0.05, 10)
     while not (decision := judge.judge(rebalancer, windows(plan, 0.001, 0.001), synchronised=True)).tuned:
@@ -69,7 +69,7 @@ def test_the_tuning_is_synchronised_and_the_watching_is_not() -> None:
 
 
 def test_ranks_on_their_hosts_need_no_confirmation() -> None:
-    judge = WindowJudge(asynchronous=False)
+    judge: WindowJudge[Decision] = WindowJudge(asynchronous=False)
     rebalancer = tuned(judge)
     decision = judge.judge(rebalancer, windows(rebalancer.current, 0.001, 0.004), synchronised=False)
     assert decision.plan.samples[0] > 40
@@ -77,7 +77,7 @@ def test_ranks_on_their_hosts_need_no_confirmation() -> None:
 
 
 def test_a_plan_that_breaks_the_limits_is_left_at_once() -> None:
-    judge = WindowJudge(asynchronous=True)
+    judge: WindowJudge[Decision] = WindowJudge(asynchronous=True)
     rebalancer = tuned(judge)
     doubtful = windows(rebalancer.current, 0.001, 0.004)
     judge.judge(rebalancer, doubtful, synchronised=False)
