@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients
+from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients, put_off_with
 
 D = 8
 
@@ -297,6 +297,21 @@ def test_without_gradients_layers_are_their_own() -> None:
     with DeferredGradients([module]).installed(), torch.no_grad():
         assert module(x).grad_fn is None
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=0, atol=0)
+
+
+def test_what_belongs_to_a_layer_can_be_put_off_with_it() -> None:
+    module, other, done = linear(), nn.LayerNorm(D), list[int]()
+    assert not put_off_with(module, lambda: done.append(0)), "in no backward pass"
+    deferred = DeferredGradients([module, other])
+    with deferred.installed(), deferred.put_off() as jobs:
+        assert put_off_with(module, lambda: done.append(1))
+        assert not put_off_with(other, lambda: done.append(2)), "a layer that runs whole"
+        module.requires_grad_(False)
+        assert not put_off_with(module, lambda: done.append(3))
+    assert not done
+    for job in jobs:
+        job()
+    assert done == [1]
 
 
 def test_autocast_casts_a_weight_once_for_all_micro_batches() -> None:

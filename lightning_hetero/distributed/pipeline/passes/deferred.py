@@ -24,10 +24,27 @@ from torch.nn import grad as convolution
 
 from lightning_hetero.distributed.torch_private import version_of
 
-__all__ = ["DeferredGradients"]
+__all__ = ["DeferredGradients", "Job", "put_off_with"]
 
 Job = Callable[[], None]
 _Forward = Callable[..., Tensor]
+_collecting: list[DeferredGradients] = []
+
+
+def put_off_with(layer: nn.Module, job: Job) -> bool:
+    """Put off a function together with a layer's gradients, if the current backward pass does that.
+
+    Args:
+        layer: The layer.
+        job: The function.
+
+    Returns:
+        Whether it was put off.
+    """
+    if not _collecting or not _collecting[-1].covers(layer):
+        return False
+    _collecting[-1].add(job)
+    return True
 
 
 class DeferredGradients:
@@ -44,6 +61,7 @@ class DeferredGradients:
             id(p) for part in parts.values() if type(part).__name__ == "OptimizedModule" for p in part.modules()
         }
         self._parts = [part for key, part in parts.items() if key not in compiled]
+        self._installed: set[int] = set()  # identities of modules
         self._jobs: list[Job] | None = None
         self._casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
 
@@ -57,8 +75,10 @@ class DeferredGradients:
                 if replace is not None and "forward" not in vars(part):
                     vars(part)["forward"] = partial(replace, self, part)
                     changed.append(part)
+            self._installed = {id(part) for part in changed}
             yield
         finally:
+            self._installed = set()
             for part in changed:
                 del vars(part)["forward"]
             self._casts.clear()
@@ -67,10 +87,18 @@ class DeferredGradients:
     def put_off(self) -> Iterator[list[Job]]:
         """Collect what the backward pass in this context leaves to be computed: call each of the functions once."""
         before, self._jobs = self._jobs, []
+        _collecting.append(self)
         try:
             yield self._jobs
         finally:
+            _collecting.remove(self)
             self._jobs = before
+
+    def covers(self, layer: nn.Module) -> bool:
+        """Return whether gradients of a layer's parameters are put off in the current context."""
+        return any(
+            id(part) in self._installed and any(p.requires_grad for p in part.parameters()) for part in layer.modules()
+        )
 
     def add(self, job: Job) -> None:
         """Note a function that computes gradients; outside of :meth:`put_off` it is called at once."""
