@@ -15,7 +15,7 @@ from profiles import drawn
 
 from lightning_hetero.balance.pipeline.orders.listing import Choices, Task, bound_s, list_schedule
 from lightning_hetero.balance.pipeline.orders.order import Action, Order, forward_order, known_order
-from lightning_hetero.balance.pipeline.orders.proof import most_held, verify_order
+from lightning_hetero.balance.pipeline.orders.proof import most_held, most_micro_batches, verify_order
 from lightning_hetero.balance.pipeline.simulation import PassTimes, simulate_order
 from lightning_hetero.exceptions import ConfigurationError
 
@@ -127,6 +127,15 @@ def test_what_is_held_beyond_the_cap_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="Rank 0 must hold at most 6"):
         verify_order(order, (2.0, 1.0), (6.0, 4.0))
     assert most_held(known_order([0, 1, 2], 4, "1f1b"), (1.0,) * 3) == (3.0, 2.0, 1.0)
+    assert most_micro_batches(known_order([0, 1, 2], 4, "1f1b")) == 3
+    both = [
+        one for i in range(2) for one in (Action("forward", 0, i), Action("forward", 2, i), Action("backward", 2, i))
+    ]
+    between = [one for i in range(2) for one in (Action("forward", 1, i), Action("backward", 1, i))]
+    late = [Action("backward", 0, 0), Action("backward", 0, 1)]
+    v = Order((0, 1, 0), 2, ((*both, *late), tuple(between)))
+    verify_order(v)
+    assert most_micro_batches(v) == 2
 
 
 @given(st.integers(1, 6), st.integers(1, 9))

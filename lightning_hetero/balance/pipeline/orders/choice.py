@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_hetero.balance.pipeline.orders.order import Order, known_order
-from lightning_hetero.balance.pipeline.orders.proof import most_held
+from lightning_hetero.balance.pipeline.orders.proof import most_micro_batches
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
@@ -65,19 +65,15 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
         raise error
     shortest_s = min(one.step_s for one in found)
     chosen = next(one for one in found if one.step_s <= _NEARLY * shortest_s)
-    held = most_held(chosen.order or known_order(chosen.stages.ranks, problem.micro_batches, "1f1b"), _ones(chosen))
+    order = chosen.order or known_order(chosen.stages.ranks, problem.micro_batches, "1f1b")
     compared = ", ".join(f"{one.name} {1e3 * one.step_s:.0f} ms" for one in found)
     reason = (
         f'schedule "{chosen.name}", {problem.limit_s / chosen.step_s:.0%} of the limit of'
         f" {1e3 * problem.limit_s:.0f} ms per step; predicted were {compared}"
         + (", and passes are too short for others" if is_short and not always_v else "")
-        + f"; at most {max(held):.0f} micro-batches are held in a stage's rank"
+        + f"; a rank holds at most {most_micro_batches(order)} micro-batches"
     )
     return replace(chosen, reason=reason)
-
-
-def _ones(choice: PipelineChoice) -> tuple[float, ...]:
-    return tuple(1.0 / len(choice.stages.stages_of(rank)) for rank in choice.stages.ranks)
 
 
 def _one_by_one(problem: OrderProblem) -> PipelineChoice:

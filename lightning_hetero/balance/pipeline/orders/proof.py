@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from lightning_hetero.balance.pipeline.orders.order import Action, Order
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["most_held", "verify_order"]
+__all__ = ["most_held", "most_micro_batches", "verify_order"]
 
 
 def verify_order(order: Order, held: Sequence[float] = (), caps: Sequence[float] = ()) -> None:
@@ -57,6 +58,24 @@ def most_held(order: Order, held: Sequence[float]) -> tuple[float, ...]:
                 now -= held[action.stage]
         found.append(most)
     return tuple(found)
+
+
+def most_micro_batches(order: Order) -> int:
+    """Return the largest number of micro-batches of which a rank holds something at a time.
+
+    Args:
+        order: An order that :func:`verify_order` accepts.
+    """
+    most = 0
+    for actions in order.actions:
+        held: Counter[int] = Counter()
+        for action in actions:
+            if action.kind == "forward":
+                held[action.micro_batch] += 1
+            elif action.kind != "input":
+                held[action.micro_batch] -= 1
+            most = max(most, sum(count > 0 for count in held.values()))
+    return most
 
 
 def _verify_passes(order: Order, rank: int, actions: Sequence[Action]) -> None:
