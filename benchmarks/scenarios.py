@@ -14,8 +14,8 @@ class Scenario:
 
     Attributes:
         factors: How many times as long each rank takes, one number per rank.
-        seconds_per_sample: Seconds that a sample takes on a device of factor 1 (with "pipeline", "orders" and "trainer":
-            for one layer); 0 if devices do real work, as fast as they can.
+        seconds_per_sample: Seconds that a sample takes on a device of factor 1 (of a pipeline: for one layer); 0 if
+            devices do real work, as fast as they can.
         overhead_s: Seconds that a step takes in addition on a device of factor 1.
         batch_size: Number of samples per rank under equal shares.
         measures: What is measured. "shares" compares ddp, hetero_ddp and fixed splits; "drift" slows down a device in

@@ -71,7 +71,7 @@ def test_many_layers_are_planned_close_to_the_bound_with_little_effort() -> None
     assert problem.limit_s / plan.step_s > 0.94
 
 
-@settings(max_examples=drawn(20, 300), deadline=None)
+@settings(max_examples=drawn(10, 300), deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans())
 def test_plans_are_valid_and_keep_within_each_memory(
     seed: int, world_size: int, count: int, is_split: bool, v: bool

@@ -25,7 +25,7 @@ def equal_times(stages: int, micro_batches: int, weight_s: float = 1.0) -> PassT
     return PassTimes(*rows)
 
 
-@settings(max_examples=drawn(300, 10_000))
+@settings(max_examples=drawn(100, 10_000))
 @given(st.integers(0, 2**32), st.integers(1, 6), st.one_of(st.none(), st.integers(1, 4)))
 def test_drawn_orders_are_proven_to_end_and_hold_what_they_may(seed: int, count: int, most: int | None) -> None:
     random = Random(seed)
@@ -37,7 +37,7 @@ def test_drawn_orders_are_proven_to_end_and_hold_what_they_may(seed: int, count:
     assert simulate_order(order, equal_times(len(ranks), count)).step_s >= 3.0 * count
 
 
-@settings(max_examples=drawn(200, 5_000))
+@settings(max_examples=drawn(100, 5_000))
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_an_order_ends_exactly_if_the_proof_says_so(seed: int, count: int) -> None:
     """Two passes of a rank change places: either a rule of one stage is broken, or ranks would wait in a circle."""
@@ -177,7 +177,7 @@ def test_messages_are_those_that_are_needed_elsewhere(seed: int) -> None:
 # ---- list scheduling -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=drawn(300, 5_000), deadline=None)
+@settings(max_examples=drawn(100, 5_000), deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 4), st.floats(0, 1), st.booleans(), st.floats(0, 0.5))
 def test_list_schedules_are_valid_within_the_caps_and_never_beat_the_bound(
     seed: int, count: int, most: int, transfer_s: float, is_split: bool, noise: float

@@ -68,6 +68,33 @@ class Deep(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Found(Deep):
+    """A model that calls its layers itself, with something between them that every stage computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.TransformerEncoderLayer(FEATURES, 2, 8, 0.0, batch_first=True) for _ in range(7)]
+        self.model = Blocks(
+            nn.Linear(FEATURES, FEATURES), nn.ModuleList(blocks), nn.Linear(FEATURES, FEATURES)
+        ).double()
+
+
+class Blocks(nn.Module):
+    """Attention with a mask."""
+
+    def __init__(self, first: nn.Module, blocks: nn.ModuleList, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = first, blocks, last
+
+    def forward(self, x: Tensor) -> Any:
+        mask = torch.zeros(len(x), 3, dtype=torch.bool, device=x.device)
+        mask[:, 0] = x[:, 0] > 0
+        x = self.first(x)[:, None].expand(-1, 3, -1) * torch.arange(1, 4, device=x.device)[None, :, None]
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=mask)
+        return self.last(x[:, 2])
+
+
 class Tied(nn.Module):
     """Uses the weight of the first layer again, transposed."""
 
@@ -108,7 +135,9 @@ def fit(trainer: Trainer, module: LightningModule, resume: str | None) -> Outcom
     return Outcome(parameters, metrics, saving._last_checkpoint_saved)
 
 
-def train(schedule: Any, factors: list[float], folder: str, resume: str | None, split: Any) -> Outcome:
+def train(
+    schedule: Any, factors: list[float], folder: str, resume: str | None, split: Any, kind: type[Deep]
+) -> Outcome:
     """Train on this rank; with ``split``, an order with split backward passes is taken, whatever was predicted."""
     strategy = HeteroPipelineStrategy(num_microbatches=8, schedule=schedule, verbose=False)
     recorder = PipelineRecorder(step=2, record=folder)
@@ -117,7 +146,7 @@ def train(schedule: Any, factors: list[float], folder: str, resume: str | None, 
         strategy, dist.get_world_size(), callbacks, max_epochs=1, limit_val_batches=None, enable_checkpointing=True,
         gradient_clip_val=0.5,
     )  # fmt: skip
-    module = Deep()
+    module = kind()
     with mock.patch.object(planning, "choose_order", split) if split else nullcontext():
         outcome = fit(trainer, module, resume)
     found = strategy.findings
@@ -140,13 +169,13 @@ def always_split(shapes_of: Any, problem: OrderProblem, *, always_v: bool) -> Pi
 
 
 @cache
-def alone(resume: str | None = None) -> Outcome:
+def alone(kind: type[Deep], resume: str | None = None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[ModelCheckpoint(folder)], gradient_clip_val=0.5,
         )  # fmt: skip
-        return fit(trainer, Deep(), resume)
+        return fit(trainer, kind(), resume)
 
 
 def agree(found: Outcome, expected: Outcome) -> None:
@@ -169,8 +198,8 @@ def check_held(found: Outcome) -> None:
 
 
 def test_a_v_trains_as_one_device(ranks: RankPools, tmp_path: Path) -> None:
-    for outcome in (found := ranks.run(2, train, "auto", [1.0, 2.0], str(tmp_path), None, None)):
-        agree(outcome, alone())
+    for outcome in (found := ranks.run(2, train, "auto", [1.0, 2.0], str(tmp_path), None, None, Deep)):
+        agree(outcome, alone(Deep))
         assert outcome.choice is not None
         assert outcome.choice.name == "v"
         assert outcome.plan is not None
@@ -186,21 +215,26 @@ def test_a_v_trains_as_one_device(ranks: RankPools, tmp_path: Path) -> None:
 
 def test_split_backward_passes_train_as_one_device_and_resume(ranks: RankPools, tmp_path: Path) -> None:
     split = partial(always_split, v_shapes)
-    found = ranks.run(2, train, "v", [1.0, 2.0], str(tmp_path / "first"), None, split)
+    found = ranks.run(2, train, "v", [1.0, 2.0], str(tmp_path / "first"), None, split, Deep)
     for outcome in found:
-        agree(outcome, alone())
+        agree(outcome, alone(Deep))
         check_held(outcome)
-    again = ranks.run(2, train, "auto", [2.0, 1.0], str(tmp_path / "second"), found[0].checkpoint, split)
-    expected = alone(found[0].checkpoint)
+    again = ranks.run(2, train, "auto", [2.0, 1.0], str(tmp_path / "second"), found[0].checkpoint, split, Deep)
+    expected = alone(Deep, found[0].checkpoint)
     for outcome in again:
         agree(outcome, expected)
 
 
 @thorough
+@pytest.mark.parametrize("kind", [Deep, Found])
 @pytest.mark.parametrize("shapes", [straight_shapes, v_shapes])
-def test_three_ranks_split_backward_passes(ranks: RankPools, tmp_path: Path, shapes: Any) -> None:
-    for outcome in ranks.run(3, train, "auto", [2.0, 1.0, 3.0], str(tmp_path), None, partial(always_split, shapes)):
-        agree(outcome, alone())
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_split_backward_passes(
+    ranks: RankPools, tmp_path: Path, shapes: Any, kind: type[Deep], world_size: int
+) -> None:
+    split, factors = partial(always_split, shapes), [2.0, 1.0, 3.0][:world_size]
+    for outcome in ranks.run(world_size, train, "auto", factors, str(tmp_path), None, split, kind):
+        agree(outcome, alone(kind))
         check_held(outcome)
 
 

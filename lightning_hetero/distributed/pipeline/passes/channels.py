@@ -19,15 +19,16 @@ __all__ = ["channel", "open_channels"]
 
 Pair = tuple[int, int]
 
-# by the default group, with which they end; torch keeps them alive
-_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Pair, weakref.ref[dist.ProcessGroup]]]
-_known = weakref.WeakKeyDictionary()
+# By the default group, with which they end; torch keeps them alive. None for channels of other ranks.
+_Channels = dict[Pair, weakref.ref[dist.ProcessGroup] | None]
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Channels] = weakref.WeakKeyDictionary()
 
 
 def channel(source: int, target: int) -> dist.ProcessGroup:
     """Return the group in which ``source`` sends to ``target``; :func:`open_channels` must have opened it."""
-    group = _of_default_group()[source, target]()
-    assert group is not None, "it lives as long as the default group"
+    reference = _of_default_group()[source, target]
+    group = None if reference is None else reference()
+    assert group is not None, "it is a channel of this rank and lives as long as the default group"
     return group
 
 
@@ -48,10 +49,7 @@ def open_channels(ranks: Iterable[int], device: torch.device) -> None:
     new = sorted(pairs - known.keys())
     for pair in new:
         group = dist.new_group(sorted(pair), timeout=host_timeout())
-        if own in pair:
-            known[pair] = weakref.ref(group)
-        else:
-            known[pair] = lambda: None  # type: ignore[assignment]
+        known[pair] = weakref.ref(group) if own in pair else None
     # NCCL connects two ranks with their first message and blocks the host until both take part. They do so now, in one
     # order, since in a step one of them might wait for the other elsewhere.
     for source, target in new:
@@ -61,7 +59,7 @@ def open_channels(ranks: Iterable[int], device: torch.device) -> None:
             dist.recv(torch.empty(1, device=device), source, group=channel(source, target))
 
 
-def _of_default_group() -> dict[Pair, weakref.ref[dist.ProcessGroup]]:
+def _of_default_group() -> _Channels:
     default = dist.group.WORLD
     assert default is not None
     return _known.setdefault(default, {})
