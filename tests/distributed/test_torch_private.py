@@ -28,6 +28,7 @@ from lightning_hetero.distributed.torch_private import (
     default_store,
     functional_resolvers,
     has_hooks,
+    is_held_elsewhere,
     is_without_memory,
     node_before_ddp,
     norms_of,
@@ -277,3 +278,17 @@ def test_norms_and_unscaling_of_plain_tensors() -> None:
     assert (gradients[0].tolist(), float(found)) == ([1.0] * 4, 0.0)
     unscale(gradients, found, torch.tensor(0.5))
     assert float(found) == 1.0
+
+
+def test_what_cannot_be_swapped_is_known_in_advance() -> None:
+    free, in_graph, frozen = (nn.Parameter(torch.ones(2), requires_grad) for requires_grad in (True, True, False))
+    kept = in_graph * 2  # a node that accumulates gradients can stay
+    assert not any(map(is_held_elsewhere, (free, in_graph, frozen)))
+    for parameter in (free, in_graph, frozen):
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.zeros(2), parameter.requires_grad))
+    held = nn.Parameter(torch.ones(2))
+    product = held.square()  # the node keeps the tensor itself
+    assert is_held_elsewhere(held)
+    with pytest.raises(RuntimeError, match="use_count"):
+        torch.utils.swap_tensors(held, nn.Parameter(torch.zeros(2)))
+    del kept, product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,9 +17,11 @@ from torch.optim import Optimizer
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.torch_private import has_hooks, is_held_elsewhere
 
-__all__ = ["Parcel", "Unpacked", "pack", "receive", "send", "state_on", "why_not_moved"]
+__all__ = ["Parcel", "Unpacked", "digest_of_attributes", "pack", "receive", "send", "state_on", "why_not_moved"]
 
 _OF_OPTIMIZERS = ("state", "param_groups", "defaults")
+_OF_MODULES = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, list, dict, set, Tensor)
 
 
 @dataclass(frozen=True)
@@ -207,3 +210,15 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from (tensor for entry in value for tensor in _tensors_in(entry))
     elif isinstance(value, Tensor):
         yield value
+
+
+def digest_of_attributes(parts: Iterable[nn.Module]) -> bytes:
+    """Return a digest of what modules keep in plain attributes; equal on two ranks if nothing has changed on either."""
+    kept = [
+        {name: value for name, value in vars(part).items() if name not in _OF_MODULES and isinstance(value, _PLAIN)}
+        for part in parts
+    ]
+    try:
+        return hashlib.blake2b(pickle.dumps(_each(kept, lambda value, _: value.detach().cpu().numpy()))).digest()
+    except Exception:  # values may hold anything
+        return b""

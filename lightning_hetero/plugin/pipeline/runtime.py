@@ -20,6 +20,7 @@ from lightning_hetero.distributed.collectives import all_gather, broadcast_from
 from lightning_hetero.distributed.data.divided_by_user import functions_of_single_process
 from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
+from lightning_hetero.distributed.pipeline.moving import digest_of_attributes
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call
@@ -195,9 +196,19 @@ class Runtime:
         """
         traces, placement = self.hooks.traces, self.placement
         traces.equalise()
-        layers = [move.layer for move in layer_moves(placement.plan, plan)]
-        reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(placement.modules_of_layers(layers))
-        return next((found for found in all_gather(reason) if found is not None), None)
+        moves = layer_moves(placement.plan, plan)
+        parts = placement.modules_of_layers([move.layer for move in moves])
+        reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(parts)
+        gathered = all_gather((reason, [self._kept_beside(move.layer) for move in moves]))
+        for number, move in enumerate(moves):
+            if gathered[move.source][1][number] != gathered[move.target][1][number]:
+                reason = f"layer {move.layer}, which the model does not contain, keeps what it has computed"
+        return next((found for found, _ in gathered if found is not None), reason)
+
+    def _kept_beside(self, layer: int) -> bytes:
+        """Return a digest of what modules of a layer keep that are none of the model's, but made for the pipeline."""
+        known = {id(part) for part in self._module.modules()}
+        return digest_of_attributes(part for part in self.found.layers[layer].modules() if id(part) not in known)
 
     # ---- what is overridden ----------------------------------------------------------------------------------------
 

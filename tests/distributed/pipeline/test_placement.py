@@ -204,3 +204,71 @@ def test_a_profile_borrows_one_layer_and_counts_casts_once(ranks: RankPools, aut
         # the input of the first layer needs no gradient, so its backward pass does not need the weight
         assert activations[:2] == [of_input, of_input]
         assert constants[:2] == [0, cast]
+
+
+# ---- what moves ------------------------------------------------------------------------------------------------------
+
+
+def moved_with_belongings() -> list[bool]:
+    """Move a layer from rank 1 to rank 0 with a gradient, and with states that are strided, shared and nested."""
+    module = model()
+    layers = list(module)
+    placement = TensorPlacement(module, layers, StagePlan((1, 0), (2, 4)), CPU)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    weight, bias = layers[1].weight, layers[1].bias
+    if dist.get_rank() == 1:
+        weight.grad = torch.arange(9.0).reshape(3, 3)
+        shared = torch.arange(6.0).reshape(2, 3).T
+        optimizer.state[weight] = {"a": shared, "b": [shared, 1], "of": weight, "sparse": torch.eye(3).to_sparse()}
+        optimizer.state[bias] = {"step": torch.tensor(3.0), "empty": torch.empty(0), "half": torch.ones(2).bfloat16()}
+        module[0].weight.grad = torch.ones(3, 3)
+    placement.move(StagePlan((1, 0), (1, 4)), [optimizer])
+    if dist.get_rank() == 1:
+        return [weight.is_meta, weight not in optimizer.state, not module[0].weight.is_meta, weight.grad is None]
+    kept, others = optimizer.state[weight], optimizer.state[bias]
+    return [
+        weight.grad is not None and torch.equal(weight.grad, torch.arange(9.0).reshape(3, 3)),
+        bias.grad is None,
+        torch.equal(kept["a"], torch.arange(6.0).reshape(2, 3).T),
+        kept["a"].stride() == (1, 3),
+        kept["b"][0] is kept["a"],
+        kept["b"][1] == 1,
+        kept["of"] is weight,
+        torch.equal(kept["sparse"].to_dense(), torch.eye(3)),
+        others["step"] == 3.0,
+        others["empty"].shape == (0,),
+        others["half"].dtype is torch.bfloat16,
+    ]
+
+
+def test_gradients_and_states_of_any_form_move(ranks: RankPools) -> None:
+    for checks in ranks.run(2, moved_with_belongings, timeout_s=60.0):
+        assert all(checks), checks
+
+
+class Replacing(nn.Module):
+    """Has a buffer that its steps replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+
+
+def replaced() -> list[Any]:
+    module = nn.Sequential(Replacing(), nn.Linear(2, 2), nn.Linear(2, 2))
+    placement = TensorPlacement(module, list(module), StagePlan((1, 0), (2, 3)), CPU)
+    if dist.get_rank() == 1:
+        module[0].seen = torch.ones(2)
+    with placement.whole(gradients=False):
+        found = [float(module[1].weight.sum())]
+    placement.move(StagePlan((1, 0), (1, 3)), [])
+    if dist.get_rank() == 1:
+        module[0].seen = 2 * torch.ones(2)
+    placement.complete()
+    return [*found, module[0].seen.tolist()]
+
+
+def test_a_buffer_that_was_replaced_belongs_to_the_rank_of_its_layer(ranks: RankPools) -> None:
+    first, second = ranks.run(2, replaced, timeout_s=60.0)
+    assert first == second
+    assert first[-1] == [2.0, 2.0]
