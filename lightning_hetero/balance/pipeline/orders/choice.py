@@ -24,7 +24,7 @@ class PipelineChoice:
     """Stages and how they are run.
 
     Attributes:
-        name: Short name: "1f1b", "v", or one of them with backward passes in two parts, "split" and "v, split".
+        name: Short name: "1f1b", "v", and with backward passes in two parts "split" and "split v".
         stages: The stages.
         order: The passes of each rank; None for "1f1b".
         step_s: Predicted seconds per step.
@@ -59,7 +59,7 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
     if always_v or not is_short:
         found += _planned(problem)
     if always_v:
-        found = [one for one in found if one.name.startswith("v")] or found
+        found = [one for one in found if one.name in ("v", "split v")] or found
     if not found:
         assert error is not None
         raise error
@@ -89,7 +89,7 @@ def _planned(problem: OrderProblem) -> Iterator[PipelineChoice]:
     both_ends = v_shapes(problem.costs, problem.last_rank)
     ways = [("v", both_ends, False)]
     if problem.split:
-        ways += [("split", straight, True), ("v, split", both_ends, True)]
+        ways += [("split", straight, True), ("split v", both_ends, True)]
     for name, shapes, split in ways:
         plan = plan_order(replace(problem, split=split), shapes) if shapes else None
         if plan is not None:
