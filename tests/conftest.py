@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 from differences import found, measured
 from harness import RankPools
@@ -39,33 +40,52 @@ TIMED_TESTS = {
     "test_a_rank_that_fails_saves_where_it_was",
 }
 
+# A worker's lock of all others, kept from one test that measures times to the next.
+_KEPT = pytest.StashKey[ExitStack | None]()
+
+
+def _is_timed(item: pytest.Item) -> bool:
+    return item.path.name in TIMED or getattr(item, "originalname", "") in TIMED_TESTS
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of a file that uses ranks on one worker, for its pools and for what its tests compare with."""
+    """Keep on one worker what measures times, and the tests of a file that uses ranks, for its pools."""
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if _is_timed(item):  # the largest group, with which xdist begins: no other test has to be waited for
+            item.add_marker(pytest.mark.xdist_group("timed"))
+        elif "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-@pytest.fixture(autouse=True)
-def _undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+# the first, so that waiting counts towards no test's time-out
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
     """Run nothing beside a test that measures times."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    folder = tmp_path_factory.getbasetemp().parent  # of all workers
-    with ExitStack() as stack:
-        with _locked(folder / "next", fcntl.LOCK_EX):  # so that whoever waits for all others comes to its turn
-            timed = request.path.name in TIMED or request.node.name in TIMED_TESTS
-            stack.enter_context(_locked(folder / "running", fcntl.LOCK_EX if timed else fcntl.LOCK_SH))
-        yield
+        return (yield)
+    kept = item.session.stash
+    with kept.get(_KEPT, None) or _turn(_is_timed(item)) as turn:
+        result = yield
+        more = _is_timed(item) and nextitem is not None and _is_timed(nextitem)
+        kept[_KEPT] = turn.pop_all() if more else None
+    return result
+
+
+def _turn(alone: bool) -> ExitStack:
+    with ExitStack() as turn:
+        with _locked(Path(harness.__file__), fcntl.LOCK_EX):  # so that whoever waits for all others comes to its turn
+            turn.enter_context(_locked(Path(__file__), fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return turn.pop_all()
 
 
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open() as file:  # any file that all workers know
         fcntl.flock(file, how)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a process that the test has left may have inherited it
 
 
 @pytest.fixture(scope="session")

@@ -41,12 +41,13 @@ CONFIG = ["--config", str(EXAMPLES / "digits.yaml")]
          "--trainer.callbacks+=LoadBalancer", "--trainer.callbacks.tune_steps=5",
          "--trainer.callbacks+=LargestBatchFinder", "--trainer.callbacks.verbose=false"],
         ["validate", "--trainer.strategy=hetero_ddp_fork"],
-        ["test", "--trainer.strategy=hetero_ddp_spawn"],
+        ["test", "--trainer.strategy=hetero_ddp_fork"],
         ["predict", "--trainer.strategy=hetero_ddp_fork"],
+        pytest.param(["test", "--trainer.strategy=hetero_ddp_spawn"], marks=thorough),
         pytest.param(["validate"], marks=thorough),
         pytest.param(["predict"], marks=thorough),
     ],
-    ids=["flags", "names", "validate", "test", "predict", "validate as configured", "predict as configured"],
+    ids=["flags", "names", "validate", "test", "predict", "spawned test", "configured validate", "configured predict"],
 )  # fmt: skip
 def test_the_digits_run_as_a_lightning_cli(arguments: list[str]) -> None:
     subcommand, *rest = arguments
@@ -80,10 +81,11 @@ def test_equal_stages_and_those_found_train_alike() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["fit", "--trainer.max_steps=2"], ["fit", "--trainer.max_steps=2", "--trainer.strategy=hetero_pipeline"],
+    [["fit", "--trainer.max_steps=2", "--trainer.strategy.start_method=fork"],
+     pytest.param(["fit", "--trainer.max_steps=2", "--trainer.strategy=hetero_pipeline"], marks=thorough),
      *(pytest.param([command], marks=thorough) for command in ("validate", "test", "predict")),
      *([command, "--trainer.strategy.start_method=fork"] for command in ("validate", "test", "predict"))],
-    ids=["fit", "name", "validate", "test", "predict", "forked validate", "forked test", "forked predict"],
+    ids=["forked fit", "name", "validate", "test", "predict", "forked validate", "forked test", "forked predict"],
 )  # fmt: skip
 def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
     subcommand, *rest = arguments

@@ -119,12 +119,12 @@ print(len(ours(one)))
     "imports",
     [
         BOTH,
-        OTHER_FIRST,
         # as a process that unpickles a class
         "from lightning_hetero.pytorch_lightning.ddp.strategy import HeteroDDPStrategy; import lightning_hetero",
         *(
             pytest.param(imports, marks=thorough)
             for imports in (
+                OTHER_FIRST,
                 "import lightning_hetero; import lightning.pytorch; import pytorch_lightning",
                 "import pytorch_lightning; import lightning.pytorch; import lightning_hetero",
                 "from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy; import lightning_hetero",
@@ -137,7 +137,7 @@ def test_both_registries_have_all_names(imports: str) -> None:
     assert printed_by(f"{imports}\n{NAMES}") == "17"
 
 
-@pytest.mark.parametrize("imports", [OTHER_FIRST, OURS_FIRST])
+@pytest.mark.parametrize("imports", [pytest.param(OTHER_FIRST, marks=thorough), OURS_FIRST])
 def test_those_who_use_one_package_import_one(imports: str) -> None:
     code = f"""
 {imports}
@@ -193,8 +193,15 @@ for wrong in (Own(), HeteroDDPStrategy(cluster_environment=LightningEnvironment(
     assert "`cluster_environment` must be an object of `pytorch_lightning`" in plugin
 
 
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize(("alias", "of"), [("pytorch_lightning", "lightning"), ("lightning.pytorch", "other")])
+@pytest.mark.parametrize(
+    ("alias", "of", "before"),
+    [
+        ("pytorch_lightning", "lightning", True),
+        ("lightning.pytorch", "other", False),
+        pytest.param("pytorch_lightning", "lightning", False, marks=thorough),
+        pytest.param("lightning.pytorch", "other", True, marks=thorough),
+    ],
+)
 def test_an_alias_is_no_other_package(before: bool, alias: str, of: str) -> None:
     real = "lightning.pytorch" if of == "lightning" else "pytorch_lightning"
     make = f"""
@@ -239,8 +246,8 @@ trainer:
 @pytest.mark.parametrize(
     ("imports", "module"),
     [
-        (OURS_FIRST, "lightning_hetero"),
         (BOTH, "lightning_hetero"),
+        pytest.param(OURS_FIRST, "lightning_hetero", marks=thorough),
         pytest.param(BOTH, "lightning_hetero.pytorch_lightning", marks=thorough),
     ],
 )

@@ -105,12 +105,12 @@ def test_the_others_say_who_failed_and_end(tmp_path: Path, what: str, rank: int)
         with pytest.raises(RankError) as error:
             pool.run(with_one_that, str(tmp_path), what, rank)
         happened = (tmp_path / "happened").stat().st_mtime
-        for process in pool._processes:
-            process.join(20)
+        others = {0, 1, 2} - {rank}
+        for its in others:
+            pool._processes[its].join(20)
         codes = [process.exitcode for process in pool._processes]
     finally:
         pool.close()
-    others = {0, 1, 2} - {rank}
     assert [codes[its] for its in others] == [1, 1], error.value
     for its in others:
         assert (tmp_path / f"log-{its}").stat().st_mtime - happened < 5 + PATIENCE_S

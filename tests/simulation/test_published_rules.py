@@ -1,0 +1,39 @@
+"""The package's tuning trains more samples than published rules, which change shares once per epoch."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PEERS = Path(__file__).parents[2] / "benchmarks" / "peers.py"
+
+
+def peers() -> Any:
+    """Return the benchmark, or skip the test where it is not."""
+    if not PEERS.exists():
+        pytest.skip("the benchmarks are not here")
+    spec = importlib.util.spec_from_file_location("peers", PEERS)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module  # which dataclasses look up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("case", ["equal", "1:2", "1:2, much overhead", "1:2:4"])
+def test_more_samples_at_first_and_after_a_change_and_never_fewer(case: str) -> None:
+    module = peers()
+    for seed in range(3):
+        own = module.ours(module.CASES[case], seed)
+        for epoch in module.EPOCHS[:2]:
+            for name, rule in module.RULES.items():
+                found = module.trained(rule, module.CASES[case], epoch, seed)
+                where = (name, epoch, seed, found, own)
+                assert own.first_100 > found.first_100 or case == "equal", where
+                assert own.after_change > found.after_change, where
+                assert own.first_1000 >= found.first_1000 - (0.001 if case == "equal" else 0), where
