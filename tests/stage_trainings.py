@@ -30,6 +30,7 @@ class Normal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(FEATURES, FEATURES)
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.calls = 0
 

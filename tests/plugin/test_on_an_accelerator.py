@@ -21,11 +21,13 @@ import torchmetrics
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from stage_trainings import scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import assert_close, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
+from lightning_hetero.balance.pipeline.stages import StagePlan
 
 EXACT = 1e-12
 
@@ -259,6 +261,19 @@ def test_a_device_trains_as_the_host_does(name: str, accelerated: RankPools, ran
             # as objects do; the profile of layers sends messages of the size of activations
             assert call.dtype != "torch.uint8" or "layer_profile.py" in call.line, call
     assert_close(found[0].saved, expected[0].saved, EXACT)
+
+
+def moved(folder: str, *, accelerated: bool) -> Outcome:
+    with scripted([StagePlan((1, 0), ends) for ends in ((1, 6), (5, 6), (3, 6))]):
+        return trained(Case("hetero_pipeline", {"watch_steps": 1}), folder, accelerated=accelerated)
+
+
+def test_layers_move_between_devices(accelerated: RankPools, ranks: RankPools, tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    expected = ranks.run(2, partial(moved, accelerated=False), f"{tmp_path}/host")
+    for one, other in zip(accelerated.run(2, partial(moved, accelerated=True), str(tmp_path)), expected, strict=True):
+        assert_close(one.parameters, other.parameters, EXACT)
+        assert all(call.on_device for step in one.calls for call in step)
 
 
 # The first steps of DDP itself: it arranges its buckets after the first. hetero_ddp asks once what steps are made of.

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from profiles import drawn
-from run_records import PIPELINE, TWO, TWO_COSTS_S, batch_run, header
+from run_records import PIPELINE, TWO, TWO_COSTS_S, batch_run, header, pipeline_run
 
-from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunHeader, RunWindow, to_line
+from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunHeader, RunStages, RunWindow, to_line
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.command.report.page import build
@@ -109,6 +109,21 @@ def test_a_pipeline_shows_its_stages() -> None:
     assert "410.0 ms<small>533.0 ms with equal numbers of layers" in html
     assert "stage 2, backward pass of micro-batch 3: 38 ms" in html
     assert {"Predicted step", "Recorded step 5"} <= set(page.text)
+
+
+def test_a_pipeline_whose_layers_have_moved_shows_the_stages_of_the_recorded_step_and_the_latest() -> None:
+    first, *rest = pipeline_run()
+    assert isinstance(first, RunStages)
+    moved = replace(
+        first, step=70, ends=(5, 10, 12), ranks=(2, 1, 0), sentences=("layers have moved before step 70: b",)
+    )
+    again = replace(moved, step=90, ends=(6, 10, 12), sentences=("layers have moved before step 90: c",))
+    lines = [PIPELINE[0], *map(to_line, (first, *rest, moved, again))]
+    assert parse_record(lines).earlier_stages == (first, moved)
+    html, page = page_of(lines)
+    assert "6 (0 to 5)" in html
+    assert "stage 0 (rank 1)" in page.text  # of the step that was recorded before
+    assert html.index("before step 90: c") < html.index("before step 70: b")
 
 
 def test_a_thousand_ranks_are_few_bytes() -> None:

@@ -211,8 +211,8 @@ def test_a_profile_borrows_one_layer_and_counts_casts_once(ranks: RankPools, aut
 
 def moved_with_belongings() -> list[bool]:
     """Move a layer from rank 1 to rank 0 with a gradient, and with states that are strided, shared and nested."""
-    module = model()
-    layers = list(module)
+    module: Any = model()
+    layers: list[Any] = list(module)
     placement = TensorPlacement(module, layers, StagePlan((1, 0), (2, 4)), CPU)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     weight, bias = layers[1].weight, layers[1].bias
@@ -255,7 +255,7 @@ class Replacing(nn.Module):
 
 
 def replaced() -> list[Any]:
-    module = nn.Sequential(Replacing(), nn.Linear(2, 2), nn.Linear(2, 2))
+    module: Any = nn.Sequential(Replacing(), nn.Linear(2, 2), nn.Linear(2, 2))
     placement = TensorPlacement(module, list(module), StagePlan((1, 0), (2, 3)), CPU)
     if dist.get_rank() == 1:
         module[0].seen = torch.ones(2)
