@@ -21,6 +21,7 @@ from typing import Any
 import at_scale
 import contention
 import link
+import orders
 import pipeline
 from scenarios import SCENARIOS, Scenario
 
@@ -95,6 +96,15 @@ with all layers.
 
 With three ranks whose layers take hardly any time, a step through the Trainer takes {through:.1f} ms, and with torch's
 bare schedule {bare:.1f} ms. In two rounds the Trainer added {added} ms.
+"""
+ORDERS = """
+## Orders of passes
+
+Twelve equal layers, {micro_batches} micro-batches, through the Trainer: the part of the limit that each schedule
+reaches, measured and, in brackets, predicted; medians of {rounds} rounds of {steps} steps. The limit is the time in
+which the devices would compute all passes if none ever waited. Factors say how many times as long each device takes,
+rank 0 first; *chosen* is what `"auto"` has taken, with the layers of its stages.
+
 """
 DRIFT = """
 ## A device that slows down and recovers
@@ -228,6 +238,18 @@ def pipeline_text(of_splits: dict[str, dict[str, Any]], trainer: dict[str, Any])
     )
 
 
+def orders_text(results: dict[str, dict[str, Any]]) -> str:
+    """Describe what orders of passes reach."""
+    names = orders.SCHEDULES
+    lines = f"| factors | {' | '.join(names)} | chosen |\n{'|---' * (len(names) + 2)}|\n"
+    for scenario, r in results.items():
+        values = " | ".join(f"{r['measured'][name]:.3f} ({r['predicted'][name]:.3f})" for name in names)
+        chosen = " or ".join(r["chosen"]["auto"])
+        lines += f"| {scenario.removeprefix('orders ')} | {values} | {chosen} |\n"
+    text = ORDERS.format(micro_batches=pipeline.MICRO_BATCHES, rounds=orders.ROUNDS, steps=pipeline.STEPS - 1)
+    return text + lines
+
+
 def plot_timelines(result: dict[str, Any], path: Path) -> None:
     """Draw which stage computes which micro-batch when."""
     from matplotlib import pyplot as plt
@@ -299,6 +321,7 @@ def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: f
     of_splits = {n: r for n, r in results.items() if SCENARIOS[n].measures == "pipeline"}
     (trainer,) = (r for n, r in results.items() if SCENARIOS[n].measures == "trainer")
     text += pipeline_text(of_splits, trainer)
+    text += orders_text({n: r for n, r in results.items() if SCENARIOS[n].measures == "orders"})
     text += DRIFT.format(
         slow=scenario.throttled_at,
         fast=scenario.recovered_at,

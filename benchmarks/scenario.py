@@ -22,6 +22,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import contention
+import orders
 import pipeline
 import torch
 import torch.distributed as dist
@@ -286,6 +287,7 @@ MEASURES = {
     "drift": measure_drift,
     "cost": measure_cost,
     "pipeline": pipeline.measure_splits,
+    "orders": orders.measure_orders,
     "trainer": pipeline.measure_trainer,
 }
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_hetero.balance.types import StepTime
+from lightning_hetero.distributed.pipeline.passes.deferred import put_off_with
 from lightning_hetero.distributed.pipeline.structure import flatten, unflatten
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.lightning_packages import with_either_trainer
@@ -148,7 +149,8 @@ class SlowLayers(Callback):
     """Makes each layer of a pipeline take ``factors[rank]`` times as long on each rank, under ``hetero_pipeline``.
 
     By default a rank sleeps after each layer's forward pass in proportion to the time that it took, and twice as long
-    before the layer's backward pass. With ``seconds_per_sample`` every rank becomes a device of known speed: a layer's
+    before the layer's backward pass. Where gradients of parameters are computed later than those of inputs, half of the
+    latter pause is taken there. With ``seconds_per_sample`` every rank becomes a device of known speed: a layer's
     forward and backward pass for n samples together last ``factor * seconds_per_sample * n``, as long as the real work
     is shorter.
 
@@ -201,7 +203,7 @@ class SlowLayers(Callback):
         self._remove_hooks()
         factor = partial(self._factor_of, trainer.global_rank)
         for number, layer in enumerate(layers):
-            slow = _SlowLayer(factor, None if seconds is None else seconds[number])
+            slow = _SlowLayer(layer, factor, None if seconds is None else seconds[number])
             self._hooks += [layer.register_forward_pre_hook(slow.begin), layer.register_forward_hook(slow.end)]
 
     def _factor_of(self, rank: int) -> float:
@@ -224,7 +226,8 @@ def _hooked(layer: nn.Module) -> nn.Module:
 
 
 class _SlowLayer:
-    def __init__(self, factor: Callable[[], float], seconds_per_sample: float | None) -> None:
+    def __init__(self, layer: nn.Module, factor: Callable[[], float], seconds_per_sample: float | None) -> None:
+        self._layer = layer
         self._factor = factor
         self._seconds_per_sample = seconds_per_sample
         self._started = 0.0
@@ -246,20 +249,23 @@ class _SlowLayer:
         first = next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), None)
         if first is None:
             return output
-        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s)  # type: ignore[no-untyped-call]
+        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s, self._layer)  # type: ignore[no-untyped-call]
         return unflatten(tensors, structure)
 
 
 class _SleepBeforeBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float) -> torch.Tensor:
-        ctx.pause_s = pause_s
+    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float, layer: nn.Module) -> torch.Tensor:
+        ctx.pause_s, ctx.layer = pause_s, layer
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        time.sleep(ctx.pause_s)
-        return *gradients, None
+        # the gradients of parameters take as long as that of the input, and may be computed later
+        half_s = ctx.pause_s / 2
+        is_put_off = put_off_with(ctx.layer, partial(time.sleep, half_s))
+        time.sleep(half_s if is_put_off else ctx.pause_s)
+        return *gradients, None, None
 
 
 def _samples_in(batch: Any) -> int:

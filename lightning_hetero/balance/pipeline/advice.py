@@ -71,6 +71,7 @@ def advise_pipeline(
     transfer_s: float = 0.0,
     batch_size: int | None = None,
     memory: StageMemory | None = None,
+    planned_s: float | None = None,
 ) -> PipelineAdvice:
     """Predict a pipeline and its alternatives.
 
@@ -82,6 +83,7 @@ def advise_pipeline(
         transfer_s: Seconds that a transfer between two stages takes.
         batch_size: Number of samples per step, which limits the number of micro-batches; None if unknown.
         memory: Memory needs of the layers and budgets of the ranks; None if unknown.
+        planned_s: Seconds per step under the plan if its passes have an order of their own; None for ``schedule``.
     """
     uniform = uniform_stages(costs.num_layers, costs.world_size, plan.ranks[-1])
     alone_s = [micro_batches * sum(row) for row in costs.total_s]
@@ -92,11 +94,11 @@ def advise_pipeline(
         smaller = StageTimes(tuple(t * part for t in times.forward_s), tuple(t * part for t in times.backward_s))
         return simulate_pipeline(smaller, count, schedule, transfer_s).step_s
 
-    present_s = step_s(plan, micro_batches)
+    present_s = step_s(plan, micro_batches) if planned_s is None else planned_s
     most = min(_MAX_MICRO_BATCHES, batch_size or _MAX_MICRO_BATCHES)
     counts = [count for count in (micro_batches * 2**k for k in range(1, 7)) if count <= most]
     better, better_s = None, present_s
-    for count in counts:
+    for count in counts if planned_s is None else []:  # nothing was planned for other numbers
         candidate_s = step_s(plan, count)
         if candidate_s < better_s * (1 - _WORTH_IT):
             better, better_s = count, candidate_s

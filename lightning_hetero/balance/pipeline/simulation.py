@@ -1,20 +1,19 @@
 """Simulate one step of a pipeline: when each stage computes which pass, and when the step ends.
 
-A stage computes one pass at a time, in the order of the pipeline schedule.  A forward pass waits for the forward pass
-of the previous stage, and a backward pass for the backward pass of the next stage.
-
-- ``gpipe``: all forward passes, then all backward passes (Huang et al., "GPipe", NeurIPS 2019).
-- ``1f1b``: as many forward passes as there are stages from this one to the last, then one backward pass per forward
-  pass, so that a stage holds fewer activations (Narayanan et al., "PipeDream", SOSP 2019).
+A rank computes one pass at a time, in its order.  A forward pass waits for the forward pass of the previous stage, and
+a backward pass, or the part of it that computes the gradient of the input, for that of the next stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
+from lightning_hetero.balance.pipeline.orders.order import Action, Order, known_order
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
 
-__all__ = ["Pass", "Timeline", "micro_batches_in_flight", "order_of_passes", "simulate_pipeline"]
+__all__ = ["Pass", "PassTimes", "Timeline", "simulate_order", "simulate_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Pass:
 
     Attributes:
         stage: Index of the stage.
-        kind: Direction of the pass, "forward" or "backward".
+        kind: Direction of the pass, "forward" or "backward", or the part of a backward pass, "input" or "weight".
         micro_batch: Index of the micro-batch.
         start_s: Start of the pass, in seconds since the start of the step.
         end_s: End of the pass, in seconds since the start of the step.
@@ -52,32 +51,42 @@ class Timeline:
         return max(p.end_s for p in self.passes)
 
 
-def order_of_passes(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> list[tuple[Kind, int]]:
-    """Return the passes of a stage in the order in which it computes them.
+@dataclass(frozen=True)
+class PassTimes:
+    """The time that each stage needs for each micro-batch, shape ``(num_stages, micro_batches)``.
 
-    Example:
-        >>> order_of_passes(1, 2, 3, "1f1b")[:4]
-        [('forward', 0), ('backward', 0), ('forward', 1), ('backward', 1)]
+    Attributes:
+        forward_s: Seconds of the forward pass.
+        input_s: Seconds of the part of the backward pass that computes the gradient of the input.
+        weight_s: Seconds of the part of the backward pass that computes the gradients of parameters; 0 where the
+            backward pass is computed whole.
     """
-    forward: list[tuple[Kind, int]] = [("forward", i) for i in range(micro_batches)]
-    backward: list[tuple[Kind, int]] = [("backward", i) for i in range(micro_batches)]
-    ahead = micro_batches_in_flight(stage, num_stages, micro_batches, schedule)
-    order = forward[:ahead]
-    for done, backward_pass in enumerate(backward):
-        order.append(backward_pass)
-        order += forward[ahead + done : ahead + done + 1]
-    return order
 
+    forward_s: Sequence[Sequence[float]]
+    input_s: Sequence[Sequence[float]]
+    weight_s: Sequence[Sequence[float]]
 
-def micro_batches_in_flight(stage: int, num_stages: int, micro_batches: int, schedule: Schedule) -> int:
-    """Return the largest number of micro-batches whose activations a stage holds at a time."""
-    return micro_batches if schedule == "gpipe" else min(micro_batches, num_stages - stage)
+    @classmethod
+    def of_stages(cls, times: StageTimes, micro_batches: int) -> PassTimes:
+        """Return the times of stages that compute backward passes whole, of equal micro-batches."""
+        forward, backward = ([(t,) * micro_batches for t in row] for row in (times.forward_s, times.backward_s))
+        return cls(forward, backward, [(0.0,) * micro_batches] * len(backward))
+
+    def seconds(self, action: Action) -> float:
+        """Return how long a pass takes."""
+        kind, stage, i = action
+        if kind == "forward":
+            return self.forward_s[stage][i]
+        if kind == "input":
+            return self.input_s[stage][i]
+        whole = self.input_s[stage][i] if kind == "backward" else 0.0
+        return whole + self.weight_s[stage][i]
 
 
 def simulate_pipeline(
     times: StageTimes, micro_batches: int, schedule: Schedule = "1f1b", transfer_s: float = 0.0
 ) -> Timeline:
-    """Simulate one step.
+    """Simulate one step of a known schedule with one stage per rank.
 
     Args:
         times: Time of one micro-batch in each stage.
@@ -85,32 +94,41 @@ def simulate_pipeline(
         schedule: Pipeline schedule.
         transfer_s: Seconds until the result of a pass has reached the next stage.
     """
-    num_stages = len(times.forward_s)
-    waiting = [order_of_passes(stage, num_stages, micro_batches, schedule)[::-1] for stage in range(num_stages)]
-    free_at = [0.0] * num_stages
-    ends: dict[tuple[Kind, int, int], float] = {}
+    order = known_order(range(len(times.forward_s)), micro_batches, schedule)
+    return simulate_order(order, PassTimes.of_stages(times, micro_batches), transfer_s)
+
+
+def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> Timeline:
+    """Simulate one step.
+
+    Args:
+        order: The passes of each rank, in an order that ends.
+        times: Time of each stage and micro-batch.
+        transfer_s: Seconds until the result of a pass has reached another rank.
+    """
+    ranks, num_stages = order.ranks, order.num_stages
+    waiting = [list(actions[::-1]) for actions in order.actions]
+    free_at = [0.0] * len(waiting)
+    forward = [[inf] * order.micro_batches for _ in ranks]  # when a result exists; infinity while it is unknown
+    backward = [[inf] * order.micro_batches for _ in ranks]
     passes: list[Pass] = []
     while any(waiting):
-        for stage, queue in enumerate(waiting):
+        left = len(passes)
+        for rank, queue in enumerate(waiting):
             while queue:
-                kind, i = queue[-1]
-                ready_at = _ready_at(ends, kind, stage, i, num_stages, transfer_s)
-                if ready_at is None:
+                kind, stage, i = action = queue[-1]
+                neighbour = stage - 1 if kind == "forward" else stage + 1
+                ready_at = 0.0  # the first stage has its input, and the last one its loss
+                if kind != "weight" and 0 <= neighbour < num_stages:
+                    ready_at = (forward if kind == "forward" else backward)[neighbour][i]
+                    ready_at += transfer_s if ranks[neighbour] != rank else 0.0
+                if ready_at == inf:
                     break
                 queue.pop()
-                start_s = max(free_at[stage], ready_at)
-                duration_s = times.forward_s[stage] if kind == "forward" else times.backward_s[stage]
-                free_at[stage] = ends[kind, stage, i] = start_s + duration_s
-                passes.append(Pass(stage, kind, i, start_s, start_s + duration_s))
+                start_s = max(free_at[rank], ready_at)
+                free_at[rank] = end_s = start_s + times.seconds(action)
+                if kind != "weight":
+                    (forward if kind == "forward" else backward)[stage][i] = end_s
+                passes.append(Pass(stage, kind, i, start_s, end_s))
+        assert len(passes) > left, "the order was verified to end"
     return Timeline(tuple(sorted(passes, key=lambda p: (p.end_s, p.stage))))
-
-
-def _ready_at(
-    ends: dict[tuple[Kind, int, int], float], kind: Kind, stage: int, i: int, num_stages: int, transfer_s: float
-) -> float | None:
-    """Return when a pass has its input from the neighbouring stage; None while that is unknown."""
-    neighbour = stage - 1 if kind == "forward" else stage + 1
-    if not 0 <= neighbour < num_stages:
-        return 0.0  # the first stage has its input, the last one its loss
-    end_s = ends.get((kind, neighbour, i))
-    return None if end_s is None else end_s + transfer_s

@@ -83,7 +83,7 @@ class StageProblem:
         times = self.costs.of_stages(plan)
         each = zip(times.forward_s, times.backward_s, strict=True)
         by_stage = [max(self.micro_batches * (f + b), 1 / _UNITS_PER_S) for f, b in each]
-        return tuple(by_stage[plan.stage_of(rank)] for rank in range(plan.num_stages))
+        return tuple(sum(by_stage[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from math import inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_hetero.balance.pipeline.simulation import micro_batches_in_flight, simulate_pipeline
+from lightning_hetero.balance.pipeline.orders.order import micro_batches_in_flight
+from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
@@ -74,6 +75,16 @@ class StageMemory:
         """Return whether every stage fits into the memory of its rank."""
         needed = self.needed_bytes(plan)
         return all(n <= self.budgets_bytes[rank] for n, rank in zip(needed, plan.ranks, strict=True))
+
+    def left_bytes(self, plan: StagePlan) -> tuple[float, ...]:
+        """Return the memory that each rank has left for activations."""
+        ends = (0, *plan.ends)
+        return tuple(
+            budget
+            - sum(self.weights_bytes[i] for i in plan.layers_of(rank))
+            - sum(self._received(ends[stage]) + self._received(ends[stage + 1]) for stage in plan.stages_of(rank))
+            for rank, budget in enumerate(self.budgets_bytes)
+        )
 
     def fits_alone(self, rank: int) -> bool:
         """Return whether a rank could hold the whole model and the activations of all micro-batches."""

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from lightning_hetero.balance.checked import as_ints, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes"]
+__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes", "WantedSchedule"]
 
 Schedule = Literal["gpipe", "1f1b"]
-Kind = Literal["forward", "backward"]
+WantedSchedule = Literal["auto", "v", "gpipe", "1f1b"]
+Kind = Literal["forward", "backward", "input", "weight"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,23 @@ class StagePlan:
     ends: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        one_per_rank = bool(self.ends) and sorted(self.ranks) == list(range(len(self.ends)))
-        if not one_per_rank or any(a >= b for a, b in pairwise((0, *self.ends))):
+        each_rank = len(self.ranks) == len(self.ends) > 0 and {*self.ranks} == {*range(max(self.ranks) + 1)}
+        apart = all(a != b for a, b in pairwise(self.ranks))
+        if not each_rank or not apart or any(a >= b for a, b in pairwise((0, *self.ends))):
             raise ConfigurationError(
-                f"A pipeline must have one stage of at least one layer on each rank, got ranks {self.ranks} and stages"
-                f" that end before layers {self.ends}."
+                f"A pipeline must have a stage of at least one layer on each rank, and consecutive stages on different"
+                f" ranks, got ranks {self.ranks} and stages that end before layers {self.ends}."
             )
 
     @property
     def num_stages(self) -> int:
-        """Number of stages, which equals the number of ranks."""
+        """Number of stages; a rank may have several."""
         return len(self.ends)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return max(self.ranks) + 1
 
     @property
     def num_layers(self) -> int:
@@ -50,14 +57,18 @@ class StagePlan:
         """Return the indices of the layers of a stage."""
         return range(self.ends[stage - 1] if stage else 0, self.ends[stage])
 
-    def stage_of(self, rank: int) -> int:
-        """Return the stage of a rank."""
-        return self.ranks.index(rank)
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """Return the stages of a rank."""
+        return tuple(stage for stage, owner in enumerate(self.ranks) if owner == rank)
+
+    def layers_of(self, rank: int) -> tuple[int, ...]:
+        """Return the indices of the layers of a rank."""
+        return tuple(i for stage in self.stages_of(rank) for i in self.layers(stage))
 
     @property
     def layers_of_ranks(self) -> tuple[int, ...]:
         """Number of layers of each rank, rank 0 first."""
-        return tuple(len(self.layers(self.stage_of(rank))) for rank in range(self.num_stages))
+        return tuple(len(self.layers_of(rank)) for rank in range(self.world_size))
 
     def to_dict(self) -> dict[str, Any]:
         """Return lists of plain numbers, for JSON."""
@@ -82,10 +93,15 @@ class LayerCosts:
     Attributes:
         forward_s: Seconds of each forward pass, shape ``(world_size, num_layers)``.
         backward_s: Seconds of each backward pass, shape ``(world_size, num_layers)``.
+        input_s: Seconds of the first part of each backward pass if it is split; empty if none can be.
+        weight_s: Seconds of the second part, which computes gradients of parameters, for which no other rank waits; 0
+            for layers whose backward pass is whole, and empty if none can be split.
     """
 
     forward_s: tuple[tuple[float, ...], ...]
     backward_s: tuple[tuple[float, ...], ...]
+    input_s: tuple[tuple[float, ...], ...] = ()
+    weight_s: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def of_speeds(cls, layers: Sequence[tuple[float, float]], speeds: Sequence[float]) -> LayerCosts:
@@ -105,7 +121,8 @@ class LayerCosts:
         return LayerCosts(
             *(
                 tuple(tuple(f * s for s in row) for f, row in zip(factors, rows, strict=True))
-                for rows in (self.forward_s, self.backward_s)
+                for rows in (self.forward_s, self.backward_s, self.input_s, self.weight_s)
+                if rows
             )
         )
 

@@ -142,7 +142,9 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
     """Check that sequences over ranks have one entry per rank, and sequences over passes one entry per pass."""
     fixed = {"sentences"}
     optional = {"overhead_s", "seconds_per_sample", "peak_bytes", "budget_bytes", "forward_s", "backward_s"}
-    expected = len(event.stages) if isinstance(event, RunPasses) else world_size
+    expected = world_size
+    if isinstance(event, RunPasses | RunStages):
+        expected = len(event.stages if isinstance(event, RunPasses) else event.ranks)
     for name, value in vars(event).items():
         if not isinstance(value, tuple) or name in fixed or (not value and name in optional):
             continue
@@ -152,12 +154,15 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
         raise ConfigurationError(
             f"{where}: `overhead_s` and `seconds_per_sample` must both be present or both be empty."
         )
-    if isinstance(event, RunPasses) and any(not 0 <= stage < world_size for stage in event.stages):
-        raise ConfigurationError(f"{where}: `stages` must be less than the number of ranks ({world_size}).")
+    # a rank may have both ends of the model, and then there is one stage more than ranks
+    if isinstance(event, RunPasses) and any(not 0 <= stage <= world_size for stage in event.stages):
+        raise ConfigurationError(f"{where}: `stages` must be at most the number of ranks ({world_size}).")
     if isinstance(event, RunStages) and (
-        sorted(event.ranks) != list(range(world_size)) or any(a >= b for a, b in pairwise((0, *event.ends)))
+        {*event.ranks} != {*range(world_size)}
+        or len(event.ranks) > world_size + 1
+        or any(a >= b for a, b in pairwise((0, *event.ends)))
     ):
-        raise ConfigurationError(f"{where}: `ranks` and `ends` must describe one stage per rank.")
+        raise ConfigurationError(f"{where}: `ranks` and `ends` must describe stages of all ranks.")
 
 
 def _number_of(value: Any, name: str) -> float:

@@ -22,6 +22,7 @@ from lightning_hetero.distributed.collectives import all_wait
 from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import as_outputs
+from lightning_hetero.distributed.pipeline.passes.split_times import split_times
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call, flatten, mapped, tensors_of
 from lightning_hetero.hardware.timed_call import timed_call
@@ -45,6 +46,8 @@ class LayerProfile:
             all micro-batches, such as autocast's casts of parameters.
         activations_bytes: Bytes that each layer keeps for the backward pass of each micro-batch.
         boundary_bytes: Bytes of each layer's output.
+        input_s: Seconds of the first part of each layer's backward pass if gradients of parameters are put off.
+        weight_s: Seconds of the second part; 0 for layers that have to be run whole, and if that was not tried.
         copy_s: Seconds that it takes to copy each layer's parameters and buffers to other ranks.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
@@ -55,23 +58,27 @@ class LayerProfile:
     constant_bytes: tuple[int, ...]
     activations_bytes: tuple[int, ...]
     boundary_bytes: tuple[int, ...]
+    input_s: tuple[float, ...]
+    weight_s: tuple[float, ...]
     copy_s: tuple[float, ...]
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
         """Return all values in one list, the transfer time last."""
         counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
-        rows = (self.forward_s, self.backward_s, self.copy_s, *counts)
+        rows = (self.forward_s, self.backward_s, self.input_s, self.weight_s, self.copy_s, *counts)
         return [*(value for row in rows for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
-        n = len(values) // 7
-        forward_s, backward_s, copy_s, *counts = (tuple(values[i * n : (i + 1) * n]) for i in range(7))
-        parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in counts)
-        return cls(forward_s, backward_s, parameters, constants, activations, boundaries, copy_s, transfer_s)
+        n = len(values) // 9
+        *seconds, a, b, c, d = (tuple(values[i * n : (i + 1) * n]) for i in range(9))
+        forward_s, backward_s, input_s, weight_s, copy_s = seconds
+        parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in (a, b, c, d))
+        sizes = (parameters, constants, activations, boundaries)
+        return cls(forward_s, backward_s, *sizes, input_s, weight_s, copy_s, transfer_s)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ def profile_layers(
     call: Call,
     loss_of: Callable[[Any], Tensor] | None,
     device: torch.device,
+    *,
+    split: bool = False,
 ) -> LayerProfile:
     """Return the profile of this rank; every rank must call this at the same point.
 
@@ -101,8 +110,10 @@ def profile_layers(
         loss_of: Function that returns the loss of a micro-batch, given the last layer's output; None on ranks that
             compute no loss, and if there is no loss.
         device: Device on which this rank computes.
+        split: Whether to find out too which backward passes can be split.
     """
     timings: list[_Timing] = []
+    parts: list[tuple[float, float]] = []
     sizes: list[tuple[int, int]] = []
     boundaries: list[int] = []
     copy_s: list[float] = []
@@ -115,8 +126,11 @@ def profile_layers(
             copy_s.append(seconds)
             with borrowed(layer, copies), state_kept(layer):
                 layer_of_model = _Layer(calls, number, call, value)
-                timing, value = _timed_often(layer_of_model, list(copies.values()), device)
+                tensors = list(copies.values())
+                timing, value = _timed_often(layer_of_model, tensors, device)
+                two = split_times(layer, layer_of_model.made, tensors, device) if split else None
             timings.append(timing)
+            parts.append((timing.backward_s, 0.0) if two is None else two)
             sizes.append(_bytes_of(copies))
             del copies  # before the next layer takes memory
             torch.clear_autocast_cache()  # it keeps the layer and its cast
@@ -124,6 +138,7 @@ def profile_layers(
         if loss_of is not None:
             tail, _ = _timed_often(_Loss(loss_of, value), [], device)
             last = timings[-1]
+            parts[-1] = (parts[-1][0] + tail.backward_s, parts[-1][1])
             timings[-1] = _Timing(
                 last.forward_s + tail.forward_s,
                 last.backward_s + tail.backward_s,
@@ -138,6 +153,8 @@ def profile_layers(
         constant_bytes=tuple(n + t.shared_bytes for (_, n), t in zip(sizes, timings, strict=True)),
         activations_bytes=tuple(t.kept_bytes for t in timings),
         boundary_bytes=tuple(boundaries),
+        input_s=tuple(first for first, _ in parts),
+        weight_s=tuple(second for _, second in parts),
         copy_s=tuple(copy_s),
         transfer_s=_transfer_s(int(median(boundaries)), device),
     )
@@ -171,6 +188,10 @@ class _Layer:
         is_last = self._number == len(self._calls.layers) - 1
         # the output of a model may hold anything
         return output, tensors_of(output) if is_last else flatten(output)[0]
+
+    def made(self) -> list[Tensor]:
+        """Return the tensors of the output for a fresh input."""
+        return self.forward(self.fresh())[1]
 
 
 class _Loss:

@@ -1,165 +1,234 @@
-"""Exchange values and their gradients between neighbouring stages, whatever their shapes are.
+"""Exchange values and their gradients between stages on different ranks, whatever their shapes are.
 
 Before the tensors of a micro-batch, their description goes through the host group, as a number if the receiver has seen
 it before.  So neither shapes nor structures have to be the same for all micro-batches, and the receiver allocates what
-it needs.  The order of messages between two stages is that of ``torch.distributed.pipelining``, in which a send and a
-receive of the same two ranks are posted as one batch, so NCCL cannot wait in a circle.
+it needs.  Two ranks exchange messages in the order in which the sender's order of passes makes them; a receiver that
+needs a later one first keeps the earlier ones.  Gradients, whose shapes are known, are received ahead of their use.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hetero.balance.pipeline.orders.order import Message, Order
 from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.pipeline.passes.channels import channel
 from lightning_hetero.distributed.pipeline.structure import Description, flatten, unflatten
 
-__all__ = ["Exchange", "Received", "Sent"]
+__all__ = ["Exchange", "Received", "Sent", "as_outputs"]
 
 _DESCRIPTIONS_KEPT = 64  # lengths of sequences in use; beyond, they are told again
+_GRADIENTS_AHEAD = 2
 _FORWARD, _BACKWARD = 1, 2  # tags of descriptions, which must not be taken for tensors
 
 
 class Exchange:
-    """Messages of one stage to and from its neighbours.
+    """Messages of the stages of one rank to and from those of other ranks.
 
     Args:
-        before: Rank of the stage before; None for the first stage.
-        after: Rank of the stage after; None for the last stage.
+        rank: This rank.
         device: Device of this rank's tensors.
     """
 
-    def __init__(self, before: int | None, after: int | None, device: torch.device) -> None:
-        self._before = before
-        self._after = after
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._rank = rank
         self._device = device
-        self._told: list[Description] = []
-        self._heard: list[Any] = []
-        self._posted: list[Any] = []  # work of sends, with what it sends
-        self._held: list[Any] = []  # sends that are posted together with the next receives
+        self._told: dict[int, list[Description]] = {}  # by target
+        self._heard: dict[int, list[Any]] = {}  # by source
+        self._expected: dict[int, deque[Message]] = {}  # by source, in its order
+        self._arriving: dict[Message, _Arriving] = {}
+        self._sent: dict[tuple[int, int], Sent] = {}  # values whose gradients come back, by stage and micro-batch
+        self._posted: list[_Posted] = []
 
-    def receive(self) -> Received:
-        """Return the value of the next micro-batch from the stage before."""
-        assert self._before is not None
-        description: Description = self._hear()
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=self._device)
-            for shape, dtype in zip(description.shapes, description.dtypes, strict=True)
-        ]
-        self._wait(
-            self._post([*self._taken(), *(dist.P2POp(dist.irecv, t, self._before) for t in tensors if t.numel())])
-        )
-        return Received(tensors, description)
+    def begin(self, order: Order) -> None:
+        """Expect the messages of a step, or of an evaluation."""
+        sources = range(len(order.actions))
+        self._expected = {source: deque(order.messages(source, self._rank)) for source in sources}
 
-    def send(self, value: Any, *, hold: bool) -> Sent:
-        """Send a value to the stage after.
+    def receive(self, source: int, message: Message) -> Received:
+        """Return the value of a micro-batch from the stage before."""
+        arriving = self._taken(source, message)
+        assert arriving.description is not None
+        return Received(arriving.tensors, arriving.description)
+
+    def send(self, target: int, message: Message, value: Any, *, with_graph: bool) -> Sent:
+        """Send a value, nested tensors, to the stage after.
 
         Args:
-            value: Nested tensors.
-            hold: Whether the next message is one from the stage after; both are then posted together.
+            target: Rank of that stage.
+            message: What the value is.
+            value: The value.
+            with_graph: Whether gradients come back.
         """
-        assert self._after is not None
         tensors, structure = flatten(value)
         sent = Sent(tensors, Description.of(tensors, structure))
-        self._tell(sent.description)
-        contiguous = [t.detach().contiguous() for t in tensors]
-        self._hold([dist.P2POp(dist.isend, t, self._after) for t in contiguous if t.numel()], hold=hold)
+        self._tell(target, sent.description)
+        sent.posted = self._post_sends(target, [t.detach().contiguous() for t in tensors])
+        if with_graph:
+            self._sent[message.stage - 1, message.micro_batch] = sent
         return sent
 
-    def receive_gradients(self, sent: Sent) -> list[Tensor | None]:
-        """Return the gradients of those tensors in ``sent`` that require one."""
-        assert self._after is not None
-        wanted = sent.wanted
-        if not wanted:
-            self._posted += self._post(self._taken())
-            return []
-        gradients = [torch.empty(t.shape, dtype=t.dtype, device=self._device) for t in wanted]
-        operations = [dist.P2POp(dist.irecv, g, self._after) for g in gradients if g.numel()]
-        self._wait(self._post([*self._taken(), *operations]))
-        if len(wanted) == 1:
-            return [gradients[0]]
-        there = torch.empty(len(wanted), dtype=torch.bool)
-        dist.recv(there, src=self._after, group=host_group(), tag=_BACKWARD)
-        return [gradient if is_there else None for gradient, is_there in zip(gradients, there.tolist(), strict=True)]
+    def receive_gradients(self, source: int, message: Message) -> list[Tensor | None]:
+        """Return the gradients of those tensors that require one in the value that this rank has sent."""
+        arriving = self._taken(source, message)
+        self._settle(self._sent.pop((message.stage, message.micro_batch)).posted)  # the value was received, then
+        there = arriving.there
+        if there is None:
+            return [*arriving.tensors]
+        return [
+            gradient if is_there else None for gradient, is_there in zip(arriving.tensors, there.tolist(), strict=True)
+        ]
 
-    def send_gradients(self, received: Received, *, hold: bool) -> None:
-        """Send the gradients of a received value to the stage before.
-
-        Args:
-            received: The value.
-            hold: Whether the next message is one from the stage before; both are then posted together.
-        """
-        assert self._before is not None
+    def send_gradients(self, target: int, received: Received) -> None:
+        """Send the gradients of a received value to the stage before."""
         gradients = received.gradients
         if len(gradients) > 1:
             there = torch.tensor([gradient is not None for gradient in gradients])
-            self._posted.append((dist.isend(there, self._before, group=host_group(), tag=_BACKWARD), there))
-        dense = [
-            torch.zeros_like(t) if gradient is None else gradient.contiguous()
-            for t, gradient in zip(received.wanted, gradients, strict=True)
-        ]
-        self._hold([dist.P2POp(dist.isend, g, self._before) for g in dense if g.numel()], hold=hold)
+            self._posted.append(_Posted(dist.isend(there, target, group=host_group(), tag=_BACKWARD), there))
+        self._post_sends(
+            target,
+            [
+                torch.zeros_like(t) if gradient is None else gradient.contiguous()
+                for t, gradient in zip(received.wanted, gradients, strict=True)
+            ],
+        )
 
     def finish(self) -> None:
         """Wait until everything has been sent."""
-        self._posted += self._post(self._taken())
-        self._wait(self._posted)
+        self._settle(self._posted)
         self._posted = []
 
-    def _hold(self, operations: list[Any], *, hold: bool) -> None:
-        if hold:
-            self._held += operations
+    # ---- receiving -------------------------------------------------------------------------------------------------
+
+    def _taken(self, source: int, message: Message) -> _Arriving:
+        """Wait for a message, after having posted the receives of all that the source sends before it."""
+        expected = self._expected[source]
+        while message not in self._arriving:
+            self._post_receive(source, expected.popleft())
+        arriving = self._arriving.pop(message)
+        ahead = 0
+        while expected and ahead < _GRADIENTS_AHEAD and self._is_known(expected[0]):
+            self._post_receive(source, expected.popleft())
+            ahead += 1
+        arriving.wait()
+        return arriving
+
+    def _is_known(self, message: Message) -> bool:
+        return message.is_gradient and (message.stage, message.micro_batch) in self._sent
+
+    def _post_receive(self, source: int, message: Message) -> None:
+        if message.is_gradient:
+            wanted = self._sent[message.stage, message.micro_batch].wanted
+            arriving = _Arriving([torch.empty(t.shape, dtype=t.dtype, device=self._device) for t in wanted])
+            if len(wanted) > 1:
+                arriving.there = torch.empty(len(wanted), dtype=torch.bool)
+                arriving.works.append(dist.irecv(arriving.there, source, group=host_group(), tag=_BACKWARD))
         else:
-            self._posted += self._post(operations)
+            description: Description = self._hear(source)
+            like = zip(description.shapes, description.dtypes, strict=True)
+            arriving = _Arriving([torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in like])
+            arriving.description = description
+        group = channel(source, self._rank)
+        arriving.works += [dist.irecv(t, source, group=group) for t in arriving.tensors if t.numel()]
+        self._arriving[message] = arriving
 
-    def _taken(self) -> list[Any]:
-        held, self._held = self._held, []
-        return held
+    # ---- sending ---------------------------------------------------------------------------------------------------
+
+    def _post_sends(self, target: int, tensors: Sequence[Tensor]) -> list[_Posted]:
+        group = channel(self._rank, target)
+        posted = [_Posted(dist.isend(t, target, group=group), t) for t in tensors if t.numel()]
+        self._posted = [*(one for one in self._posted if not one.is_over()), *posted]
+        return posted
 
     @staticmethod
-    def _post(operations: list[Any]) -> list[Any]:
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return [(work, operations) for work in works]
-
-    @staticmethod
-    def _wait(works: Sequence[Any]) -> None:
-        for work, _ in works:
-            work.wait()
+    def _settle(posted: Iterable[_Posted]) -> None:
+        for one in posted:
+            one.wait()
 
     # ---- descriptions ----------------------------------------------------------------------------------------------
 
-    def _tell(self, description: Description) -> None:
+    def _tell(self, target: int, description: Description) -> None:
         """Tell the stage after what comes: the number of a description, and its length if it is new."""
-        known = description in self._told
-        if not known and len(self._told) == _DESCRIPTIONS_KEPT:
-            self._told.clear()
+        told = self._told.setdefault(target, [])
+        known = description in told
+        if not known and len(told) == _DESCRIPTIONS_KEPT:
+            told.clear()
         packed = b"" if known else pickle.dumps(description)
-        number = self._told.index(description) if known else len(self._told)
-        self._send_on_host(torch.tensor([number, len(packed)]))
+        number = told.index(description) if known else len(told)
+        self._send_on_host(target, torch.tensor([number, len(packed)]))
         if not known:
-            self._send_on_host(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-            self._told.append(description)
+            self._send_on_host(target, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            told.append(description)
 
-    def _send_on_host(self, message: Tensor) -> None:
-        assert self._after is not None
-        self._posted.append((dist.isend(message, self._after, group=host_group(), tag=_FORWARD), message))
+    def _send_on_host(self, target: int, message: Tensor) -> None:
+        self._posted.append(_Posted(dist.isend(message, target, group=host_group(), tag=_FORWARD), message))
 
-    def _hear(self) -> Any:
+    def _hear(self, source: int) -> Any:
+        heard = self._heard.setdefault(source, [])
         header = torch.empty(2, dtype=torch.int64)
-        dist.recv(header, src=self._before, group=host_group(), tag=_FORWARD)
+        dist.recv(header, src=source, group=host_group(), tag=_FORWARD)
         number, length = header.tolist()
         if length:
             packed = torch.empty(length, dtype=torch.uint8)
-            dist.recv(packed, src=self._before, group=host_group(), tag=_FORWARD)
+            dist.recv(packed, src=source, group=host_group(), tag=_FORWARD)
             if number == 0:
-                self._heard.clear()
-            self._heard.append(pickle.loads(packed.numpy().tobytes()))
-        return self._heard[number]
+                heard.clear()
+            heard.append(pickle.loads(packed.numpy().tobytes()))
+        return heard[number]
+
+
+class _Posted:
+    """A send that goes on, and what it sends.
+
+    Args:
+        work: The send.
+        tensor: What it sends.
+    """
+
+    def __init__(self, work: Any, tensor: Tensor) -> None:
+        self._work = work
+        self._tensor: Tensor | None = tensor
+
+    def is_over(self) -> bool:
+        """Return whether the tensor was sent, as far as that is known; gloo tells only those who wait."""
+        return self._tensor is None or bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        """Wait until the tensor was sent, and release it."""
+        if self._tensor is not None:
+            self._work.wait()
+            self._tensor = None
+
+
+class _Arriving:
+    """A message whose receive was posted.
+
+    Args:
+        tensors: Tensors into which it is received.
+
+    Attributes:
+        description: Description of a value; None for gradients.
+        there: Which gradients there are; None if there is but one.
+        works: The receives.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.description: Description | None = None
+        self.there: Tensor | None = None
+        self.works: list[Any] = []
+
+    def wait(self) -> None:
+        """Wait until everything has been received."""
+        for work in self.works:
+            work.wait()
 
 
 class Sent:
@@ -172,11 +241,13 @@ class Sent:
     Attributes:
         description: What the receiver was told.
         wanted: Those of its tensors for which a gradient comes back.
+        posted: The sends.
     """
 
     def __init__(self, tensors: Sequence[Tensor], description: Description) -> None:
         self.description = description
         self.wanted = [t for t in tensors if t.requires_grad]
+        self.posted: list[_Posted] = []
 
 
 class Received:

@@ -1,26 +1,31 @@
 """Run micro-batches through stages of layers on several ranks.
 
-Each stage runs forward and backward passes of micro-batches in the order of its schedule.  Nothing is assumed about
-what two stages exchange: see ``messages.py``.  The arguments of the model, and whatever the loss needs, are looked up
-by the number of the micro-batch.
+Each rank computes the passes of its stages in its order.  Nothing is assumed about what two stages exchange: see
+``messages.py``.  The arguments of the model, and whatever the loss needs, are looked up by the number of the
+micro-batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_hetero.balance.pipeline.orders.order import Action, Message, Order, forward_order, known_order
+from lightning_hetero.balance.pipeline.orders.proof import verify_order
 from lightning_hetero.balance.pipeline.simulation import Pass, Timeline
-from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StagePlan
+from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import Exchange, Received, Sent
+from lightning_hetero.distributed.pipeline.passes.channels import open_channels
+from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients, Job
 from lightning_hetero.distributed.pipeline.structure import Call
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
@@ -34,41 +39,52 @@ LossOf = Callable[[int, Any], Tensor]
 
 
 class Pipeline:
-    """One rank's part of a pipeline.
+    """One rank's part of a pipeline; every rank must make one at the same point.
 
     Args:
         calls: The layers of the model and how they are called.
         plan: Stages of all ranks.
-        schedule: Order of forward and backward passes.
+        schedule: Order of the passes: the name of a known one, or an order for as many micro-batches as a step has at
+            most.
         rank: This rank.
         device: Device of this rank's layers.
         timer: Timer of this rank's passes in training; None if they are never timed.
+        split_layers: Numbers of the layers whose backward pass an order may split; None for all.
+
+    Raises:
+        ConfigurationError: The ranks would wait for each other for ever in the order that is given.
     """
 
     def __init__(
         self,
         calls: LayerCalls,
         plan: StagePlan,
-        schedule: Schedule,
+        schedule: Schedule | Order,
         rank: int,
         device: torch.device,
         timer: PassTimer | None = None,
+        split_layers: Collection[int] | None = None,
     ) -> None:
         if torch.__version__ < _TORCH_NEEDED:
             raise UnsupportedFeatureError(
                 f"A pipeline needs PyTorch {_TORCH_NEEDED} or later, got {torch.__version__}. Update it on every node,"
                 f" or train with `hetero_ddp`."
             )
+        if isinstance(schedule, Order):
+            verify_order(schedule)
         self._calls = calls
         self._plan = plan
         self._schedule = schedule
-        self._stage = plan.stage_of(rank)
-        self._numbers = plan.layers(self._stage)
+        self._rank = rank
+        self._stages = plan.stages_of(rank)
         self._device = device
         self._timer = timer
-        before = None if self.is_first else plan.ranks[self._stage - 1]
-        after = None if self.is_last else plan.ranks[self._stage + 1]
-        self._exchange = Exchange(before, after, device)
+        if plan.num_stages > 1:
+            open_channels(plan.ranks, device)
+        self._exchange = Exchange(rank, device)
+        self._deferred = DeferredGradients(
+            calls.layers[number] for number in plan.layers_of(rank) if split_layers is None or number in split_layers
+        )
         self._recorded: list[Pass] | None = None
         self._record_from_s = 0.0
         self._micro_batches_before = 0
@@ -76,7 +92,7 @@ class Pipeline:
     @property
     def is_first(self) -> bool:
         """Whether this rank has the first stage, which gets the inputs of the pipeline."""
-        return self._stage == 0
+        return 0 in self._stages
 
     @property
     def is_recording(self) -> bool:
@@ -85,8 +101,8 @@ class Pipeline:
 
     @property
     def needs_calls(self) -> bool:
-        """Whether this stage needs the arguments with which the step calls the model."""
-        return self._calls.needs_call(self._numbers)
+        """Whether a stage of this rank needs the arguments with which the step calls the model."""
+        return any(self._calls.needs_call(self._plan.layers(stage)) for stage in self._stages)
 
     @property
     def first_rank(self) -> int:
@@ -101,7 +117,7 @@ class Pipeline:
     @property
     def is_last(self) -> bool:
         """Whether this rank has the last stage, which computes the output."""
-        return self._stage == self._plan.num_stages - 1
+        return self._is_last(self._stages[-1])
 
     def train(self, count: int, calls: Sequence[Call], loss_of: LossOf) -> None:
         """Run forward and backward passes of ``count`` micro-batches, and accumulate gradients.
@@ -112,37 +128,66 @@ class Pipeline:
             loss_of: Function that returns the loss of a micro-batch, given its number and the last layer's output; used
                 on the last stage. Losses already contain the weights of their micro-batches.
         """
-        most = count if self._schedule == "gpipe" else min(self._plan.num_stages - self._stage, count)
-        running: dict[int, _Running] = {}
-        forward = backward = 0
-        while backward < count:
-            if forward < count and forward - backward < most:
-                received = None if self.is_first else self._exchange.receive()
-                call = calls[forward] if calls else None
-                one = self._observed("forward", self._forward, forward, received, call, loss_of)
-                forward += 1
-                if not self.is_last:
-                    goes_on = forward < count and forward - backward < most
-                    one.sent = self._exchange.send(one.output, hold=not goes_on)
-                    one.output = one.sent.wanted
-                running[forward - 1] = one
-            else:
-                one = running.pop(backward)
-                gradients = None if one.sent is None else self._exchange.receive_gradients(one.sent)
-                self._observed("backward", self._backward, backward, one, gradients)
-                backward += 1
-                if one.received is not None and one.received.wanted:
-                    self._exchange.send_gradients(one.received, hold=forward < count)
-                del one
+        order = self._order(count)
+        self._exchange.begin(order)
+        actions = order.actions[self._rank]
+        is_split = any(action.kind == "weight" for action in actions)
+        running: dict[tuple[int, int], _Running] = {}
+        with self._deferred.installed() if is_split else nullcontext():
+            for action in actions:
+                place = (action.stage, action.micro_batch)
+                if action.kind == "forward":
+                    running[place] = self._run_forward(action, calls, loss_of)
+                elif action.kind == "input":
+                    with self._deferred.put_off() as jobs:
+                        self._run_backward(action, running.pop(place))
+                    running[place] = _Running(None, None, jobs=jobs)
+                elif action.kind == "backward":
+                    self._run_backward(action, running.pop(place))
+                else:
+                    self._observed(action, running.pop(place).compute)
         self._exchange.finish()
         self._micro_batches_before += count
 
-    def _forward(self, number: int, received: Received | None, call: Call | None, loss_of: LossOf) -> _Running:
-        value = None if received is None else received.value(with_graph=True)
-        output = self._calls.run(self._numbers, value, call)
-        return _Running(received, loss_of(number, output) if self.is_last else output)
+    def _order(self, count: int) -> Order:
+        if isinstance(self._schedule, Order):
+            assert count <= self._schedule.micro_batches, "an order is for as many micro-batches as a step may have"
+            return self._schedule.first(count)
+        return known_order(self._plan.ranks, count, self._schedule)
 
-    def _backward(self, _: int, one: _Running, gradients: list[Tensor | None] | None) -> None:
+    def _run_forward(self, action: Action, calls: Sequence[Call], loss_of: LossOf) -> _Running:
+        _, stage, i = action
+        received = self._received(stage, i)
+        call = calls[i] if calls else None
+        one: _Running = self._observed(action, lambda: self._forward(stage, i, received, call, loss_of))
+        if not self._is_last(stage):
+            target = self._plan.ranks[stage + 1]
+            one.sent = self._exchange.send(target, Message(False, stage + 1, i), one.output, with_graph=True)
+            one.output = one.sent.wanted
+        return one
+
+    def _run_backward(self, action: Action, one: _Running) -> None:
+        _, stage, i = action
+        gradients = None
+        if one.sent is not None:
+            message = Message(True, stage, i)
+            gradients = self._exchange.receive_gradients(self._plan.ranks[stage + 1], message)
+        self._observed(action, lambda: self._backward(one, gradients))
+        if one.received is not None:
+            self._exchange.send_gradients(self._plan.ranks[stage - 1], one.received)
+
+    def _received(self, stage: int, i: int) -> Received | None:
+        return self._exchange.receive(self._plan.ranks[stage - 1], Message(False, stage, i)) if stage else None
+
+    def _is_last(self, stage: int) -> bool:
+        return stage == self._plan.num_stages - 1
+
+    def _forward(self, stage: int, i: int, received: Received | None, call: Call | None, loss_of: LossOf) -> _Running:
+        value = None if received is None else received.value(with_graph=True)
+        output = self._calls.run(self._plan.layers(stage), value, call)
+        return _Running(received, loss_of(i, output) if self._is_last(stage) else output)
+
+    def _backward(self, one: _Running, gradients: list[Tensor | None] | None) -> None:
         if gradients is None:
             one.output.backward()
             return
@@ -159,16 +204,20 @@ class Pipeline:
             calls: Arguments of the model for each micro-batch; may be empty on stages that do not need them.
 
         Returns:
-            The outputs of the last layer for each micro-batch; empty on all stages but the last.
+            The outputs of the last layer for each micro-batch; empty on all ranks but that of the last stage.
         """
         outputs: list[Any] = []
-        for number in range(count):
-            value = None if self.is_first else self._exchange.receive().value(with_graph=False)
-            output = self._calls.run(self._numbers, value, calls[number] if calls else None)
-            if self.is_last:
+        order = forward_order(self._plan.ranks, count)
+        self._exchange.begin(order)
+        for _, stage, i in order.actions[self._rank]:
+            received = self._received(stage, i)
+            value = None if received is None else received.value(with_graph=False)
+            output = self._calls.run(self._plan.layers(stage), value, calls[i] if calls else None)
+            if self._is_last(stage):
                 outputs.append(output)
             else:
-                self._exchange.send(output, hold=False)
+                target = self._plan.ranks[stage + 1]
+                self._exchange.send(target, Message(False, stage + 1, i), output, with_graph=False)
         self._exchange.finish()
         return outputs
 
@@ -186,14 +235,15 @@ class Pipeline:
         passes = [one for part in all_gather(own) for one in part]
         return Timeline(tuple(sorted(passes, key=lambda one: (one.end_s, one.stage))))
 
-    def _observed(self, kind: Kind, run: Callable[..., Any], number: int, *args: Any) -> Any:
-        """Run a forward or backward pass of a micro-batch, and time or record it if that is asked for."""
+    def _observed(self, action: Action, run: Callable[[], Any]) -> Any:
+        """Compute a pass, and time or record it if that is asked for."""
         if self._recorded is None:
-            return run(number, *args) if self._timer is None else self._timer.time(run, number, *args)
+            return run() if self._timer is None else self._timer.time(run)
         start_s = time.perf_counter() - self._record_from_s
-        result, seconds = timed_call(lambda: run(number, *args), self._device)
+        result, seconds = timed_call(run, self._device)
+        kind, stage, number = action
         micro_batch = self._micro_batches_before + number
-        self._recorded.append(Pass(self._stage, kind, micro_batch, start_s, start_s + seconds))
+        self._recorded.append(Pass(stage, kind, micro_batch, start_s, start_s + seconds))
         return result
 
 
@@ -205,8 +255,15 @@ class _Running:
         received: What the stage before has sent; None on the first stage.
         output: The loss on the last stage. On others the output, and once it is sent, its tensors that have a gradient.
         sent: What was sent to the stage after; None on the last stage.
+        jobs: Functions that compute what the backward pass has put off.
     """
 
     received: Received | None
     output: Any
     sent: Sent | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    def compute(self) -> None:
+        """Compute what the backward pass has put off, and release what that takes."""
+        while self.jobs:
+            self.jobs.pop()()

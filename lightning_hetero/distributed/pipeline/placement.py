@@ -104,8 +104,8 @@ class TensorPlacement:
 
     @property
     def own_layers(self) -> list[nn.Module]:
-        """The layers of this rank's stage."""
-        return [self._layers[i] for i in self.plan.layers(self.plan.stage_of(self._rank))]
+        """The layers of this rank's stages."""
+        return [self._layers[i] for i in self.plan.layers_of(self._rank)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -11,10 +11,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
+from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order
+from lightning_hetero.balance.pipeline.orders.order import Order
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageProblem
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
-from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan, WantedSchedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
@@ -27,6 +30,7 @@ from lightning_hetero.plugin.pipeline.step import Example
 __all__ = ["PipelineFindings", "budget_bytes", "find_stages", "first_plan", "report_findings"]
 
 _MEMORY_FRACTION = 0.92
+_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or one more than there are ranks, if its memory is unknown
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class PipelineFindings:
         advice: Predictions for the plan and its alternatives.
         training: Whether the predictions are for training steps.
         problem: The measurements as the watching of the stages needs them.
+        choice: How the stages are run, if that was chosen; None for the pipeline schedule that the user has named.
+        split_layers: Numbers of the layers whose backward pass can be split.
     """
 
     plan: StagePlan
@@ -48,6 +54,13 @@ class PipelineFindings:
     advice: PipelineAdvice
     training: bool
     problem: StageProblem
+    choice: PipelineChoice | None = None
+    split_layers: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> Order | None:
+        """The passes of each rank; None for a known pipeline schedule."""
+        return None if self.choice is None else self.choice.order
 
     def changed(self, plan: StagePlan, factors: Sequence[float]) -> PipelineFindings:
         """Return the findings for other stages, on devices that take ``factors`` times as long as when they were timed.
@@ -66,7 +79,8 @@ def find_stages(
     placement: TensorPlacement,
     calls: LayerCalls,
     example: Example,
-    schedule: Schedule,
+    schedule: WantedSchedule,
+    micro_batches: int,
     device: torch.device,
     budget_bytes: float | None,
     state_per_parameter: float,
@@ -77,7 +91,8 @@ def find_stages(
         placement: Current placement of the layers.
         calls: All layers of the model and how they are called.
         example: A micro-batch to time the layers with.
-        schedule: Order of forward and backward passes, "1f1b" or "gpipe".
+        schedule: The user's ``schedule``.
+        micro_batches: Number of micro-batches that a step may have.
         device: Device on which this rank computes.
         budget_bytes: Memory that this rank may use, in bytes; None if it is unknown.
         state_per_parameter: Number of values that the optimisers keep for each trained value.
@@ -85,18 +100,28 @@ def find_stages(
     Raises:
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
-    profile = profile_layers(placement, calls, example.call, example.loss_of, device)
+    chooses = example.training and schedule in ("auto", "v")
+    profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    return decide_on_rank_zero(numbers, _decision(placement.plan, example, schedule, state_per_parameter))
+    decide = _decision(placement.plan, example, schedule, micro_batches, state_per_parameter)
+    return decide_on_rank_zero(numbers, decide)
 
 
 def _decision(
-    current: StagePlan, example: Example, schedule: Schedule, state_per_parameter: float
+    current: StagePlan, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
 ) -> Callable[[list[list[float]]], PipelineFindings]:
+    schedule: Schedule = "gpipe" if wanted == "gpipe" else "1f1b"
+
     def decide(rows: list[list[float]]) -> PipelineFindings:
         profiles = [LayerProfile.from_numbers(row[1:]) for row in rows]
         backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
-        costs = LayerCosts(tuple(p.forward_s for p in profiles), tuple(backward))
+        costs = LayerCosts(
+            tuple(p.forward_s for p in profiles),
+            tuple(backward),
+            tuple(p.input_s for p in profiles),
+            tuple(p.weight_s for p in profiles),
+        )
+        split_layers = tuple(i for i in range(costs.num_layers) if min(p.weight_s[i] for p in profiles) > 0)
         budgets = tuple(row[0] for row in rows)
         memory, kept = None, profiles[0]
         of_layers = list(zip(kept.parameter_bytes, kept.constant_bytes, strict=True))
@@ -112,14 +137,25 @@ def _decision(
             )
         transfer_s = profiles[0].transfer_s
         last_rank = current.ranks[-1]
-        plan = plan_pipeline(costs, example.micro_batches, schedule, transfer_s, memory, last_rank)
-        advice = advise_pipeline(costs, plan, example.micro_batches, schedule, transfer_s, example.samples, memory)
+        choice = None
+        if example.training and wanted in ("auto", "v"):
+            most = None if memory is not None else max(_HELD_UNKNOWN, len(profiles) + 1)
+            problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, memory, most, bool(split_layers))
+            choice = choose_order(problem, always_v=wanted == "v")
+            plan = choice.stages
+        else:
+            plan = plan_pipeline(costs, example.micro_batches, schedule, transfer_s, memory, last_rank)
+        planned_s = None if choice is None or choice.order is None else choice.step_s
+        advice = advise_pipeline(
+            costs, plan, example.micro_batches, schedule, transfer_s, example.samples, memory, planned_s
+        )
         # all ranks have copied a layer at the same time; the last of them has not waited
         copy_s = [min(profile.copy_s[layer] for profile in profiles) for layer in range(costs.num_layers)]
         more = [n / max(sum(sizes), 1) for n, sizes in zip(weights, of_layers, strict=True)]
         moving_s = tuple(seconds * max(times, 1.0) for seconds, times in zip(copy_s, more, strict=True))
         known = (example.micro_batches, example.samples, schedule, transfer_s, memory, moving_s)
-        return PipelineFindings(plan, costs, transfer_s, advice, example.training, StageProblem(costs, *known))
+        watched = StageProblem(costs, *known)
+        return PipelineFindings(plan, costs, transfer_s, advice, example.training, watched, choice, split_layers)
 
     return decide
 
@@ -152,7 +188,7 @@ def first_plan(
         return StagePlan(uniform.ranks, (*splits, num_layers))
     if speeds is not None:
         return solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * num_layers, speeds))
-    fits = found is not None and (found.num_stages, found.num_layers) == (uniform.num_stages, uniform.num_layers)
+    fits = found is not None and (found.world_size, found.num_layers) == (world_size, num_layers)
     return found if found is not None and fits else uniform
 
 
@@ -176,6 +212,7 @@ def report_findings(trainer: Trainer, findings: PipelineFindings) -> None:
     plan = findings.plan
     for sentence in (
         f"{list(plan.layers_of_ranks)} layers per rank, in the order of ranks {list(plan.ranks)}",
+        *([] if findings.choice is None else [findings.choice.reason]),
         *findings.advice.sentences(),
     ):
         say(trainer, f"hetero_pipeline: {sentence}")

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.moves import layer_moves
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, broadcast_from
 from lightning_hetero.distributed.data.divided_by_user import functions_of_single_process
@@ -46,7 +47,8 @@ class Runtime:
         plan: The stages to begin with.
         rank: This rank.
         device: This rank's device.
-        schedule: Pipeline schedule, "1f1b" or "gpipe".
+        schedule: Order of the passes: the name of a known one, or an order.
+        split_layers: Numbers of the layers whose backward pass an order may split.
         num_microbatches: Number of micro-batches per step.
         loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
             sizes.
@@ -72,7 +74,8 @@ class Runtime:
         *,
         rank: int,
         device: torch.device,
-        schedule: Schedule,
+        schedule: Schedule | Order,
+        split_layers: Sequence[int],
         num_microbatches: int,
         loss_weights: LossWeights,
     ) -> None:
@@ -81,6 +84,7 @@ class Runtime:
         self._rank = rank
         self._device = device
         self._schedule = schedule
+        self._split_layers = split_layers
         self._num_microbatches = num_microbatches
         self._loss_weights = loss_weights
         self._overrides = ExitStack()
@@ -108,7 +112,15 @@ class Runtime:
 
     def _new_pipeline(self) -> Pipeline:
         placement = self.placement
-        return Pipeline(self.found.calls, placement.plan, self._schedule, self._rank, self._device, self.timer)
+        return Pipeline(
+            self.found.calls,
+            placement.plan,
+            self._schedule,
+            self._rank,
+            self._device,
+            self.timer,
+            self._split_layers,
+        )
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(
@@ -158,6 +170,15 @@ class Runtime:
             if any(a is not b for a, b in zip(before, self.found.layers, strict=True)):  # the order of calls
                 self.move(self.placement.plan, optimizers)
             verify_layers(self._module, self.found, self.placement, self.pipeline, call)
+
+    def reorder(self, schedule: Schedule | Order, split_layers: Sequence[int]) -> None:
+        """Run the next stages in another order; every rank must call :meth:`move` afterwards.
+
+        Args:
+            schedule: Order of the passes.
+            split_layers: Numbers of the layers whose backward pass the order may split.
+        """
+        self._schedule, self._split_layers = schedule, split_layers
 
     def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""

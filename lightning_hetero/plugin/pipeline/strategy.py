@@ -21,8 +21,9 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import Schedule
+from lightning_hetero.balance.pipeline.stages import Schedule, WantedSchedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.common import arguments
@@ -57,7 +58,11 @@ class HeteroPipelineStrategy(WatchingStrategy):
             proportion to them instead.
         speeds: Relative speed of each rank, one positive number per rank: [2, 1] gives rank 0 twice rank 1's layers.
         num_microbatches: Number of micro-batches per step. With more of them, the stages are less idle.
-        schedule: Order of passes. "1f1b" holds the activations of as many micro-batches as stages, "gpipe" of all.
+        schedule: Order of passes. "1f1b" holds the activations of as many micro-batches as stages, "gpipe" of all. In a
+            "v", rank 0 has both ends of the model, so it also computes while a step begins and ends; it holds more
+            micro-batches, as far as memory allows, and each rank may compute gradients of parameters later than those
+            that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
+            and where `splits` or `speeds` give the stages. Layers do not move in a planned order.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
@@ -100,7 +105,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         splits: Literal["auto"] | list[int] = "auto",
         speeds: list[float] | None = None,
         num_microbatches: int = 4,
-        schedule: Schedule = "1f1b",
+        schedule: WantedSchedule = "1f1b",
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], float] | None = None,
         max_memory_bytes: int | list[int] | None = None,
@@ -118,11 +123,16 @@ class HeteroPipelineStrategy(WatchingStrategy):
         **unknown: Any,
     ) -> None:
         arguments.check_at_least("num_microbatches", num_microbatches, 1)
-        arguments.check_choice("schedule", schedule, ("1f1b", "gpipe"))
+        arguments.check_choice("schedule", schedule, ("auto", "1f1b", "gpipe", "v"))
         arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         arguments.check_splits(splits)
         if speeds is not None:
             arguments.check_numbers("speeds", speeds)
+        if schedule == "v" and (splits != "auto" or speeds is not None):
+            raise ConfigurationError(
+                '`schedule="v"` needs stages that are found by timing, got `splits` or `speeds`. Leave them out, or use'
+                ' schedule="1f1b".'
+            )
         if splits != "auto" and speeds is not None:
             raise ConfigurationError("`speeds` must be None if `splits` says how the layers are divided. Give one.")
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
@@ -214,10 +224,17 @@ class HeteroPipelineStrategy(WatchingStrategy):
             self.plan,
             rank=self.global_rank,
             device=self.root_device,
-            schedule=self.schedule,
+            schedule=self._first_schedule(),
+            split_layers=() if self.findings is None else self.findings.split_layers,
             num_microbatches=self.num_microbatches,
             loss_weights=partial(loss_weights, loss_reduction=self.loss_reduction, num_loss_terms=self.num_loss_terms),
         )
+
+    def _first_schedule(self) -> Schedule | Order:
+        """Return the order of the passes of the stages to begin with."""
+        if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
+            return self.findings.order
+        return "gpipe" if self.schedule == "gpipe" else "1f1b"
 
     @override
     def _context_of(self, *, training: bool) -> AbstractContextManager[None]:

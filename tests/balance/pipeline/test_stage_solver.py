@@ -136,7 +136,7 @@ def test_uniform_stages_ignore_speeds() -> None:
 
 @pytest.mark.parametrize("plan", [((1, 0), (0, 4)), ((0, 0), (2, 4)), ((1, 0), (4, 2)), ((0,), ())])
 def test_a_stage_without_layers_is_refused(plan: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with pytest.raises(ConfigurationError, match="one stage of at least one layer on each rank"):
+    with pytest.raises(ConfigurationError, match="a stage of at least one layer on each rank"):
         StagePlan(*plan)
 
 

@@ -95,8 +95,12 @@ def changed(line: str, **values: object) -> str:
         ([LINES[0], changed(LINES[1], own_s=[1])], "`own_s` must have 2 entries, got 1"),
         ([LINES[0], changed(LINES[1], overhead_s=[])], "must both be present"),
         ([LINES[0], changed(LINES[2], reason=None)], "`reason` must be a string"),
-        ([LINES[0], changed(LINES[4], ends=[3, 3])], "one stage per rank"),
-        ([LINES[0], changed(LINES[5], stages=[0, 1, 2, 0])], "less than the number of ranks"),
+        ([LINES[0], changed(LINES[4], ends=[3, 3])], "stages of all ranks"),
+        (
+            [LINES[0], changed(LINES[4], ranks=[0, 1, 0, 1], ends=[1, 2, 3, 4], forward_s=[], backward_s=[])],
+            "stages of all",
+        ),
+        ([LINES[0], changed(LINES[5], stages=[0, 1, 3, 0])], "at most the number of ranks"),
         ([LINES[0], "[" * 100_000, LINES[1]], "line 2"),
     ],
 )

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
-from lightning_hetero.balance.pipeline.simulation import Timeline, order_of_passes
+from lightning_hetero.balance.pipeline.orders.order import known_order
+from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
@@ -145,9 +146,10 @@ def check_recorded_step(timeline: Timeline | None) -> None:
     assert timeline is not None
     ends = {(one.kind, one.stage, one.micro_batch): one.end_s for one in timeline.passes}
     assert len(ends) == len(timeline.passes) == 2 * 2 * 8
+    orders = known_order((0, 1), 8, "1f1b").actions
     for stage in range(2):
         own = sorted((one for one in timeline.passes if one.stage == stage), key=lambda one: one.start_s)
-        assert [(one.kind, one.micro_batch) for one in own] == order_of_passes(stage, 2, 8, "1f1b")
+        assert [(one.kind, one.stage, one.micro_batch) for one in own] == [*orders[stage]]
         assert all(a.end_s <= b.start_s for a, b in pairwise(own))
         for one in own:
             before = 0 if one.kind == "forward" else 1

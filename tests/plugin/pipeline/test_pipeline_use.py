@@ -26,6 +26,7 @@ from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
+from lightning_hetero.distributed.pipeline import messages
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.pipeline import planning
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
@@ -334,12 +335,16 @@ def received_in_training(num_microbatches: int) -> tuple[int, float, list[Any]]:
     received: list[weakref.ref[Any]] = []
     held: list[int] = []
     forked: list[Any] = []
-    send_and_receive, fork_rng = dist.batch_isend_irecv, torch.random.fork_rng
+    fork_rng = torch.random.fork_rng
 
-    def noting(operations: list[Any]) -> Any:
-        received.extend(weakref.ref(operation.tensor) for operation in operations if operation.op is dist.irecv)
-        held.append(sum(tensor.nbytes for ref in received if (tensor := ref()) is not None))
-        return send_and_receive(operations)
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dist, name)
+
+        def irecv(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            received.append(weakref.ref(tensor))
+            held.append(sum(there.nbytes for ref in received if (there := ref()) is not None))
+            return dist.irecv(tensor, *args, **kwargs)
 
     def forking(devices: Any = None, *args: Any, **kwargs: Any) -> Any:
         forked.append(devices)
@@ -348,7 +353,7 @@ def received_in_training(num_microbatches: int) -> tuple[int, float, list[Any]]:
     strategy = HeteroPipelineStrategy(num_microbatches=num_microbatches, max_memory_bytes=10**9)
     trainer = make_trainer(strategy, dist.get_world_size(), max_epochs=2, limit_val_batches=1.0)
     with (
-        mock.patch.object(dist, "batch_isend_irecv", noting),
+        mock.patch.object(messages, "dist", Noting()),
         mock.patch.object(torch.random, "fork_rng", forking),
         mock.patch.object(planning, "StageMemory", side_effect=StageMemory) as memories,
     ):

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from typing_extensions import override
 
-from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
+from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
@@ -32,7 +32,8 @@ class WatchingStrategy(SavingStrategy):
 
     splits: Any
     speeds: Any
-    schedule: Schedule
+    schedule: WantedSchedule
+    num_microbatches: int
     max_memory_bytes: Any
     min_gain: float
     watch_steps: int
@@ -95,16 +96,20 @@ class WatchingStrategy(SavingStrategy):
                     running.found.calls,
                     example,
                     self.schedule,
+                    self.num_microbatches,
                     self.root_device,
                     budget_bytes(self.max_memory_bytes, self.global_rank, self.root_device),
                     max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
                 )
             self.plan = self.findings.plan
-            if self.plan != running.placement.plan:
+            if self.findings.order is not None:
+                running.reorder(self.findings.order, self.findings.split_layers)
+            if self.findings.order is not None or self.plan != running.placement.plan:
                 running.move(self.plan, self.optimizers)
             if self.verbose:
                 report_findings(module.trainer, self.findings)
-        if training and self.watch_steps and self._watcher is None:
+        # other stages would need another order
+        if training and self.watch_steps and self._watcher is None and self.findings.order is None:
             self._watcher = StageWatcher(
                 module.trainer, running, self.findings, self.min_gain, self.watch_steps, self.root_device,
                 verbose=self.verbose,

@@ -1,0 +1,248 @@
+"""Search stages and an order of passes for unequal ranks under limits of memory.
+
+Two shapes are tried: one stage per rank, the fastest first, since its passes begin first; and a V, in which one rank
+has both ends of the model and so computes at the beginning and at the end of a step, when the others wait.  The borders
+between the stages of a shape are found by bisection of the time of a step.  Then list scheduling finds an order, single
+layers are moved, and other choices are drawn, until the time is proven to be the best or the effort is spent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
+from random import Random
+
+from lightning_hetero.balance.pipeline.orders.listing import Choices, Task, bound_s, list_schedule
+from lightning_hetero.balance.pipeline.orders.order import Order
+from lightning_hetero.balance.pipeline.simulation import PassTimes
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
+
+__all__ = ["OrderPlan", "OrderProblem", "plan_order", "straight_shapes", "v_shapes"]
+
+Rows = tuple[tuple[float, ...], ...]
+
+_EFFORT = 60_000  # passes that are scheduled in a search: some half a second
+_BISECTIONS = 40
+_PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # of its work, that a rank with both ends has in its first stage
+_CLOSE = 1.001  # of the bound: nothing is to be gained
+_PLAIN = (Choices(), Choices(forward_first=True), Choices(fills=1.0))
+_NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """What a search is about.
+
+    Attributes:
+        costs: Time of every layer on every rank, for one micro-batch.
+        micro_batches: Number of micro-batches per step.
+        last_rank: Rank of the last stage.
+        transfer_s: Seconds that a transfer between two ranks takes.
+        memory: Memory needs and budgets that a plan must respect; None if unknown.
+        most_held: How many micro-batches a rank may hold at a time, if its memory allows it; None for all.
+        split: Whether gradients of parameters may be computed later than those of inputs.
+    """
+
+    costs: LayerCosts
+    micro_batches: int
+    last_rank: int = 0
+    transfer_s: float = 0.0
+    memory: StageMemory | None = None
+    most_held: int | None = None
+    split: bool = False
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds per step if no rank ever waited and each did the same part of every layer, by its speed."""
+        return self.micro_batches / sum(1 / sum(row) for row in self.costs.total_s)
+
+    def task(self, plan: StagePlan) -> Task | None:
+        """Return what has to be ordered; None if the plan leaves a rank no memory for activations."""
+        costs, m = self.costs, self.micro_batches
+        rows = [(rank, plan.layers(stage)) for stage, rank in enumerate(plan.ranks)]
+        forward = [sum(costs.forward_s[rank][i] for i in layers) for rank, layers in rows]
+        if self.memory is None:
+            held = tuple(float(len(layers)) for _, layers in rows)
+            free = (inf,) * plan.world_size
+        else:
+            held = tuple(sum(self.memory.activations_bytes[i] for i in layers) for _, layers in rows)
+            free = self.memory.left_bytes(plan)
+        full = [sum(held[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size)]
+        most = self.most_held or m
+        caps = tuple(min(cap, most * whole) for cap, whole in zip(free, full, strict=True))
+        if any(cap < 0 for cap in caps):
+            return None
+        inputs: Rows = costs.backward_s
+        weights: Rows = ()
+        if self.split and costs.weight_s:
+            inputs, weights = costs.input_s, costs.weight_s
+        first = [sum(inputs[rank][i] for i in layers) for rank, layers in rows]
+        second = [sum(weights[rank][i] for i in layers) if weights else 0.0 for rank, layers in rows]
+        times = PassTimes(*([(t,) * m for t in row] for row in (forward, first, second)))
+        return Task(plan.ranks, times, held, caps, self.transfer_s)
+
+
+@dataclass(frozen=True)
+class OrderPlan:
+    """Stages with an order of passes.
+
+    Attributes:
+        stages: The stages.
+        order: The passes of each rank.
+        step_s: Predicted seconds per step.
+        bound_s: Seconds per step that no order of these stages can beat.
+    """
+
+    stages: StagePlan
+    order: Order
+    step_s: float
+    bound_s: float
+
+
+def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> OrderPlan | None:
+    """Return the best stages and order that were found; None if nothing fits into memory.
+
+    The same arguments give the same result, because the effort is counted and not timed.
+
+    Args:
+        problem: What the search is about.
+        shapes: Ranks of the stages, for each shape that is tried; see :func:`straight_shapes` and :func:`v_shapes`.
+        seed: Seed of the random choices.
+    """
+    search = _Search(problem)
+    starts = {plan for shape in shapes for plan in _starts(problem, shape)}
+    bounds = {plan: bound_s(task) for plan in starts if (task := problem.task(plan)) is not None}
+    for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends)):
+        if search.is_worth_it(bounds[plan]):
+            search.improve(plan)
+    search.vary(Random(seed))
+    return search.best
+
+
+def straight_shapes(costs: LayerCosts, last_rank: int) -> list[tuple[int, ...]]:
+    """Return the ranks of stages if each rank has one: the fastest first, and the slowest first."""
+    others = _fastest_first(costs, last_rank)
+    return list(dict.fromkeys([(*others, last_rank), (*others[::-1], last_rank)]))
+
+
+def v_shapes(costs: LayerCosts, last_rank: int) -> list[tuple[int, ...]]:
+    """Return the ranks of stages if ``last_rank`` has both ends."""
+    others = _fastest_first(costs, last_rank)
+    if not others or costs.num_layers < len(others) + 2:
+        return []
+    return list(dict.fromkeys([(last_rank, *others, last_rank), (last_rank, *others[::-1], last_rank)]))
+
+
+def _fastest_first(costs: LayerCosts, last_rank: int) -> list[int]:
+    return sorted((r for r in range(costs.world_size) if r != last_rank), key=lambda r: sum(costs.total_s[r]))
+
+
+class _Search:
+    """A search, with the best plan so far.
+
+    Args:
+        problem: What the search is about.
+    """
+
+    def __init__(self, problem: OrderProblem) -> None:
+        self._problem = problem
+        self._left = _EFFORT
+        self._tried: set[StagePlan] = set()
+        self.best: OrderPlan | None = None
+
+    def is_worth_it(self, least_s: float) -> bool:
+        """Return whether a plan with this bound may be better than the best, and effort is left."""
+        return self.best is None or (self._left > 0 and least_s < self.best.step_s * (1 - 1e-9))
+
+    def improve(self, plan: StagePlan) -> None:
+        """Try a plan, and move single layers as long as it becomes faster."""
+        step_s = self._try(plan)
+        moved = True
+        while moved and self._left > 0:
+            moved = False
+            for other in _moved(plan):
+                if other not in self._tried and (other_s := self._try(other)) < step_s * (1 - 1e-9):
+                    plan, step_s, moved = other, other_s, True
+                    break
+
+    def vary(self, random: Random) -> None:
+        """Draw other choices for the best plan until the effort is spent or nothing is to be gained."""
+        while self.best is not None and self._left > 0 and self.best.step_s > _CLOSE * self.best.bound_s:
+            task = self._problem.task(self.best.stages)
+            assert task is not None
+            choices = Choices(
+                forward_first=random.random() < 0.3,
+                fills=random.choice((0.0, 0.0, 0.5)),
+                noise=random.choice(_NOISES),
+                random=random,
+            )
+            self._keep(self.best.stages, task, self.best.bound_s, choices)
+
+    def _try(self, plan: StagePlan) -> float:
+        self._tried.add(plan)
+        task = self._problem.task(plan)
+        if task is None:
+            return inf
+        least_s = bound_s(task)
+        return min(self._keep(plan, task, least_s, choices) for choices in _PLAIN) if self.is_worth_it(least_s) else inf
+
+    def _keep(self, plan: StagePlan, task: Task, least_s: float, choices: Choices) -> float:
+        self._left -= 2 * len(task.ranks) * task.micro_batches
+        found = list_schedule(task, choices)
+        if found is None:
+            return inf
+        order, step_s = found
+        if self.best is None or step_s < self.best.step_s * (1 - 1e-9):
+            self.best = OrderPlan(plan, order, step_s, least_s)
+        return step_s
+
+
+def _moved(plan: StagePlan) -> Iterator[StagePlan]:
+    ends = (0, *plan.ends)
+    for stage in range(1, plan.num_stages):
+        for step in (-1, 1):
+            if ends[stage - 1] < ends[stage] + step < ends[stage + 1]:
+                yield StagePlan(plan.ranks, (*ends[1:stage], ends[stage] + step, *ends[stage + 1 :]))
+
+
+def _starts(problem: OrderProblem, ranks: tuple[int, ...]) -> Iterator[StagePlan]:
+    """Yield stages whose ranks have as much time for their work as the passes before their first leave them."""
+    twice = len(ranks) > problem.costs.world_size
+    for part in _PARTS if twice else (1.0,):
+        low, high, found = 0.0, 4 * problem.micro_batches * max(map(sum, problem.costs.total_s)), None
+        for _ in range(_BISECTIONS):
+            step_s = (low + high) / 2
+            ends = _ends_within(problem, ranks, part, step_s)
+            if ends is None:
+                low = step_s
+            else:
+                high, found = step_s, ends
+        if found is not None:
+            yield StagePlan(ranks, found)
+
+
+def _ends_within(problem: OrderProblem, ranks: tuple[int, ...], part: float, step_s: float) -> tuple[int, ...] | None:
+    """Return where stages end that take as many layers as they can; None if layers remain."""
+    costs, layers = problem.costs, problem.costs.num_layers
+    prefixes = {rank: [0.0, *accumulate(costs.total_s[rank])] for rank in ranks}
+    left_s = {}
+    head_s, end = 0.0, 0
+    ends: list[int] = []
+    for stage, rank in enumerate(ranks):
+        prefix = prefixes[rank]
+        if rank not in left_s:
+            left_s[rank] = (step_s - head_s) / problem.micro_batches
+        is_twice = rank in ranks[stage + 1 :]
+        room_s = left_s[rank] * (part if is_twice else 1.0)
+        start, most = end, layers - (len(ranks) - 1 - stage)
+        end = min(bisect_right(prefix, (prefix[start] + room_s) * (1 + 1e-12)) - 1, most)
+        if end <= start:
+            return None
+        left_s[rank] -= prefix[end] - prefix[start]
+        head_s += sum(costs.forward_s[rank][start:end]) + problem.transfer_s
+        ends.append(end)
+    return tuple(ends) if end == layers else None
