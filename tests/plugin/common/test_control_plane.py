@@ -179,12 +179,12 @@ def test_a_pipeline_exchanges_activations_and_gradients_and_nothing_else(ranks: 
         assert of_device == {("send", ACTIVATIONS): 4, ("recv", ACTIVATIONS): 4, norm: 1}
         # whether SIGTERM has come, and the output of the step with its size
         assert sum(n for (group, name, _), n in ordinary.items() if (group, name) == ("host", "broadcast")) == 3
-        assert {phase for phase in others if phase.startswith("step")} <= {
-            "step 0",
-            f"step {SAVED - 1}",
-            f"step {SAVED}",
-            f"step {STEPS}",  # after the last: the hooks of the epoch
-        }
+        # after the last: the hooks of the epoch
+        known = {"step 0", f"step {SAVED - 1}", f"step {SAVED}", f"step {STEPS}"}
+        windows = [phase for phase in others if phase.startswith("step") and phase not in known]
+        assert 0 < len(windows) < STEPS / 10  # in which ranks tell each other how long their passes take
+        for phase in windows:
+            assert {(name, size): n for (g, name, size), n in others[phase].items() if g == "device"} == of_device
     # a batch: what follows, and its three tensors
     ordinary, _ = of_steps(first)
     sent = {size: n for (group, name, size), n in ordinary.items() if (group, name) == ("host", "send")}
