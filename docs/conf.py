@@ -32,6 +32,9 @@ napoleon_use_ivar = True
 doctest_global_setup = """
 from lightning_hetero.balance.tuning.advice import *
 from lightning_hetero.balance.batch.batch_solver import *
+from lightning_hetero.balance.pipeline.moves import *
+from lightning_hetero.balance.pipeline.orders.order import *
+from lightning_hetero.balance.pipeline.orders.proof import *
 from lightning_hetero.balance.pipeline.simulation import *
 from lightning_hetero.balance.tuning.prior import *
 from lightning_hetero.balance.batch.sharding import *
