@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and how tests share the workers of ``pytest -n 3 --dist loadgroup``."""
+"""Fixtures that every test may use, and how tests share the workers of ``pytest -n 4 --dist loadgroup``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ TIMED = {
     "test_load_balancer.py",
     "test_memory.py",
     "test_pipeline_drift.py",
+    "test_pipeline_orders.py",
     "test_pipeline_planning.py",
     "test_poison.py",
     "test_reporter.py",

@@ -30,6 +30,8 @@ from lightning_hetero.exceptions import ConfigurationError
 
 TESTS = Path(__file__).parents[2]
 START = "import sys; sys.argv[0] = 'lightning-hetero'"
+# which what a shell runs in the background does not
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 RUN = "from lightning_hetero.command.main import main\nsys.exit(main())"
 
 
@@ -206,7 +208,7 @@ def test_an_interruption_leaves_nothing_behind(sent: signal.Signals, status: int
     token = uuid.uuid4().hex
     with all_ended(token):
         process = subprocess.Popen(
-            [sys.executable, "-c", f"{START}\n{RUN}", "check", "--only", "exact"],
+            [sys.executable, "-c", f"{START}\n{HEARS_CTRL_C}\n{RUN}", "check", "--only", "exact"],
             env={**os.environ, "LIGHTNING_HETERO_TEST_RUN": token},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
