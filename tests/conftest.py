@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and how tests share the workers of ``pytest -n 4 --dist loadgroup``."""
+"""Fixtures that every test may use, and how tests share the workers of ``pytest -n 3 --dist loadgroup``."""
 
 from __future__ import annotations
 

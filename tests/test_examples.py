@@ -102,6 +102,6 @@ def test_a_pipeline_runs_from_yaml(arguments: list[str]) -> None:
 @pytest.mark.parametrize("subcommand", ["fit", pytest.param("validate", marks=thorough)])
 def test_shards_run_from_yaml(subcommand: str) -> None:
     config = ["--config", str(EXAMPLES / "characters_shards.yaml"), "--trainer.limit_val_batches=1"]
-    steps = ["--trainer.max_steps=2"] if subcommand == "fit" else []
+    steps = ["--trainer.max_steps=2", "--trainer.strategy.start_method=fork"] if subcommand == "fit" else []
     printed = run_example(subcommand, *config, *steps, name="characters")
     assert "error" not in printed.lower(), printed

@@ -69,7 +69,7 @@ CONVERTED_BACK = "import pytorch_lightning; from lightning_hetero import *; impo
         (CONVERTED, "pytorch_lightning"),
         pytest.param(BOTH, "pytorch_lightning", marks=thorough),
         pytest.param(BOTH, "lightning.pytorch", marks=thorough),
-        (CONVERTED_BACK, "lightning.pytorch"),
+        pytest.param(CONVERTED_BACK, "lightning.pytorch", marks=thorough),
     ],
 )
 def test_a_training_is_that_of_ddp(imports: str, package: str) -> None:

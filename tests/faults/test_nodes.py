@@ -98,6 +98,7 @@ def link() -> Any:
     return module
 
 
+@thorough
 @pytest.mark.timeout(300)
 def test_two_nodes_with_a_slow_link(tmp_path: Path) -> None:
     """A network namespace and a host name each, and 10 Mbit/s between them."""

@@ -74,7 +74,7 @@ def pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_script(PROGRAMS / "pipeline.py", *arguments, folder=folder, timeout_s=120, patience_s=30)
 
 
-@pytest.mark.parametrize("name", ["hetero_pipeline", "hetero_pipeline_spawn"])
+@pytest.mark.parametrize("name", [pytest.param("hetero_pipeline", marks=thorough), "hetero_pipeline_spawn"])
 def test_a_name_starts_a_pipeline(tmp_path: Path, name: str) -> None:
     done = pipeline(tmp_path, repr(name), "well")
     assert done.returncode == 0, done.stderr
@@ -99,7 +99,12 @@ SPLIT = "HeteroPipelineStrategy(splits=[1, 2], num_microbatches=2, start_method=
         (SPAWN, ("layer", "2"), "KeyError: 'of a layer'"),
         (POPEN, ("loss",), "KeyError: 'of a loss'"),
         (POPEN, ("data",), "KeyError: 'of a sample'"),
-        ("popen", ("data", "saves"), "RankFailedError: `hetero_pipeline` cannot save after a run has failed"),
+        pytest.param(
+            "popen",
+            ("data", "saves"),
+            "RankFailedError: `hetero_pipeline` cannot save after a run has failed",
+            marks=thorough,
+        ),
         pytest.param(
             "popen",
             ("data", "callback saves"),

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from profiles import thorough
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.functional import mse_loss, softplus
@@ -447,7 +448,9 @@ MORE_CASES = {
 # ---- double precision ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*CASES, *MORE_CASES])
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(n, marks=thorough) if n == "compiled_part" else n for n in MORE_CASES)]
+)
 def test_the_gradients_are_those_of_whole_batches_and_nothing_of_a_stand_in(ranks: RankPools, name: str) -> None:
     case = (CASES | MORE_CASES)[name]
     (single,) = on_ranks(ranks, "single", case, STAND_IN)
