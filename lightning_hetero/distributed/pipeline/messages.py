@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_hetero.balance.pipeline.orders.order import Message, Order
+from lightning_hetero.balance.pipeline.orders.order import Message
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.pipeline.passes.channels import channel
 from lightning_hetero.distributed.pipeline.structure import Description, flatten, unflatten
@@ -47,10 +47,9 @@ class Exchange:
         self._sent: dict[tuple[int, int], Sent] = {}  # values whose gradients come back, by stage and micro-batch
         self._posted: list[_Posted] = []
 
-    def begin(self, order: Order) -> None:
-        """Expect the messages of a step, or of an evaluation."""
-        sources = range(len(order.actions))
-        self._expected = {source: deque(order.messages(source, self._rank)) for source in sources}
+    def begin(self, expected: Mapping[int, Sequence[Message]]) -> None:
+        """Expect the messages of a step, or of an evaluation, by source and in its order."""
+        self._expected = {source: deque(messages) for source, messages in expected.items()}
 
     def receive(self, source: int, message: Message) -> Received:
         """Return the value of a micro-batch from the stage before."""

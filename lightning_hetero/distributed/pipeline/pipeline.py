@@ -82,6 +82,7 @@ class Pipeline:
         if plan.num_stages > 1:
             open_channels(plan.ranks, device)
         self._exchange = Exchange(rank, device)
+        self._parts: dict[tuple[int, bool], _Part] = {}
         self._deferred = DeferredGradients(
             calls.layers[number] for number in plan.layers_of(rank) if split_layers is None or number in split_layers
         )
@@ -128,13 +129,11 @@ class Pipeline:
             loss_of: Function that returns the loss of a micro-batch, given its number and the last layer's output; used
                 on the last stage. Losses already contain the weights of their micro-batches.
         """
-        order = self._order(count)
-        self._exchange.begin(order)
-        actions = order.actions[self._rank]
-        is_split = any(action.kind == "weight" for action in actions)
+        part = self._part(count, training=True)
+        self._exchange.begin(part.expected)
         running: dict[tuple[int, int], _Running] = {}
-        with self._deferred.installed() if is_split else nullcontext():
-            for action in actions:
+        with self._deferred.installed() if part.is_split else nullcontext():
+            for action in part.actions:
                 place = (action.stage, action.micro_batch)
                 if action.kind == "forward":
                     running[place] = self._run_forward(action, calls, loss_of)
@@ -149,7 +148,16 @@ class Pipeline:
         self._exchange.finish()
         self._micro_batches_before += count
 
-    def _order(self, count: int) -> Order:
+    def _part(self, count: int, *, training: bool) -> _Part:
+        """Return this rank's part of a step or an evaluation; nearly all of them have the same number."""
+        key = count, training
+        if key not in self._parts:
+            self._parts[key] = _Part.of(self._order(count, training=training), self._rank)
+        return self._parts[key]
+
+    def _order(self, count: int, *, training: bool) -> Order:
+        if not training:
+            return forward_order(self._plan.ranks, count)
         if isinstance(self._schedule, Order):
             assert count <= self._schedule.micro_batches, "an order is for as many micro-batches as a step may have"
             return self._schedule.first(count)
@@ -207,9 +215,9 @@ class Pipeline:
             The outputs of the last layer for each micro-batch; empty on all ranks but that of the last stage.
         """
         outputs: list[Any] = []
-        order = forward_order(self._plan.ranks, count)
-        self._exchange.begin(order)
-        for _, stage, i in order.actions[self._rank]:
+        part = self._part(count, training=False)
+        self._exchange.begin(part.expected)
+        for _, stage, i in part.actions:
             received = self._received(stage, i)
             value = None if received is None else received.value(with_graph=False)
             output = self._calls.run(self._plan.layers(stage), value, calls[i] if calls else None)
@@ -245,6 +253,28 @@ class Pipeline:
         micro_batch = self._micro_batches_before + number
         self._recorded.append(Pass(stage, kind, micro_batch, start_s, start_s + seconds))
         return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One rank's part of an order.
+
+    Attributes:
+        actions: The passes of the rank.
+        expected: What the rank receives, by source, in the order in which that rank sends it.
+        is_split: Whether backward passes are run in two parts.
+    """
+
+    actions: tuple[Action, ...]
+    expected: dict[int, list[Message]]
+    is_split: bool
+
+    @classmethod
+    def of(cls, order: Order, rank: int) -> _Part:
+        """Return the part of a rank."""
+        actions = order.actions[rank]
+        expected = {source: order.messages(source, rank) for source in range(len(order.actions))}
+        return cls(actions, expected, any(action.kind == "weight" for action in actions))
 
 
 @dataclass
