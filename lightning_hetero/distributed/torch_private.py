@@ -33,7 +33,7 @@ __all__ = [
     "is_held_elsewhere",
     "is_without_memory",
     "node_before_ddp",
-    "node_behind_view",
+    "node_of_base",
     "norms_of",
     "queue_after_all_reduce",
     "queue_after_backward",
@@ -94,7 +94,7 @@ def running_function(frame: FrameType) -> type | None:
     return None
 
 
-def node_behind_view(tensor: Tensor) -> Any:
+def node_of_base(tensor: Tensor) -> Any:
     """Return the node of autograd's graph that computed what ``tensor`` is a view of; None if it is no view.
 
     A hook on a view is lost if the view is changed in place, and nothing public tells what it is a view of.

@@ -31,7 +31,7 @@ from lightning_hetero.distributed.torch_private import (
     is_held_elsewhere,
     is_without_memory,
     node_before_ddp,
-    node_behind_view,
+    node_of_base,
     norms_of,
     queue_after_all_reduce,
     queue_after_backward,
@@ -322,16 +322,16 @@ def test_the_leaf_of_what_autocast_saves_is_known() -> None:
     assert cast.shape == leaf.shape
 
 
-def test_what_is_behind_a_view_is_reached_after_a_change_in_place() -> None:
+def test_the_base_of_a_view_is_reached_after_a_change_in_place() -> None:
     x, seen = torch.ones(2, 3, 3, requires_grad=True), []
     y = nn.Linear(3, 3)(x)
-    node = node_behind_view(y)
+    node = node_of_base(y)
     y.register_hook(lambda _: seen.append("the view"))  # lost
-    node.register_prehook(lambda _: seen.append("behind"))
+    node.register_prehook(lambda _: seen.append("base"))
     y += 1
     y.sum().backward()
-    assert seen == ["behind"]
-    assert node_behind_view(torch.ones(2, requires_grad=True) * 2) is None
+    assert seen == ["base"]
+    assert node_of_base(torch.ones(2, requires_grad=True) * 2) is None
 
 
 def test_what_cannot_be_swapped_is_known_in_advance() -> None:

@@ -180,7 +180,7 @@ class Replay:
         """Change to the order in which the layers are called; return the new numbers of the modules that are called."""
         firsts = {self._layer_of[number]: i for i, number in reversed(list(enumerate(called)))}
         keys: list[tuple[int, int]] = []
-        for layer in range(len(self.layers)):  # one that is not called stays behind the one before it
+        for layer in range(len(self.layers)):  # one that is not called keeps its place after the one before it
             keys.append((firsts.get(layer, keys[-1][0] if keys else 0), layer))
         order = [layer for _, layer in sorted(keys)]
         modules = [self._modules[n] for layer in order for n in range(len(self._modules)) if self._layer_of[n] == layer]

@@ -28,7 +28,7 @@ from lightning_hetero.distributed.shards.reductions import Reductions
 from lightning_hetero.distributed.shards.released import without_gradients
 from lightning_hetero.distributed.shards.unit import Unit, WholeUnits
 from lightning_hetero.distributed.shards.units import plan_units
-from lightning_hetero.distributed.torch_private import current_backward_pass, node_behind_view
+from lightning_hetero.distributed.torch_private import current_backward_pass, node_of_base
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["ShardEngine"]
@@ -153,7 +153,7 @@ class ShardEngine:
             for tensor in found:
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(self._before_backward, unit))
-                    if (node := node_behind_view(tensor)) is not None:
+                    if (node := node_of_base(tensor)) is not None:
                         node.register_prehook(partial(self._before_backward, unit))
         if current_backward_pass() == -1 and not unit.active and unit.is_whole and unit is not self.root:
             self._after_use(unit, found)

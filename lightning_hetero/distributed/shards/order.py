@@ -288,14 +288,14 @@ class OrderOfUse:
 def _ahead(done: list[int], units: int) -> list[int]:
     """Return the order in which every unit is gathered right after the one gathered before it, if memory allows."""
     order: list[int] = []
-    behind: list[int] = []  # reductions that come after the gathering of the next unit
+    delayed: list[int] = []  # reductions that come after the gathering of the next unit
     for entry in done:
         if entry < units:
-            order += [entry, *behind]
-            behind = []
+            order += [entry, *delayed]
+            delayed = []
         elif entry > 2 * units:  # a mark stays where it is
-            order += [*behind, entry]
-            behind = []
+            order += [*delayed, entry]
+            delayed = []
         else:
-            behind.append(entry)
-    return order + behind
+            delayed.append(entry)
+    return order + delayed
