@@ -65,14 +65,12 @@ class StageWatch:
 
     Attributes:
         plan: The stages that hold now.
-        changes: Changes of stages, as pairs of the first training step and the stages.
     """
 
     def __init__(
         self, problem: StageProblem, plan: StagePlan, min_gain: float, watch_steps: int, *, asynchronous: bool
     ) -> None:
         self.plan = plan
-        self.changes: list[tuple[int, StagePlan]] = []
         self._problem = problem
         self._rebalancer = StageRebalancer(problem, plan, min_gain, watch_steps)
         self._judge: WindowJudge[StageDecision] = WindowJudge(asynchronous)
@@ -116,13 +114,8 @@ class StageWatch:
         windows = [report.window if report.window.steps else None for report in reports]
         return self._judge.judge(self._rebalancer, windows, self._window.synchronised)
 
-    def follow(self, decision: StageDecision, step: int) -> str | None:
-        """Follow the decision of rank zero, and return the reason if the stages change or would be faster if they did.
-
-        Args:
-            decision: The decision.
-            step: The training step that begins next.
-        """
+    def follow(self, decision: StageDecision) -> str | None:
+        """Follow the decision of rank zero; return the reason if the stages change, or would be faster if they did."""
         self._window = decision.window
         self._skips, self._measured_steps = decision.window.skipped_steps, 0
         before = self._factors_at_last_change
@@ -135,7 +128,6 @@ class StageWatch:
         reason = change_reason(decision.gain, ranks, *times)
         if decision.pays:
             self.plan = self._rebalancer.current = decision.plan
-            self.changes.append((step, decision.plan))
             self._factors_at_last_change = decision.factors
         return reason
 

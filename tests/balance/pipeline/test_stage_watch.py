@@ -88,7 +88,7 @@ def simulate(
             reports = [StageReport(watch.summary(timings[rank]), exchange_s, remaining - step) for rank in ranks]
             reports = [StageReport.from_numbers(report.to_numbers()) for report in reports]
             decision = watch.decide(reports)
-            reason = watch.follow(decision, step)
+            reason = watch.follow(decision)
             if reason is not None:
                 run.reasons.append((step, reason))
             timings = [[] for _ in ranks]

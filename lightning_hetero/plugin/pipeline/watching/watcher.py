@@ -110,7 +110,7 @@ class StageWatcher:
         self._exchange_s = time.perf_counter() - begun_s
         moves = decision.pays and decision.plan != watch.plan
         obstacle = self._running.why_not_moved(decision.plan, optimizers) if moves else None
-        reason = watch.follow(decision, progress.step)
+        reason = watch.follow(decision)
         if reason is None:
             return
         if obstacle is not None:
