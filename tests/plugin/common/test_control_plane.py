@@ -165,7 +165,11 @@ def test_ddp_exchanges_gradients_and_nothing_else(ranks: RankPools, tmp_path: Pa
 
 
 def through_pipeline(ports: tuple[int, int], folder: Path) -> Any:
-    return train(HeteroPipelineStrategy(process_group_backend=NAME, verbose=False), ports, folder)
+    strategy = HeteroPipelineStrategy(process_group_backend=NAME, verbose=False)
+    found = train(strategy, ports, folder)
+    assert strategy._watcher is not None
+    assert strategy._watcher._exchange_s > 0, "by which the next window is chosen, to take a hundredth of the time"
+    return found
 
 
 def test_a_pipeline_exchanges_activations_and_gradients_and_nothing_else(ranks: RankPools, tmp_path: Path) -> None:
