@@ -227,6 +227,9 @@ class _Module:
     def device_count(self) -> int:
         return 8
 
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return 2**33, 2**34
+
     # Values are drawn from the host's generator.
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()

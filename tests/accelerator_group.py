@@ -111,6 +111,13 @@ class VirtualGroup(_C10D.ProcessGroup):  # type: ignore[misc]
         return self._run("broadcast", tensors, tensors, opts=opts or dist.BroadcastOptions())
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        (parts,) = outputs
+        if len({part.numel() for part in parts}) > 1:  # NCCL takes parts of unequal size, gloo does not
+            for root, part in enumerate(parts):
+                options = dist.BroadcastOptions()
+                options.rootRank = root
+                self._run("broadcast", [part], [part], opts=options)
+            return _Done(parts)
         return self._run("allgather", _flat(outputs), outputs, inputs, opts=opts or _C10D.AllgatherOptions())
 
     def _allgather_base(self, output: Any, given: Any, opts: Any = None) -> Any:
@@ -118,6 +125,14 @@ class VirtualGroup(_C10D.ProcessGroup):  # type: ignore[misc]
 
     def reduce(self, tensors: Any, opts: Any) -> Any:
         return self._run("reduce", tensors, tensors, opts=opts)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        for root, part in enumerate(inputs[0]):
+            options = dist.ReduceOptions()
+            options.rootRank = root
+            self._run("reduce", [part], [part], opts=options)
+        values_of(outputs[0]).copy_(values_of(inputs[0][self.rank()]))
+        return _Done(outputs)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> Any:
         return self._run("gather", _flat(outputs), outputs, inputs, opts=opts)

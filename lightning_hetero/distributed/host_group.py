@@ -17,6 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 __all__ = [
     "close_host_group",
     "gloo_is_used",
+    "group_for",
     "group_of",
     "has_own_group",
     "host_group",
@@ -69,6 +70,14 @@ def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if group is None or dist.get_process_group_ranks(group) == [*range(dist.get_world_size())]:
         return host_group()
     return group
+
+
+def group_for(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """Return the group of all ranks that carries a tensor; None for the default group, as torch calls it.
+
+    Lightning moves the states of optimisers to the host when a run ends, and they may still be exchanged then.
+    """
+    return host_group() if tensor.device.type == "cpu" else None
 
 
 def host_timeout() -> timedelta:

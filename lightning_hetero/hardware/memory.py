@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 
 from lightning_hetero.hardware.nvml import Nvml
 
-__all__ = ["CudaMemoryMeter", "MemoryMeter", "MemoryUse", "is_nearly_full", "meter_of", "state_per_parameter"]
+__all__ = [
+    "CudaMemoryMeter",
+    "MemoryMeter",
+    "MemoryUse",
+    "fits",
+    "is_nearly_full",
+    "meter_of",
+    "state_per_parameter",
+]
 
 # Contexts and workspaces of CUDA's libraries take some hundred megabytes, and convolutions may need gigabytes.
 _NEARLY_FULL_FRACTION = 0.05
@@ -95,6 +103,20 @@ def is_nearly_full() -> bool:
         limited = fraction * total - torch.cuda.memory_reserved()
         return bool(min(free, limited) < max(_NEARLY_FULL_BYTES, _NEARLY_FULL_FRACTION * total))
     return False
+
+
+def fits(size_bytes: int, device: torch.device) -> bool:
+    """Return whether a device has much more free memory than ``size_bytes``; False if it does not say.
+
+    Memory that torch's allocator has reserved and does not use is free on CUDA devices.
+    """
+    if (meter := meter_of(device)) is not None:
+        use = meter.read()
+        free_bytes = 0 if use is None else use.available_bytes - use.resident_bytes
+    else:
+        info = getattr(torch.get_device_module(device), "mem_get_info", None)  # not every device has it
+        free_bytes = 0 if info is None else info(device)[0]
+    return bool(2 * size_bytes < free_bytes - _NEARLY_FULL_BYTES)
 
 
 def state_per_parameter(optimizer: Optimizer) -> float:

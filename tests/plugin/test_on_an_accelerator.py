@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,20 +22,23 @@ import torch.distributed as dist
 import torchmetrics
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy
 from stage_trainings import scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import assert_close, make_trainer
 
-from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
+from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy, HeteroPipelineStrategy, LoadBalancer
 from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.distributed.shards.exchange import NcclExchange
 
 EXACT = 1e-12
 
 STRATEGIES: dict[str, Any] = {
     "ddp": DDPStrategy,
     "hetero_ddp": HeteroDDPStrategy,
+    "hetero_fsdp": HeteroFSDPStrategy,
     "hetero_pipeline": HeteroPipelineStrategy,
 }
 
@@ -56,13 +61,14 @@ class Case:
     """A training.
 
     Attributes:
-        strategy: "ddp", "hetero_ddp" or "hetero_pipeline".
+        strategy: "ddp", "hetero_ddp", "hetero_fsdp" or "hetero_pipeline".
         options: Arguments of the strategy.
         trainer: Arguments of the Trainer.
         samples: Number of samples of the training.
         epochs: Number of epochs.
         metrics: Whether steps log and update metrics.
         balanced: Whether a balancer tunes and watches the shares.
+        looks: Whether hooks compute with all parameters and gradients together, and a layer is unfrozen.
     """
 
     strategy: str
@@ -72,6 +78,7 @@ class Case:
     epochs: int = 2
     metrics: bool = True
     balanced: bool = False
+    looks: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,38 @@ class Network(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3), "interval": "step"},
         }
+
+
+class Looking(Network):
+    """Its hooks compute with all parameters and gradients at once."""
+
+    def __init__(self) -> None:
+        super().__init__(metrics=True)
+        self.norms: list[float] = []
+
+    def configure_model(self) -> None:
+        # values of a virtual tensor cannot be put in the place of those of the host, as those of a card can
+        if isinstance(self.trainer.strategy, HeteroFSDPStrategy):
+            self.to(self.trainer.strategy.root_device)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+
+    def on_train_epoch_end(self) -> None:
+        norms = torch.stack([p.norm() for p in self.parameters()])
+        self.norms.append(float(norms.sum()))
+
+
+class Thawing(BaseFinetuning):
+    """Compares parameters with those that the optimiser has, as Lightning does."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.model[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.model[0], optimizer, lr=0.01)
 
 
 class Steps(Callback):
@@ -206,6 +245,8 @@ def trained(case: Case, folder: str, *, accelerated: bool) -> Outcome:
     callbacks: list[Callback] = [steps]
     if case.balanced:
         callbacks.append(NotingBalancer(agreed))
+    if case.looks and case.strategy == "hetero_pipeline":
+        callbacks.append(Thawing())
     strategy = STRATEGIES[case.strategy](**case.options)
     strategy.determine_ddp_device_ids = lambda: None  # Lightning takes every other device for one of CUDA
     settings: dict[str, Any] = {"max_epochs": case.epochs, "limit_val_batches": 1.0, "num_sanity_val_steps": 1}
@@ -216,18 +257,37 @@ def trained(case: Case, folder: str, *, accelerated: bool) -> Outcome:
         accelerator=VirtualAccelerator() if accelerated else "cpu",
         **settings | case.trainer,
     )
-    module = Network(metrics=case.metrics)
+    module = Looking() if case.looks else Network(metrics=case.metrics)
     batch_size = 8 if case.strategy == "hetero_pipeline" else 4
-    with calls() as other_calls:
+    with calls() as other_calls, shards_on_a_virtual_device() if accelerated else nullcontext():
         trainer.fit(module, loader(case.samples, batch_size, 1), loader(13, batch_size, 2))
         path = os.path.join(folder, "saved.ckpt")
         values = {k: float(values_of(v)) for k, v in trainer.callback_metrics.items()}
         trainer.save_checkpoint(path)
         values |= {f"test_{k}": v for k, v in trainer.test(module, loader(11, batch_size, 4), verbose=False)[0].items()}
-    saved = torch.load(path, weights_only=False)["state_dict"]
+    if isinstance(module, Looking):
+        values |= {f"norm {number}": norm for number, norm in enumerate(module.norms)}
+    checkpoint = torch.load(path, weights_only=False)
+    states = checkpoint["optimizer_states"][0]["state"]
+    saved = {**checkpoint["state_dict"], **{f"model {i} {k}": v for i in states for k, v in states[i].items()}}
     return Outcome(
         flat_values(module.state_dict()), values, flat_values(saved), steps.waits, steps.calls, other_calls, agreed
     )
+
+
+@contextmanager
+def shards_on_a_virtual_device() -> Iterator[None]:
+    """The virtual group takes lists of parts, as NCCL does, and has no name by which torch could end a second one."""
+    fsdp = "lightning_hetero.plugin.fsdp.strategy"
+    with (
+        mock.patch("lightning_hetero.distributed.shards.engine.exchange_for", lambda _, group: NcclExchange(group)),
+        mock.patch(f"{fsdp}.refuse_module"),  # a virtual tensor has a class of its own
+        mock.patch(f"{fsdp}.ShardEngine.leave_group"),
+    ):
+        yield
+
+
+SENT_AS_BYTES = ("layer_profile.py", "flat.py", "shard_tensor.py")
 
 
 def flat_values(state: dict[str, Tensor]) -> list[float]:
@@ -242,7 +302,14 @@ CASES = {
     "an empty rank": Case("hetero_ddp", {"shares": [1.0, 30.0]}, samples=45),
     "micro-batches": Case("hetero_ddp", {"shares": [3.0, 1.0], "micro_batch_size": 2}),
     "balanced": Case("hetero_ddp", balanced=True),
+    "shards": Case(
+        "hetero_fsdp",
+        {"shares": [1.0, 3.0], "shard_weights": [2, 1], "units": [nn.Linear]},
+        {"gradient_clip_val": 0.5},
+        looks=True,
+    ),
     "pipeline": Case("hetero_pipeline", {"splits": [3]}, {"gradient_clip_val": 0.5}),
+    "hooks of a pipeline": Case("hetero_pipeline", {"splits": [3]}, looks=True),
     "found stages": Case("hetero_pipeline"),
 }
 
@@ -259,7 +326,7 @@ def test_a_device_trains_as_the_host_does(name: str, accelerated: RankPools, ran
         for call in (*one.other_calls, *(call for step in one.calls for call in step)):
             assert call.on_device, call  # what is on the host goes through the hosts' group
             # as objects do; the profile of layers sends messages of the size of activations
-            assert call.dtype != "torch.uint8" or "layer_profile.py" in call.line, call
+            assert call.dtype != "torch.uint8" or any(file in call.line for file in SENT_AS_BYTES), call
     assert_close(found[0].saved, expected[0].saved, EXACT)
 
 

@@ -16,8 +16,19 @@ from torch.optim import Optimizer
 
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.torch_private import has_hooks, is_held_elsewhere
+from lightning_hetero.hardware.memory import fits
 
-__all__ = ["Parcel", "Unpacked", "digest_of_attributes", "pack", "receive", "send", "state_on", "why_not_moved"]
+__all__ = [
+    "Parcel",
+    "Unpacked",
+    "device_for_copies",
+    "digest_of_attributes",
+    "pack",
+    "receive",
+    "send",
+    "state_on",
+    "why_not_moved",
+]
 
 _OF_OPTIMIZERS = ("state", "param_groups", "defaults")
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -121,6 +132,18 @@ def _received(source: int, shape: tuple[int, ...], stride: tuple[int, ...], dtyp
     if stride == dense.stride() or any(step == 0 for step in stride):
         return dense
     return torch.empty_strided(shape, stride, dtype=dtype, device="cpu").copy_(dense)
+
+
+def device_for_copies(device: torch.device, copied: Iterable[Tensor], *, gradients: bool) -> torch.device:
+    """Return where copies are kept for a while: hooks compute with them and with what is on the device.
+
+    Args:
+        device: Device of this rank.
+        copied: The tensors, as they are without memory.
+        gradients: Whether their gradients are copied too.
+    """
+    size_bytes = sum(t.numel() * t.element_size() for t in copied) * (2 if gradients else 1)
+    return device if fits(size_bytes, device) else torch.device("cpu")
 
 
 def state_on(device: torch.device, parameter: Tensor, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.in_place import like, set_value, swap
 from lightning_hetero.distributed.pipeline.moving import (
     Parcel,
     Unpacked,
+    device_for_copies,
     pack,
     receive,
     send,
@@ -58,14 +60,14 @@ class TensorPlacement:
         foreign = []
         for tensor in self._tensors():
             if self.owns(tensor):
-                _move(tensor, device)
+                set_value(tensor, tensor.data.to(device))
             else:  # on the device for now, because nothing moves from "meta"
                 foreign.append((tensor, _without_memory(tensor)))
-                _swap(tensor, _like(tensor, torch.empty(0, dtype=tensor.dtype, device=device)))
+                swap(tensor, like(tensor, torch.empty(0, dtype=tensor.dtype, device=device)))
         # What moves with a module is not only its tensors: metrics have states, and users write `_apply` themselves.
         module.to(device)
         for tensor, without_memory in foreign:
-            _swap(tensor, without_memory)
+            swap(tensor, without_memory)
         self._equalise_tied()
 
     def _set_owners(self, plan: StagePlan) -> None:
@@ -139,10 +141,11 @@ class TensorPlacement:
 
     @contextmanager
     def whole(self, *, gradients: bool) -> Iterator[None]:
-        """Give every rank copies of the tensors of other ranks, in the memory of its host, in this context.
+        """Give every rank copies of the tensors of other ranks in this context.
 
-        What is changed in the copies is dropped: it counts only on the rank that a tensor lives on. Every rank must
-        enter at the same point.
+        They are on the rank's device if it has much more free memory than they take, and on its host otherwise. What is
+        changed in the copies is dropped: it counts only on the rank that a tensor lives on. Every rank must enter at
+        the same point.
 
         Args:
             gradients: Whether parameters get their gradients too.
@@ -152,24 +155,25 @@ class TensorPlacement:
             self._owners = self._owners_of_tensors(self.plan)
             tensors = [] if self._is_complete else list(self._tensors())
             has_gradient = all_gather([gradients and self.owns(t) and t.grad is not None for t in tensors])
+            device = device_for_copies(self._device, [t for t in tensors if t.is_meta], gradients=gradients)
             for number, tensor in enumerate(tensors):
                 is_foreign, source = tensor.is_meta, self._source(tensor)
                 copy = self._broadcast(tensor)
                 if is_foreign:
-                    _swap(tensor, _like(tensor, copy))
+                    swap(tensor, like(tensor, copy.to(device)))
                     foreign.append(tensor)
                 if has_gradient[source][number]:
                     gradient = _empty_on_host(tensor) if is_foreign else _copy_on_host(_gradient_of(tensor))
                     dist.broadcast(gradient, src=source, group=host_group())
                     if is_foreign:
-                        tensor.grad = gradient
+                        tensor.grad = gradient.to(device)
         try:
             yield
         finally:
             with torch.inference_mode(False):
                 for tensor in foreign:
                     tensor.grad = None
-                    _swap(tensor, _without_memory(tensor))
+                    swap(tensor, _without_memory(tensor))
 
     def broadcast_layer(self, number: int) -> dict[str, Tensor]:
         """Return copies of a layer's parameters and buffers on every rank; every rank must call this at the same point.
@@ -240,7 +244,7 @@ class TensorPlacement:
                     leaving[id(tensor)] = pack(tensor, optimizers)
                 for optimizer in optimizers:
                     optimizer.state.pop(tensor, None)
-                _swap(tensor, _without_memory(tensor))
+                swap(tensor, _without_memory(tensor))
         for tensor, old, new in moves:
             parcel = leaving.pop(id(tensor), None)
             for target in new:
@@ -253,7 +257,7 @@ class TensorPlacement:
                     self._take(tensor, receive(old[0], tensor), optimizers)
 
     def _take(self, tensor: Tensor, received: Unpacked, optimizers: Sequence[Optimizer]) -> None:
-        _swap(tensor, _like(tensor, received.value.to(self._device)))
+        swap(tensor, like(tensor, received.value.to(self._device)))
         if received.gradient is not None:
             tensor.grad = received.gradient.to(self._device)
         for optimizer, state in zip(optimizers, received.states, strict=True):
@@ -296,9 +300,9 @@ class TensorPlacement:
             copy = None  # released before the next one takes memory
             copy = self._broadcast(tensor)
             if tensor.is_meta:
-                _swap(tensor, _like(tensor, copy))
+                swap(tensor, like(tensor, copy))
             else:
-                _move(tensor, torch.device("cpu"))
+                set_value(tensor, tensor.data.cpu())
         self._is_complete = True
         # If a gloo thread is the last to release a tensor, it needs the interpreter, which may be shutting down then.
         all_wait()
@@ -354,29 +358,8 @@ def _empty_on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _move(tensor: Tensor, device: torch.device) -> None:
-    """Move a tensor to ``device``; all references to it see it there."""
-    value = tensor.data.to(device)
-    try:
-        tensor.data = value
-    except RuntimeError:  # tensors of some devices, such as XLA's, are of another kind than the host's
-        _swap(tensor, _like(tensor, value))
-
-
-def _swap(tensor: Tensor, other: Tensor) -> None:
-    """Give ``tensor`` the values and the memory of ``other``; all references to it see the new ones."""
-    other.__dict__.update(tensor.__dict__)  # attributes that users set on a parameter stay with it
-    torch.utils.swap_tensors(tensor, other)
-
-
 def _without_memory(tensor: Tensor) -> Tensor:
-    return _like(tensor, torch.empty_like(tensor, device="meta"))
-
-
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return a copy of ``value`` as a parameter if ``tensor`` is one, and otherwise as a plain tensor."""
-    value = value.clone()  # finished communication may still hold the tensor that it wrote to
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return like(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def _parameter_like(tensor: Tensor, copy: Tensor) -> Tensor:

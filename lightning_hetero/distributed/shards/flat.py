@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.balance.shards.cuts import Cuts
+from lightning_hetero.distributed.in_place import set_value
 from lightning_hetero.distributed.shards.exchange import Exchange, Pending
 from lightning_hetero.distributed.shards.released import become_released, become_whole, guard_part
 from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
@@ -181,7 +182,7 @@ class FlatParameters:
             values = [view.detach().cpu().clone() for view in self._views]
         for leaf, shard, value in zip(self.leaves, self.shards, values, strict=True):
             become_whole(leaf)
-            leaf.data = value
+            set_value(leaf, value)
             leaf.grad = None
             leaf.requires_grad_(shard.requires_grad)
         self._register(self.leaves, self.shards)

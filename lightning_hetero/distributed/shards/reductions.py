@@ -104,8 +104,11 @@ def total_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
             "`hetero_fsdp` cannot clip gradients of parameters that have been added after the set-up: each rank has its"
             " own. Create all parameters in the module's constructor or in `configure_model`."
         )
-    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    locals_ = [tensor.local for tensor in tensors if isinstance(tensor, ShardTensor) and tensor.local.numel()]
+    shards = [tensor for tensor in tensors if isinstance(tensor, ShardTensor)]
+    # not every device has float64; one that has such gradients does, on every rank
+    is_wide = device.type == "cpu" or any(shard.dtype in (torch.float64, torch.complex128) for shard in shards)
+    total = torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=device)
+    locals_ = [shard.local for shard in shards if shard.local.numel()]
     for norm in norms_of(locals_) if locals_ else ():
         total += norm.to(total.dtype) ** 2
     dist.all_reduce(total)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_hetero.distributed.host_group import group_for
 from lightning_hetero.distributed.torch_private import (
     CONVERT,
     FOREACH_MAX,
@@ -141,7 +142,8 @@ class ShardTensor(Tensor):
             if part.numel():
                 if rank == self.division.rank:
                     part.copy_(self.local.detach())
-                dist.broadcast(part.view(torch.uint8), rank)  # not every type can be sent in every version
+                # as bytes, because not every type can be sent in every version
+                dist.broadcast(part.view(torch.uint8), rank, group_for(part))
         return torch.cat(parts).view(self.division.shape)
 
     @classmethod
@@ -290,7 +292,7 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
 
 
 def _reduced(value: Tensor, operation: Any) -> Tensor:
-    dist.all_reduce(value, operation)
+    dist.all_reduce(value, operation, group_for(value))
     return value
 
 
@@ -394,4 +396,4 @@ def _unscale(gradients: Sequence[Any], found_inf: Tensor, inverse_scale: Tensor)
     locals_ = [gradient.local for gradient in gradients if gradient.local.numel()]
     if locals_:
         unscale(locals_, found_inf, inverse_scale)
-    dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+    _reduced(found_inf, dist.ReduceOp.MAX)

@@ -29,8 +29,9 @@ class MeetingStrategy(BaseStrategy):
 
     @contextmanager
     def whole_model(self, *, gradients: bool = False) -> Iterator[None]:
-        """Give every rank copies of the parameters and buffers of other ranks in this context, in its host's memory.
+        """Give every rank copies of the parameters and buffers of other ranks in this context.
 
+        They are on the rank's device if it has much more free memory than they take, and on its host otherwise.
         What is changed in a copy is dropped; what every rank changes in the same way counts. Every rank must enter at
         the same point, outside of steps.
 
