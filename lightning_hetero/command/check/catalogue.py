@@ -26,6 +26,7 @@ class Check:
         call: Function that each rank runs, as ``module:function``.
         cards: Number of CUDA devices that it needs.
         processor: Whether it can run on the processor.
+        nccl: Whether it needs NCCL on CUDA devices, even if its ranks share one.
         alone: Whether one process runs it, without a process group.
         judge: Function that judges how the ranks have ended; by default they judge themselves.
         last_stays: Whether the last rank is not expected to end.
@@ -37,6 +38,7 @@ class Check:
     call: str
     cards: int = 1
     processor: bool = True
+    nccl: bool = False
     alone: bool = False
     judge: Callable[[Sequence[Ended]], Finding] | None = None
     last_stays: bool = False
@@ -107,16 +109,22 @@ CHECKS = (
         f"{_CHILDREN}.memory:largest_batch",
     ),
     Check(
+        "shards",
+        "hetero_fsdp with unequal shards and shares trains as hetero_ddp, in float64, and saves what it has trained",
+        f"{_CHILDREN}.exactness:shards",
+        nccl=True,
+    ),
+    Check(
         "pipeline-float32",
         "hetero_pipeline trains as one device, in both schedules",
         f"{_CHILDREN}.pipeline:float32",
-        cards=2,
+        nccl=True,
     ),
     Check(
         "pipeline-bf16",
         "the same under bf16-mixed",
         f"{_CHILDREN}.pipeline:bf16",
-        cards=2,
+        nccl=True,
     ),
     Check(
         "exception",

@@ -11,6 +11,9 @@ from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["CPU", "Layout", "free_port", "layout_of", "parse_devices"]
 
+# NCCL refuses two ranks on one card of one host, so each rank gets a host of its own. They then talk through sockets.
+_SOCKETS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_MAX_NCHANNELS": "1"}
+
 # Variables of launchers and batch systems: these ranks are nobody else's.
 _OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_", "PL_")
 _OF_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_RANK")
@@ -44,7 +47,7 @@ class Layout:
 
     @property
     def backend(self) -> str:
-        """The backend of the process group: NCCL refuses two ranks on one card."""
+        """The usual backend of the process group: ranks that share a card are much faster over gloo."""
         return "nccl" if self.cards > 1 else "gloo"
 
     @property
@@ -55,15 +58,20 @@ class Layout:
         named = [f"cuda:{number} ({name})" for number, name in zip(self.devices, self.names, strict=True)]
         return f"{self.ranks} ranks on {' and '.join(named)} over {self.backend}"
 
-    def of_rank(self, rank: int) -> dict[str, Any]:
-        """Return what a rank's process is told."""
+    def of_rank(self, rank: int, *, nccl: bool = False) -> dict[str, Any]:
+        """Return what a rank's process is told.
+
+        Args:
+            rank: Number of the rank.
+            nccl: Whether CUDA devices communicate through NCCL even where all ranks share one.
+        """
         return {
             "rank": rank,
             "ranks": self.ranks,
             "kind": self.kind,
             "devices": list(self.devices),
             "names": list(self.names),
-            "backend": self.backend,
+            "backend": "nccl" if nccl and self.cards else self.backend,
         }
 
     def environment(self, rank: int, port: int, variables: Mapping[str, str]) -> dict[str, str]:
@@ -85,6 +93,7 @@ class Layout:
             "WORLD_SIZE": str(self.ranks),
             "NODE_RANK": str(node),
             "LOCAL_RANK": str(local),
+            **({"NCCL_HOSTID": f"rank {rank}", **_SOCKETS} if self.shared else {}),
         }
 
 

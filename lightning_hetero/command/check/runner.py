@@ -116,7 +116,12 @@ def _found(check: Check, layout: Layout, limit_s: float, folder: Path, ranks: li
 
 
 def _start(check: Check, layout: Layout, folder: Path, number: int, port: int) -> _Rank:
-    settings = {"call": check.call, "folder": str(folder), "parent": os.getpid(), **layout.of_rank(number)}
+    settings = {
+        "call": check.call,
+        "folder": str(folder),
+        "parent": os.getpid(),
+        **layout.of_rank(number, nccl=check.nccl),
+    }
     package = Path(lightning_hetero.__file__).parents[1]
     with (folder / f"output-{number}.txt").open("wb") as output:
         process = subprocess.Popen(

@@ -32,6 +32,12 @@ def synchronised_batch_norm(rank: Rank) -> Finding:
         return exactness.synchronised_batch_norm(rank)
 
 
+def shards(rank: Rank) -> Finding:
+    """Each rank clips by the norm of its own parts."""
+    with mock.patch("lightning_hetero.distributed.shards.reductions.dist.all_reduce"):
+        return exactness.shards(rank)
+
+
 def own_time(rank: Rank) -> Finding:
     """Waiting counts as own time."""
     with timed(lambda t: StepTiming(t.samples, t.own_s + t.waiting_s, 0.0)):

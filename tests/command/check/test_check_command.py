@@ -106,10 +106,14 @@ def test_ranks_on_one_card_are_nodes_and_others_are_not() -> None:
     for layout, places in ((shared, ("1", "0")), (apart, ("0", "1")), (CPU, ("0", "1"))):
         found = layout.environment(1, 1234, variables)
         assert (found["NODE_RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (*places, "2")
-        assert {*found} == {
+        nccl = {"NCCL_HOSTID", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_MAX_NCHANNELS"}
+        assert {*found} - (nccl if layout is shared else set()) == {
             *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "HOME", "OMP_NUM_THREADS")
         }
         assert found["OMP_NUM_THREADS"] == "2"
+    assert shared.environment(0, 1234, {})["NCCL_HOSTID"] != shared.environment(1, 1234, {})["NCCL_HOSTID"]
+    assert [layout.of_rank(0, nccl=True)["backend"] for layout in (shared, apart, CPU)] == ["nccl", "nccl", "gloo"]
+    assert [layout.of_rank(0)["backend"] for layout in (shared, apart, CPU)] == ["gloo", "nccl", "gloo"]
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -117,7 +121,8 @@ def test_what_cannot_run_says_why() -> None:
     reasons = {check.name: (check.why_not(CPU), check.why_not(card)) for check in CHECKS}
     assert reasons["exact"] == ("", "")
     assert reasons["sync-batch-norm"] == ("needs a CUDA device", "")
-    assert reasons["pipeline-bf16"] == ("", "needs two CUDA devices, got one")
+    assert reasons["best-shares"] == ("", "needs two CUDA devices, got one")
+    assert reasons["pipeline-bf16"] == ("", "")
     assert not any(check.why_not(Layout("cuda", (0, 1), ("A", "B"))) for check in CHECKS)
 
 

@@ -43,8 +43,8 @@ def _found_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- on the ranks that all tests share -------------------------------------------------------------------------------
 
 
-def on_ranks(function: Function) -> Finding:
-    return function(Rank(dist.get_rank(), dist.get_world_size()))
+def on_ranks(function: Function, folder: str = "") -> Finding:
+    return function(Rank(dist.get_rank(), dist.get_world_size(), folder=folder))
 
 
 def with_kernels(function: Function) -> Finding:
@@ -56,23 +56,23 @@ CASES: dict[str, tuple[Function, Function]] = {
     "exact": (exactness.exact, broken.exact),
     "largest-batch": (memory.largest_batch, broken.largest_batch),
     "out-of-memory": (memory.out_of_memory, memory.out_of_memory),
+    "shards": (exactness.shards, broken.shards),
+    "pipeline-float32": (pipeline.float32, broken.float32),
 }
-if torch.__version__ >= "2.13":  # the test below shows what happens otherwise
-    CASES["pipeline-float32"] = (pipeline.float32, broken.float32)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_passes_and_finds_the_fault(ranks: RankPools, name: str) -> None:
+def test_it_passes_and_finds_the_fault(ranks: RankPools, name: str, tmp_path: Path) -> None:
     function, faulty = CASES[name]
-    for finding in ranks.run(2, on_ranks, function):
+    for finding in ranks.run(2, on_ranks, function, str(tmp_path)):
         assert finding.outcome == "PASS", finding
     if faulty is not function:
-        assert "FAIL" in [finding.outcome for finding in ranks.run(2, on_ranks, faulty)]
+        assert "FAIL" in [finding.outcome for finding in ranks.run(2, on_ranks, faulty, str(tmp_path))]
 
 
-def test_three_ranks(ranks: RankPools) -> None:
-    for function in {exactness.exact, CASES.get("pipeline-float32", CASES["exact"])[0]}:
-        for finding in ranks.run(3, on_ranks, function):
+def test_three_ranks(ranks: RankPools, tmp_path: Path) -> None:
+    for function in (exactness.exact, exactness.shards, pipeline.float32):
+        for finding in ranks.run(3, on_ranks, function, str(tmp_path)):
             assert finding.outcome == "PASS", finding
 
 
@@ -81,18 +81,6 @@ def test_synchronised_batch_norm_with_kernels_for_the_processor(ranks: RankPools
         assert finding.outcome == "PASS", finding
     found = ranks.run(2, with_kernels, broken.synchronised_batch_norm, timeout_s=90)
     assert "FAIL" in [finding.outcome for finding in found]
-
-
-def test_an_older_torch_skips_the_pipeline(ranks: RankPools) -> None:
-    for finding in ranks.run(2, with_older_torch):
-        assert finding.outcome == "SKIP"
-        assert "needs PyTorch" in finding.note
-
-
-def with_older_torch() -> Finding:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_hetero.distributed.pipeline.pipeline._TORCH_NEEDED", "99.0")
-        return on_ranks(pipeline.float32)
 
 
 # ---- devices that this machine lacks ---------------------------------------------------------------------------------
@@ -170,7 +158,7 @@ def test_trainers_on_cards(layout: Layout, device: str) -> None:
         stack.enter_context(mock.patch.dict(os.environ, layout.environment(1, 1234, os.environ), clear=True))
         settings = layout.of_rank(1)
         rank = Rank(**settings)
-        for strategy in (rank.hetero(), rank.ddp(), rank.pipeline()):
+        for strategy in (rank.hetero(), rank.ddp(), rank.fsdp(), rank.pipeline()):
             trainer = rank.trainer(strategy)
             assert (str(strategy.root_device), str(rank.device)) == (device, device)
             assert (trainer.world_size, trainer.global_rank) == (2, 1)

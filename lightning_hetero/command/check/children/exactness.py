@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_hetero.command.check.children.rank import Rank
 from lightning_hetero.command.check.children.trainings import FEATURES, Small, largest_difference, loader, numbers_of
 from lightning_hetero.command.check.finding import Finding, at_most, failed
 
-__all__ = ["exact", "synchronised_batch_norm"]
+__all__ = ["exact", "shards", "synchronised_batch_norm"]
 
 _TOLERANCE = 1e-10  # float64; only the order of sums differs
 _TOLERANCE_OF_FLOAT32 = 1e-4
@@ -40,6 +41,36 @@ def _trained(rank: Rank, strategy: DDPStrategy) -> Tensor:
     size = _BATCH_SIZE * rank.ranks * _BATCHES
     rank.trainer(strategy, max_steps=_STEPS).fit(module, loader(_BATCH_SIZE, size, torch.float64, shuffle=True))
     return numbers_of(module)
+
+
+def shards(rank: Rank) -> Finding:
+    """Train with shards of unequal size and without, clip by norm, and compare what both have saved."""
+    shares = [1.0 + 2 * number for number in range(rank.ranks)]
+    weights = [float(rank.ranks - number) for number in range(rank.ranks)]
+    saved = []
+    for name, strategy in (
+        ("whole", rank.hetero(shares=shares)),
+        ("shards", rank.fsdp(shares=shares, shard_weights=weights)),
+    ):
+        module = Small(torch.float64, layers=[nn.Linear(FEATURES, 8), *_layers(), nn.Linear(8, 1)], adaptive=True)
+        trainer = rank.trainer(strategy, max_steps=_STEPS, gradient_clip_val=0.5)
+        trainer.fit(module, loader(_BATCH_SIZE, _BATCH_SIZE * rank.ranks * _BATCHES, torch.float64, shuffle=True))
+        path = Path(rank.folder, f"{name}.ckpt")
+        trainer.save_checkpoint(path)
+        saved.append(_numbers_in(path))
+    note = f"largest difference of a parameter or of an optimiser's state from hetero_ddp after {_STEPS} steps"
+    return at_most(_TOLERANCE, largest_difference(*saved), "", note)
+
+
+def _layers() -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+
+
+def _numbers_in(path: Path) -> Tensor:
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    states = [state for optimizer in checkpoint["optimizer_states"] for state in optimizer["state"].values()]
+    tensors = [*checkpoint["state_dict"].values(), *(value for state in states for value in state.values())]
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
 class _Samples(Callback):

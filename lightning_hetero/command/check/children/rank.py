@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-    from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy
+    from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy, HeteroPipelineStrategy
 
 __all__ = ["Rank"]
 
@@ -108,6 +108,12 @@ class Rank:
         from lightning_hetero import HeteroDDPStrategy
 
         return HeteroDDPStrategy(process_group_backend=self.backend, **options)
+
+    def fsdp(self, **options: Any) -> HeteroFSDPStrategy:
+        """Return the strategy that divides the batch and the parameters."""
+        from lightning_hetero import HeteroFSDPStrategy
+
+        return HeteroFSDPStrategy(process_group_backend=self.backend, **options)
 
     def pipeline(self, **options: Any) -> HeteroPipelineStrategy:
         """Return the strategy that divides the layers."""

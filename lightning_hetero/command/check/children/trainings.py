@@ -42,6 +42,8 @@ class Small(LightningModule):
         dtype: Type of the weights.
         before: Function that each step calls with its number of samples, before its forward pass.
         layers: The layers; by default two linear ones with a hyperbolic tangent between them.
+        adaptive: Whether the optimiser keeps moments of the gradients.
+        lr: Learning rate of the other optimiser.
     """
 
     def __init__(
@@ -49,6 +51,9 @@ class Small(LightningModule):
         dtype: torch.dtype = torch.float32,
         before: Callable[[int], object] | None = None,
         layers: list[nn.Module] | None = None,
+        *,
+        adaptive: bool = False,
+        lr: float = 0.02,
     ) -> None:
         super().__init__()
         self.model = nn.Sequential(*(layers or [nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1)])).to(dtype)
@@ -58,6 +63,7 @@ class Small(LightningModule):
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(values / max(parameter.shape[-1], 1) ** 0.5)
         self._before = before
+        self._adaptive, self._lr = adaptive, lr
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean squared error."""
@@ -68,8 +74,10 @@ class Small(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return SGD with momentum."""
-        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+        """Return SGD with momentum, or AdamW."""
+        if self._adaptive:
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.parameters(), lr=self._lr, momentum=0.9)
 
 
 def loader(batch_size: int, size: int, dtype: torch.dtype = torch.float32, **options: Any) -> DataLoader[Any]:
