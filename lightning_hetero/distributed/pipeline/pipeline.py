@@ -27,13 +27,9 @@ from lightning_hetero.distributed.pipeline.messages import Exchange, Received, S
 from lightning_hetero.distributed.pipeline.passes.channels import open_channels
 from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients, Job
 from lightning_hetero.distributed.pipeline.structure import Call
-from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
 
 __all__ = ["Pipeline"]
-
-# The oldest version on which pipelines have been tried.
-_TORCH_NEEDED = "2.13"
 
 LossOf = Callable[[int, Any], Tensor]
 
@@ -65,11 +61,6 @@ class Pipeline:
         timer: PassTimer | None = None,
         split_layers: Collection[int] | None = None,
     ) -> None:
-        if torch.__version__ < _TORCH_NEEDED:
-            raise UnsupportedFeatureError(
-                f"A pipeline needs PyTorch {_TORCH_NEEDED} or later, got {torch.__version__}. Update it on every node,"
-                f" or train with `hetero_ddp`."
-            )
         if isinstance(schedule, Order):
             verify_order(schedule)
         self._calls = calls
