@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
+import one_card
+
 # what nearly every test imports, some of it at a training's first step
 PRELOADED = ["torch", "torch._dynamo", "torchmetrics", "lightning.pytorch", "lightning_hetero", "hypothesis", "pytest"]
 _PR_SET_PDEATHSIG = 1  # source: Linux, include/uapi/linux/prctl.h
@@ -152,7 +154,10 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    if one_card.is_wanted():
+        one_card.take_card(rank, world_size)
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while True:
         try:
             function, args = connection.recv()

@@ -269,8 +269,10 @@ class Hooks(Module):
             if self.global_step % 3 != 1:
                 net: Any = self.model
                 with torch.no_grad():
-                    self.seen.append(float(self(torch.ones(2, 5, dtype=torch.float64)).sum()))
-                    self.seen.append(float(net.blocks[1](torch.ones(2, WIDTH, dtype=torch.float64)).sum()))
+                    self.seen.append(float(self(torch.ones(2, 5, dtype=torch.float64, device=self.device)).sum()))
+                    self.seen.append(
+                        float(net.blocks[1](torch.ones(2, WIDTH, dtype=torch.float64, device=self.device)).sum())
+                    )
                 self.trainer.save_checkpoint("hooks.ckpt")
                 dist.barrier()
                 state = torch.load("hooks.ckpt", weights_only=False)["state_dict"]

@@ -192,7 +192,7 @@ class Padded(Whole):
     """Averages over tokens; a sample has one to forty of them, the rest is padding."""
 
     def loss(self, index: Tensor, features: Tensor, targets: Tensor) -> Tensor:
-        position = torch.arange(40)
+        position = torch.arange(40, device=features.device)
         tokens = features[:, None, :] * (1 + position[None, :, None]) / 40
         kept = position < lengths(index)[:, None]
         errors = (self.network(tokens).squeeze(-1) - targets) ** 2

@@ -141,11 +141,11 @@ class Drawing(LightningModule):
         self.noise: list[float] = []
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return [torch.randn(len(batch[0]), 1)]
+        return [torch.randn(len(batch[0]), 1, device=self.device)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (x,) = batch
-        noise = torch.randn(len(x), 1)
+        noise = torch.randn(len(x), 1, device=x.device)
         noisy = x + noise
         out = self.model(noisy)
         # each sample passes, twice as large, or is dropped: what went in is what is compared with here
