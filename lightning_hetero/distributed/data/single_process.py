@@ -68,7 +68,7 @@ def _environment(original: Any) -> Any:
             return _ALONE.get(name, found) if _is_loading() else found
 
     answers = Environment.__new__(Environment)
-    vars(answers).update(vars(original))
+    answers.__dict__.update(vars(original))
     return answers
 
 
