@@ -79,10 +79,13 @@ class StageMemory:
     def left_bytes(self, plan: StagePlan) -> tuple[float, ...]:
         """Return the memory that each rank has left for activations."""
         ends = (0, *plan.ends)
+        # across the border within a shared layer goes what is before it or what is after it
+        more = {end: self._received(end + 1) for end in plan.shared}
+        crossed = [max(self._received(end), more.get(end, 0.0)) for end in ends]
         return tuple(
             budget
             - sum(self.weights_bytes[i] for i in plan.layers_of(rank))
-            - sum(self._received(ends[stage]) + self._received(ends[stage + 1]) for stage in plan.stages_of(rank))
+            - sum(crossed[stage] + crossed[stage + 1] for stage in plan.stages_of(rank))
             for rank, budget in enumerate(self.budgets_bytes)
         )
 

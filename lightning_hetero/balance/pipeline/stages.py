@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from lightning_hetero.balance.checked import as_ints, as_mapping, entry
+from lightning_hetero.balance.checked import as_ints, as_list, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes", "WantedSchedule"]
@@ -21,13 +21,19 @@ Kind = Literal["forward", "backward", "input", "weight"]
 class StagePlan:
     """The assignment of layers to ranks.
 
+    The first layer of a stage may be shared: the stage before has it too, and runs it for some of the micro-batches. So
+    stages can be divided more finely than between whole layers.
+
     Attributes:
         ranks: Rank of each stage, the first stage first.
         ends: Index of the layer after the last layer of each stage.
+        lent: For each stage but the last, the micro-batches for which it also runs the first layer of the stage after
+            it, in ascending order; empty if no layer is shared.
     """
 
     ranks: tuple[int, ...]
     ends: tuple[int, ...]
+    lent: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         each_rank = len(self.ranks) == len(self.ends) > 0 and {*self.ranks} == {*range(max(self.ranks) + 1)}
@@ -37,6 +43,21 @@ class StagePlan:
                 f"A pipeline must have a stage of at least one layer on each rank, and consecutive stages on different"
                 f" ranks, got ranks {self.ranks} and stages that end before layers {self.ends}."
             )
+        if not any(self.lent):
+            object.__setattr__(self, "lent", ())  # plans that are the same are equal
+        elif not self._is_lent_well():
+            raise ConfigurationError(
+                f"Each stage of a pipeline must run at least one layer for each micro-batch, got stages that end before"
+                f" layers {self.ends} and run the next layer for micro-batches {self.lent}."
+            )
+
+    def _is_lent_well(self) -> bool:
+        if len(self.lent) != self.num_stages - 1 or any(a >= b for row in self.lent for a, b in pairwise((-1, *row))):
+            return False
+        starts = zip((0, *self.ends), ((), *self.lent), (*self.lent, ()), self.ends, strict=False)
+        return all(
+            end - start > 1 or (end - start == 1 and {*before} <= {*after}) for start, before, after, end in starts
+        )
 
     @property
     def num_stages(self) -> int:
@@ -53,17 +74,31 @@ class StagePlan:
         """Number of layers in all stages together."""
         return self.ends[-1]
 
-    def layers(self, stage: int) -> range:
-        """Return the indices of the layers of a stage."""
-        return range(self.ends[stage - 1] if stage else 0, self.ends[stage])
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The indices of the layers that two stages have."""
+        return tuple(end for end, micro_batches in zip(self.ends, self.lent, strict=False) if micro_batches)
+
+    def layers(self, stage: int, micro_batch: int | None = None) -> range:
+        """Return the indices of the layers of a stage, or of those that it runs for a micro-batch in training."""
+        start, end = self.ends[stage - 1] if stage else 0, self.ends[stage]
+        if micro_batch is not None and self.lent:
+            start += stage > 0 and micro_batch in self.lent[stage - 1]
+            end += stage < len(self.lent) and micro_batch in self.lent[stage]
+        return range(start, end)
+
+    def held(self, stage: int) -> range:
+        """Return the indices of the layers of a stage and of the one that it shares with the stage after it."""
+        layers = self.layers(stage)
+        return range(layers.start, layers.stop + bool(self.lent and stage < len(self.lent) and self.lent[stage]))
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages of a rank."""
         return tuple(stage for stage, owner in enumerate(self.ranks) if owner == rank)
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
-        """Return the indices of the layers of a rank."""
-        return tuple(i for stage in self.stages_of(rank) for i in self.layers(stage))
+        """Return the indices of the layers of a rank, with those that it shares."""
+        return tuple(i for stage in self.stages_of(rank) for i in self.held(stage))
 
     @property
     def layers_of_ranks(self) -> tuple[int, ...]:
@@ -72,7 +107,8 @@ class StagePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return lists of plain numbers, for JSON."""
-        return {"ranks": list(self.ranks), "ends": list(self.ends)}
+        lent = {"lent": [list(row) for row in self.lent]} if self.lent else {}
+        return {"ranks": list(self.ranks), "ends": list(self.ends), **lent}
 
     @classmethod
     def from_dict(cls, values: Any) -> StagePlan:
@@ -83,7 +119,8 @@ class StagePlan:
         """
         state = as_mapping(values, "stages")
         ends = as_ints(entry(state, "ends"), "ends")
-        return cls(as_ints(entry(state, "ranks"), "ranks", len(ends)), ends)
+        lent = tuple(as_ints(row, "lent") for row in as_list(state.get("lent", []), "lent"))
+        return cls(as_ints(entry(state, "ranks"), "ranks", len(ends)), ends, lent)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ def found(problem: OrderProblem, *, v: bool = True) -> OrderPlan:
 
 
 # Fractions of the limit with 12 equal layers, 8 micro-batches and the fastest rank last: one stage per rank with whole
-# backward passes, and the best, with at most four micro-batches held and with all.
+# backward passes, and the best, with at most four micro-batches held and with all; last with shared layers and four.
 FRACTIONS: dict[tuple[int, ...], tuple[float, ...]] = {
-    (2, 1): (0.889, 0.970, 0.990, 0.995),
-    (4, 1): (0.873, 0.960, 0.960, 0.960),
-    (4, 2, 1): (0.807, 0.857, 0.857, 0.857),  # whole layers allow no more,
-    (2, 1, 1): (0.800, 0.852, 0.947, 0.954),
+    (2, 1): (0.889, 0.970, 0.990, 0.995, 0.990),
+    (4, 1): (0.873, 0.960, 0.960, 0.960, 0.996),
+    (4, 2, 1): (0.807, 0.857, 0.857, 0.857, 0.960),  # whole layers allow no more
+    (2, 1, 1): (0.800, 0.852, 0.947, 0.954, 0.960),
 }
 
 
@@ -57,6 +57,7 @@ def test_plans_reach_the_part_of_the_limit_that_is_known(speeds: tuple[int, ...]
         found(four),
         found(replace(four, split=True)),
         found(replace(problem, split=True)),
+        found(replace(four, split=True, shared=tuple(range(12)))),
     ]
     for plan, fraction in zip(plans, FRACTIONS[speeds], strict=True):
         assert problem.limit_s / plan.step_s >= fraction - 1e-3
@@ -72,9 +73,9 @@ def test_many_layers_are_planned_close_to_the_bound_with_little_effort() -> None
 
 
 @settings(max_examples=drawn(10, 300), deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans())
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.booleans(), st.booleans())
 def test_plans_are_valid_and_keep_within_each_memory(
-    seed: int, world_size: int, count: int, is_split: bool, v: bool
+    seed: int, world_size: int, count: int, is_split: bool, v: bool, shares: bool
 ) -> None:
     random = Random(seed)
     layers = random.randint(world_size, 9)
@@ -89,7 +90,8 @@ def test_plans_are_valid_and_keep_within_each_memory(
         received_bytes=tuple(random.uniform(0, 2) for _ in range(layers)),
     )
     last = random.randrange(world_size)
-    problem = OrderProblem(costs, count, last, random.uniform(0, 0.2), memory, split=is_split)
+    shared = tuple(i for i in range(layers) if shares and random.random() < 0.7)
+    problem = OrderProblem(costs, count, last, random.uniform(0, 0.2), memory, split=is_split, shared=shared)
     shapes = v_shapes(costs, last) if v else straight_shapes(costs, last)
     plan = plan_order(problem, shapes)
     if plan is None:
@@ -99,6 +101,10 @@ def test_plans_are_valid_and_keep_within_each_memory(
     assert plan.stages.ranks == plan.order.ranks
     assert plan.stages.ranks[-1] == last
     verify_order(plan.order)
+    assert {*plan.stages.shared} <= {*shared}
+    for i in range(count):
+        assert [n for s in range(plan.stages.num_stages) for n in plan.stages.layers(s, i)] == list(range(layers))
+        assert all({*plan.stages.layers(s, i)} <= {*plan.stages.held(s)} for s in range(plan.stages.num_stages))
     for rank, most in enumerate(most_held(plan.order, task.held)):
         weights = sum(memory.weights_bytes[i] for i in plan.stages.layers_of(rank))
         assert weights + most <= memory.budgets_bytes[rank]
@@ -137,10 +143,29 @@ def test_the_simplest_plan_that_is_nearly_the_best_is_taken() -> None:
     assert choice.order is not None
     assert "97% of the limit of 960 ms" in choice.reason
     assert "1f1b 1080 ms, v 990 ms; a rank holds at most" in choice.reason
+    two = choose_order(OrderProblem(costs, 4))
+    assert two.reason.endswith("; 8 micro-batches would reach 97%")
     split = choose_order(OrderProblem(costs, 8, split=True))
     assert split.name == "split v", "2.6 % faster"
+    assert "split v 965 ms; a rank" in split.reason
+    assert split.reason.endswith("neither more micro-batches nor more memory would bring 2 %")
     many = choose_order(OrderProblem(costs, 256))
     assert (many.name, many.order) == ("1f1b", None), "what is filled and drained hardly matters"
+
+
+def test_layers_are_shared_where_whole_ones_cannot_be_divided_well() -> None:
+    costs = seconds(costs_of([4, 2, 1]), 0.01)
+    problem = OrderProblem(costs, 8, most_held=4, split=True, shared=tuple(range(12)))
+    choice = choose_order(problem)
+    assert choice.name == "shared split v"
+    assert choice.step_s < choose_order(replace(problem, shared=())).step_s / 1.1
+    assert len(choice.stages.shared) in (2, 3)
+    for layer in choice.stages.shared:
+        assert f"layer {layer} runs on rank" in choice.reason
+    assert choose_order(replace(problem, shared=(0, 11))).stages.shared == (), "each rank has layers of its own"
+    assert choose_order(problem, always_v=True).stages.shared == ()
+    pair = OrderProblem(seconds(costs_of([2, 1]), 0.01), 8, split=True, shared=tuple(range(12)))
+    assert choose_order(pair).stages.shared == (), "2 % cannot be won any more"
 
 
 def test_short_passes_run_as_before_unless_a_v_is_asked_for() -> None:

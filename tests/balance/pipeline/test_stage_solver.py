@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -148,3 +149,22 @@ def test_fewer_layers_than_ranks_are_refused() -> None:
 def test_plans_survive_json() -> None:
     plan = StagePlan((2, 1, 0), (3, 4, 9))
     assert StagePlan.from_dict(plan.to_dict()) == plan
+    shared = StagePlan((1, 0), (2, 4), ((0, 3),))
+    assert StagePlan.from_dict(shared.to_dict()) == shared
+
+
+def test_a_shared_layer_is_run_by_either_stage_and_both_have_it() -> None:
+    plan = StagePlan((0, 1, 0), (2, 3, 5), ((1, 2), (0, 1, 2)))
+    assert [plan.layers(1, i) for i in range(4)] == [range(2, 4), range(3, 4), range(3, 4), range(2, 3)]
+    assert plan.shared == (2, 3)
+    assert (plan.layers_of(0), plan.layers_of(1)) == ((0, 1, 2, 3, 4), (2, 3))
+    assert [*map(plan.layers, range(3))] == [range(2), range(2, 3), range(3, 5)], "of evaluation"
+    assert StagePlan((0, 1), (2, 3), ((),)) == StagePlan((0, 1), (2, 3))
+    memory = StageMemory((1.0,) * 5, (1.0,) * 5, (10.0, 10.0), received_bytes=(0.0, 1.0, 2.0, 5.0, 0.0))
+    assert memory.left_bytes(plan) == (10 - 5 - 2 - 5, 10 - 2 - 2 - 5), "what crosses a border is the larger of two"
+
+
+@pytest.mark.parametrize("lent", [((0,), ()), ((1, 0),), ((0, 1, 2),), ((-1,),)])
+def test_a_stage_without_a_layer_for_a_micro_batch_is_refused(lent: Any) -> None:
+    with pytest.raises(ConfigurationError, match="at least one layer for each micro-batch"):
+        StagePlan((0, 1), (2, 3), lent)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
 
 from lightning_hetero.balance.pipeline.orders.order import Order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import most_micro_batches
-from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
+from lightning_hetero.balance.pipeline.orders.search import (
+    OrderPlan,
+    OrderProblem,
+    plan_order,
+    straight_shapes,
+    v_shapes,
+)
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
 from lightning_hetero.balance.pipeline.stages import StagePlan
@@ -24,7 +32,8 @@ class PipelineChoice:
     """Stages and how they are run.
 
     Attributes:
-        name: Short name: "1f1b", "v", and with backward passes in two parts "split" and "split v".
+        name: Short name: "1f1b", "v", and with backward passes in two parts "split" and "split v"; with layers that two
+            ranks share "shared v", "shared split" and "shared split v".
         stages: The stages.
         order: The passes of each rank; None for "1f1b".
         step_s: Predicted seconds per step.
@@ -42,8 +51,8 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
     """Return the simplest way to run a pipeline of those whose step is at most 2 % longer than the shortest.
 
     Args:
-        problem: What is known. Backward passes are split only where ``problem.split`` allows it.
-        always_v: Whether only a V is wanted, if there can be one.
+        problem: What is known. Backward passes are split, and layers are shared, only where it allows that.
+        always_v: Whether only a V is wanted, if there can be one. Then no layer is shared.
 
     Raises:
         ConfigurationError: There are fewer layers than ranks.
@@ -58,6 +67,8 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
     is_short = bool(found) and _longest_forward_s(problem, found[0].stages) < _SHORT_PASS_S
     if always_v or not is_short:
         found += _planned(problem)
+    if not always_v and not is_short and problem.shared:
+        found += _planned_with_shared(problem, min((one.step_s for one in found), default=inf))
     if always_v:
         found = [one for one in found if one.name in ("v", "split v")] or found
     if not found:
@@ -67,11 +78,15 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
     chosen = next(one for one in found if one.step_s <= _NEARLY * shortest_s)
     order = chosen.order or known_order(chosen.stages.ranks, problem.micro_batches, "1f1b")
     compared = ", ".join(f"{one.name} {1e3 * one.step_s:.0f} ms" for one in found)
+    is_last = chosen is found[-1]
     reason = (
         f'schedule "{chosen.name}", {problem.limit_s / chosen.step_s:.0%} of the limit of'
         f" {1e3 * problem.limit_s:.0f} ms per step; predicted were {compared}"
         + (", and passes are too short for others" if is_short and not always_v else "")
+        + (", and it is the simplest within 2 % of the shortest" if len(found) > 1 and not is_last else "")
         + f"; a rank holds at most {most_micro_batches(order)} micro-batches"
+        + _shared_by(chosen.stages)
+        + (_what_more_brings(problem, chosen) if chosen.order is not None else "")
     )
     return replace(chosen, reason=reason)
 
@@ -84,16 +99,58 @@ def _one_by_one(problem: OrderProblem) -> PipelineChoice:
 
 
 def _planned(problem: OrderProblem) -> Iterator[PipelineChoice]:
-    """Yield plans that a search has found, the simplest first."""
-    straight = straight_shapes(problem.costs, problem.last_rank)
-    both_ends = v_shapes(problem.costs, problem.last_rank)
-    ways = [("v", both_ends, False)]
-    if problem.split:
-        ways += [("split", straight, True), ("split v", both_ends, True)]
-    for name, shapes, split in ways:
-        plan = plan_order(replace(problem, split=split), shapes) if shapes else None
+    """Yield plans that a search has found, in which each layer has one rank, the simplest first."""
+    for name in ("v", "split", "split v") if problem.split else ("v",):
+        plan = _plan(replace(problem, shared=()), name)
         if plan is not None:
             yield PipelineChoice(name, plan.stages, plan.order, plan.step_s, "")
+
+
+def _planned_with_shared(problem: OrderProblem, shortest_s: float) -> Iterator[PipelineChoice]:
+    """Yield plans with shared layers that are more than 2 % faster than all simpler ones."""
+    for name in ("shared v", "shared split", "shared split v") if problem.split else ("shared v",):
+        if problem.limit_s >= shortest_s / _NEARLY:
+            break
+        plan = _plan(problem, name)
+        if plan is not None and plan.step_s < shortest_s / _NEARLY:
+            shortest_s = plan.step_s
+            yield PipelineChoice(name, plan.stages, plan.order, plan.step_s, "")
+
+
+def _plan(problem: OrderProblem, name: str) -> OrderPlan | None:
+    """Return the best plan of a way to run a pipeline; None if there is none."""
+    parts = name.split()
+    shapes = (v_shapes if "v" in parts else straight_shapes)(problem.costs, problem.last_rank)
+    problem = replace(problem, split="split" in parts, shared=problem.shared if "shared" in parts else ())
+    return plan_order(problem, shapes) if shapes else None
+
+
+def _shared_by(stages: StagePlan) -> str:
+    borders = zip(stages.ends, stages.lent, pairwise(stages.ranks), strict=False)
+    return "".join(
+        f"; layer {layer} runs on rank {before} for {len(lent)} of them and on rank {after} for the others"
+        for layer, lent, (before, after) in borders
+        if lent
+    )
+
+
+def _what_more_brings(problem: OrderProblem, chosen: PipelineChoice) -> str:
+    """Say what the same way would reach with more micro-batches, and with memory for all of them."""
+    costs, m = problem.costs, problem.micro_batches
+    memory = problem.memory
+    half = memory and replace(memory, activations_bytes=tuple(b / 2 for b in memory.activations_bytes))
+    found = []
+    for what, other in (
+        (
+            f"{2 * m} micro-batches",
+            replace(problem, costs=costs.times([0.5] * costs.world_size), micro_batches=2 * m, memory=half),
+        ),
+        (f"memory for all {m}", replace(problem, memory=None, most_held=None)),
+    ):
+        plan = _plan(other, chosen.name)
+        if plan is not None and plan.step_s < chosen.step_s / _NEARLY:
+            found.append(f"{what} would reach {other.limit_s / plan.step_s:.0%}")
+    return f"; {', '.join(found)}" if found else "; neither more micro-batches nor more memory would bring 2 %"
 
 
 def _longest_forward_s(problem: OrderProblem, stages: StagePlan) -> float:

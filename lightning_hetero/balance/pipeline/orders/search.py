@@ -3,18 +3,18 @@
 Two shapes are tried: one stage per rank, the fastest first, since its passes begin first; and a V, in which one rank
 has both ends of the model and so computes at the beginning and at the end of a step, when the others wait.  The borders
 between the stages of a shape are found by bisection of the time of a step.  Then list scheduling finds an order, single
-layers are moved, and other choices are drawn, until the time is proven to be the best or the effort is spent.
+layers are moved, and other choices are drawn, until the time is proven to be the best or the effort is spent.  Where
+two stages may share a layer, borders move by single micro-batches of a layer.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import inf
 from random import Random
 
+from lightning_hetero.balance.pipeline.orders.borders import WHICH, ends_within, neighbours, plan_at
 from lightning_hetero.balance.pipeline.orders.listing import Choices, Task, bound_s, list_schedule
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import PassTimes
@@ -45,6 +45,7 @@ class OrderProblem:
         memory: Memory needs and budgets that a plan must respect; None if unknown.
         most_held: How many micro-batches a rank may hold at a time, if its memory allows it; None for all.
         split: Whether gradients of parameters may be computed later than those of inputs.
+        shared: Indices of the layers that two stages may share.
     """
 
     costs: LayerCosts
@@ -54,6 +55,7 @@ class OrderProblem:
     memory: StageMemory | None = None
     most_held: int | None = None
     split: bool = False
+    shared: tuple[int, ...] = ()
 
     @property
     def limit_s(self) -> float:
@@ -63,26 +65,22 @@ class OrderProblem:
     def task(self, plan: StagePlan) -> Task | None:
         """Return what has to be ordered; None if the plan leaves a rank no memory for activations."""
         costs, m = self.costs, self.micro_batches
-        rows = [(rank, plan.layers(stage)) for stage, rank in enumerate(plan.ranks)]
-        forward = [sum(costs.forward_s[rank][i] for i in layers) for rank, layers in rows]
-        if self.memory is None:
-            held = tuple(float(len(layers)) for _, layers in rows)
-            free = (inf,) * plan.world_size
-        else:
-            held = tuple(sum(self.memory.activations_bytes[i] for i in layers) for _, layers in rows)
-            free = self.memory.left_bytes(plan)
+        bytes_of = (1.0,) * costs.num_layers if self.memory is None else self.memory.activations_bytes
+        held = tuple(sum(bytes_of[i] for i in plan.held(stage)) for stage in range(plan.num_stages))
+        free = (inf,) * plan.world_size if self.memory is None else self.memory.left_bytes(plan)
         full = [sum(held[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size)]
         most = self.most_held or m
         caps = tuple(min(cap, most * whole) for cap, whole in zip(free, full, strict=True))
         if any(cap < 0 for cap in caps):
             return None
-        inputs: Rows = costs.backward_s
-        weights: Rows = ()
-        if self.split and costs.weight_s:
-            inputs, weights = costs.input_s, costs.weight_s
-        first = [sum(inputs[rank][i] for i in layers) for rank, layers in rows]
-        second = [sum(weights[rank][i] for i in layers) if weights else 0.0 for rank, layers in rows]
-        times = PassTimes(*([(t,) * m for t in row] for row in (forward, first, second)))
+        splits = self.split and bool(costs.weight_s)
+        rows = (costs.forward_s, costs.input_s if splits else costs.backward_s)
+
+        def seconds(of_layers: Rows) -> list[tuple[float, ...]]:
+            return [tuple(_sums(of_layers[rank], plan, stage, m)) for stage, rank in enumerate(plan.ranks)]
+
+        weights = seconds(costs.weight_s) if splits else [(0.0,) * m] * plan.num_stages
+        times = PassTimes(*map(seconds, rows), weights)
         return Task(plan.ranks, times, held, caps, self.transfer_s)
 
 
@@ -114,7 +112,7 @@ def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: i
         seed: Seed of the random choices.
     """
     search = _Search(problem)
-    starts = {plan for shape in shapes for plan in _starts(problem, shape)}
+    starts = {plan for shape in shapes for plan in _starts(problem, shape) if plan is not None}
     bounds = {plan: bound_s(task) for plan in starts if (task := problem.task(plan)) is not None}
     for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends)):
         if search.is_worth_it(bounds[plan]):
@@ -164,15 +162,26 @@ class _Search:
         moved = True
         while moved and self._left > 0:
             moved = False
-            for other in _moved(plan):
+            for other in neighbours(plan, self._problem.micro_batches, self._problem.shared):
                 if other not in self._tried and (other_s := self._try(other)) < step_s * (1 - 1e-9):
                     plan, step_s, moved = other, other_s, True
                     break
 
     def vary(self, random: Random) -> None:
-        """Draw other choices for the best plan until the effort is spent or nothing is to be gained."""
-        while self.best is not None and self._left > 0 and self.best.step_s > _CLOSE * self.best.bound_s:
-            task = self._problem.task(self.best.stages)
+        """Draw other choices for the best plan until the effort is spent or nothing is to be gained.
+
+        Where layers can be shared, there are too many borders to try all, so some are drawn too.
+        """
+        problem = self._problem
+        while self.best is not None and self._left > 0:
+            can_be_better = self.best.step_s > _CLOSE * self.best.bound_s
+            if problem.shared and self.best.step_s > _CLOSE * problem.limit_s:
+                if not can_be_better or random.random() < 0.5:
+                    self._shift(random, self.best.stages)
+                    continue
+            if not can_be_better:
+                return
+            task = problem.task(self.best.stages)
             assert task is not None
             choices = Choices(
                 forward_first=random.random() < 0.3,
@@ -182,8 +191,18 @@ class _Search:
             )
             self._keep(self.best.stages, task, self.best.bound_s, choices)
 
+    def _shift(self, random: Random, plan: StagePlan) -> None:
+        """Move several borders at a time, and improve what comes of it."""
+        problem = self._problem
+        for _ in range(random.randint(2, 4)):
+            self._left -= len(plan.ranks) * problem.micro_batches
+            plan = random.choice([plan, *neighbours(plan, problem.micro_batches, problem.shared)])
+        if plan not in self._tried:
+            self.improve(plan)
+
     def _try(self, plan: StagePlan) -> float:
         self._tried.add(plan)
+        self._left -= len(plan.ranks) * self._problem.micro_batches // 4  # for the bound
         task = self._problem.task(plan)
         if task is None:
             return inf
@@ -201,48 +220,29 @@ class _Search:
         return step_s
 
 
-def _moved(plan: StagePlan) -> Iterator[StagePlan]:
-    ends = (0, *plan.ends)
-    for stage in range(1, plan.num_stages):
-        for step in (-1, 1):
-            if ends[stage - 1] < ends[stage] + step < ends[stage + 1]:
-                yield StagePlan(plan.ranks, (*ends[1:stage], ends[stage] + step, *ends[stage + 1 :]))
-
-
-def _starts(problem: OrderProblem, ranks: tuple[int, ...]) -> Iterator[StagePlan]:
+def _starts(problem: OrderProblem, ranks: tuple[int, ...]) -> Iterator[StagePlan | None]:
     """Yield stages whose ranks have as much time for their work as the passes before their first leave them."""
     twice = len(ranks) > problem.costs.world_size
+    arguments = problem.transfer_s, problem.micro_batches, problem.shared
     for part in _PARTS if twice else (1.0,):
         low, high, found = 0.0, 4 * problem.micro_batches * max(map(sum, problem.costs.total_s)), None
         for _ in range(_BISECTIONS):
             step_s = (low + high) / 2
-            ends = _ends_within(problem, ranks, part, step_s)
+            ends = ends_within(problem.costs, ranks, part, step_s, *arguments)
             if ends is None:
                 low = step_s
             else:
                 high, found = step_s, ends
         if found is not None:
-            yield StagePlan(ranks, found)
+            for which in WHICH:
+                yield plan_at(ranks, found, which, problem.micro_batches)
 
 
-def _ends_within(problem: OrderProblem, ranks: tuple[int, ...], part: float, step_s: float) -> tuple[int, ...] | None:
-    """Return where stages end that take as many layers as they can; None if layers remain."""
-    costs, layers = problem.costs, problem.costs.num_layers
-    prefixes = {rank: [0.0, *accumulate(costs.total_s[rank])] for rank in ranks}
-    left_s = {}
-    head_s, end = 0.0, 0
-    ends: list[int] = []
-    for stage, rank in enumerate(ranks):
-        prefix = prefixes[rank]
-        if rank not in left_s:
-            left_s[rank] = (step_s - head_s) / problem.micro_batches
-        is_twice = rank in ranks[stage + 1 :]
-        room_s = left_s[rank] * (part if is_twice else 1.0)
-        start, most = end, layers - (len(ranks) - 1 - stage)
-        end = min(bisect_right(prefix, (prefix[start] + room_s) * (1 + 1e-12)) - 1, most)
-        if end <= start:
-            return None
-        left_s[rank] -= prefix[end] - prefix[start]
-        head_s += sum(costs.forward_s[rank][start:end]) + problem.transfer_s
-        ends.append(end)
-    return tuple(ends) if end == layers else None
+def _sums(of_layers: Sequence[float], plan: StagePlan, stage: int, micro_batches: int) -> Iterator[float]:
+    """Yield the seconds of a stage for each micro-batch."""
+    known: dict[range, float] = {}
+    for i in range(micro_batches):
+        layers = plan.layers(stage, i)
+        if layers not in known:
+            known[layers] = sum(of_layers[n] for n in layers)
+        yield known[layers]
