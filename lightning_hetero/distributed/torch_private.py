@@ -30,6 +30,7 @@ __all__ = [
     "default_store",
     "functional_resolvers",
     "has_hooks",
+    "hooks_of_module",
     "is_held_elsewhere",
     "is_without_memory",
     "node_before_ddp",
@@ -123,6 +124,12 @@ def version_of(tensor: Tensor) -> int:
 def has_hooks(parameter: Tensor) -> bool:
     """Return whether the user has registered hooks on the gradient of a parameter; nothing public lists them."""
     return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def hooks_of_module(module: nn.Module) -> list[Any]:
+    """Return the hooks on the forward and backward passes of a module; nothing public lists them."""
+    found = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in found for hook in hooks.values()]
 
 
 def is_held_elsewhere(tensor: Tensor) -> bool:

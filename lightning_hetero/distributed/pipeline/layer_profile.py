@@ -22,6 +22,7 @@ from lightning_hetero.distributed.collectives import all_wait
 from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import as_outputs
+from lightning_hetero.distributed.pipeline.passes.sharing import can_be_shared
 from lightning_hetero.distributed.pipeline.passes.split_times import split_times
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call, flatten, mapped, tensors_of
@@ -48,6 +49,7 @@ class LayerProfile:
         boundary_bytes: Bytes of each layer's output.
         input_s: Seconds of the first part of each layer's backward pass if gradients of parameters are put off.
         weight_s: Seconds of the second part; 0 for layers that have to be run whole, and if that was not tried.
+        can_be_shared: Whether two ranks may share each layer; False if that was not tried.
         copy_s: Seconds that it takes to copy each layer's parameters and buffers to other ranks.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
     """
@@ -60,25 +62,26 @@ class LayerProfile:
     boundary_bytes: tuple[int, ...]
     input_s: tuple[float, ...]
     weight_s: tuple[float, ...]
+    can_be_shared: tuple[bool, ...]
     copy_s: tuple[float, ...]
     transfer_s: float
 
     def to_numbers(self) -> list[float]:
         """Return all values in one list, the transfer time last."""
         counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
-        rows = (self.forward_s, self.backward_s, self.input_s, self.weight_s, self.copy_s, *counts)
+        rows = (self.forward_s, self.backward_s, self.input_s, self.weight_s, self.copy_s, *counts, self.can_be_shared)
         return [*(value for row in rows for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
         *values, transfer_s = numbers
-        n = len(values) // 9
-        *seconds, a, b, c, d = (tuple(values[i * n : (i + 1) * n]) for i in range(9))
+        n = len(values) // 10
+        *seconds, a, b, c, d, shared = (tuple(values[i * n : (i + 1) * n]) for i in range(10))
         forward_s, backward_s, input_s, weight_s, copy_s = seconds
         parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in (a, b, c, d))
         sizes = (parameters, constants, activations, boundaries)
-        return cls(forward_s, backward_s, *sizes, input_s, weight_s, copy_s, transfer_s)
+        return cls(forward_s, backward_s, *sizes, input_s, weight_s, tuple(map(bool, shared)), copy_s, transfer_s)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def profile_layers(
     device: torch.device,
     *,
     split: bool = False,
+    share: bool = False,
 ) -> LayerProfile:
     """Return the profile of this rank; every rank must call this at the same point.
 
@@ -111,9 +115,11 @@ def profile_layers(
             compute no loss, and if there is no loss.
         device: Device on which this rank computes.
         split: Whether to find out too which backward passes can be split.
+        share: Whether to find out too which layers two ranks may share.
     """
     timings: list[_Timing] = []
     parts: list[tuple[float, float]] = []
+    shared: list[bool] = []
     sizes: list[tuple[int, int]] = []
     boundaries: list[int] = []
     copy_s: list[float] = []
@@ -129,6 +135,7 @@ def profile_layers(
                 tensors = list(copies.values())
                 timing, value = _timed_often(layer_of_model, tensors, device)
                 two = split_times(layer, layer_of_model.made, tensors, device) if split else None
+                shared.append(share and can_be_shared(layer, layer_of_model.made, tensors))
             timings.append(timing)
             parts.append((timing.backward_s, 0.0) if two is None else two)
             sizes.append(_bytes_of(copies))
@@ -155,6 +162,7 @@ def profile_layers(
         boundary_bytes=tuple(boundaries),
         input_s=tuple(first for first, _ in parts),
         weight_s=tuple(second for _, second in parts),
+        can_be_shared=tuple(shared),
         copy_s=tuple(copy_s),
         transfer_s=_transfer_s(int(median(boundaries)), device),
     )

@@ -1,8 +1,8 @@
 """Run micro-batches through stages of layers on several ranks.
 
-Each rank computes the passes of its stages in its order.  Nothing is assumed about what two stages exchange: see
-``messages.py``.  The arguments of the model, and whatever the loss needs, are looked up by the number of the
-micro-batch.
+Each rank computes the passes of its stages in its order.  A layer that two stages share is run by the one or the other,
+as the plan says for the micro-batch.  Nothing is assumed about what two stages exchange: see ``messages.py``.  The
+arguments of the model, and whatever the loss needs, are looked up by the number of the micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.messages import Exchange, Received, Sent
 from lightning_hetero.distributed.pipeline.passes.channels import open_channels
 from lightning_hetero.distributed.pipeline.passes.deferred import DeferredGradients, Job
+from lightning_hetero.distributed.pipeline.passes.sharing import foreign_hook
 from lightning_hetero.distributed.pipeline.structure import Call
+from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.hardware.timed_call import timed_call
 
 __all__ = ["Pipeline"]
@@ -77,6 +79,7 @@ class Pipeline:
         self._deferred = DeferredGradients(
             calls.layers[number] for number in plan.layers_of(rank) if split_layers is None or number in split_layers
         )
+        self._shared = [calls.layers[number] for number in plan.layers_of(rank) if number in plan.shared]
         self._recorded: list[Pass] | None = None
         self._record_from_s = 0.0
         self._micro_batches_before = 0
@@ -94,7 +97,7 @@ class Pipeline:
     @property
     def needs_calls(self) -> bool:
         """Whether a stage of this rank needs the arguments with which the step calls the model."""
-        return any(self._calls.needs_call(self._plan.layers(stage)) for stage in self._stages)
+        return any(self._calls.needs_call(self._plan.held(stage)) for stage in self._stages)
 
     @property
     def first_rank(self) -> int:
@@ -121,6 +124,7 @@ class Pipeline:
                 on the last stage. Losses already contain the weights of their micro-batches.
         """
         part = self._part(count, training=True)
+        self._verify_shared()
         self._exchange.begin(part.expected)
         running: dict[tuple[int, int], _Running] = {}
         with self._deferred.installed() if part.is_split else nullcontext():
@@ -138,6 +142,16 @@ class Pipeline:
                     self._observed(action, running.pop(place).compute)
         self._exchange.finish()
         self._micro_batches_before += count
+
+    def _verify_shared(self) -> None:
+        for layer in self._shared:
+            hook = foreign_hook(layer)
+            if hook is not None:
+                raise UnsupportedFeatureError(
+                    f"Two ranks of `hetero_pipeline` share a layer, and each runs it for some of the micro-batches, but"
+                    f" the hook {hook!r} was registered on it after the first step. Register it before the training, or"
+                    f' use schedule="v" or "1f1b", with which no layer is shared.'
+                )
 
     def _part(self, count: int, *, training: bool) -> _Part:
         """Return this rank's part of a step or an evaluation; nearly all of them have the same number."""
@@ -183,7 +197,7 @@ class Pipeline:
 
     def _forward(self, stage: int, i: int, received: Received | None, call: Call | None, loss_of: LossOf) -> _Running:
         value = None if received is None else received.value(with_graph=True)
-        output = self._calls.run(self._plan.layers(stage), value, call)
+        output = self._calls.run(self._plan.layers(stage, i), value, call)
         return _Running(received, loss_of(i, output) if self._is_last(stage) else output)
 
     def _backward(self, one: _Running, gradients: list[Tensor | None] | None) -> None:

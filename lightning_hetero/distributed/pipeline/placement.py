@@ -19,6 +19,7 @@ from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.in_place import like, set_value, swap
+from lightning_hetero.distributed.pipeline.copies import Copies
 from lightning_hetero.distributed.pipeline.moving import (
     Parcel,
     Unpacked,
@@ -37,13 +38,19 @@ class TensorPlacement:
     """Keeps on this rank the tensors that its stage needs.
 
     Parameters that are in no layer belong to the last stage, where losses are computed. Every rank has the buffers that
-    are in no layer. A tensor that several layers share lives on every rank that has one of these layers.
+    are in no layer. A tensor that several layers share lives on every rank that has one of these layers, and those of a
+    layer that two stages share live on both ranks.
 
     Args:
         module: The whole model; at first every rank has all of it.
         layers: Layers of the model, in order.
         plan: The stages.
         device: Device on which this rank computes.
+
+    Attributes:
+        plan: The stages.
+        tied: Parameters of this rank that several layers have on several ranks, and the groups of these ranks.
+        copies: Parameters of this rank in layers that two stages share.
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], plan: StagePlan, device: torch.device) -> None:
@@ -55,6 +62,7 @@ class TensorPlacement:
         self._everywhere: set[int] = set()  # identities of buffers that are in no layer
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
+        self.copies: list[Copies] = []
         self._groups: dict[tuple[int, ...], Any] = {}
         self._set_owners(plan)
         foreign = []
@@ -74,19 +82,28 @@ class TensorPlacement:
         self.plan = plan
         self._owners = self._owners_of_tensors(plan)
         self.tied = []
+        shared = {id(p) for i in plan.shared for p in self._layers[i].parameters()}
+        copied: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for tensor in self._tensors():
             owners = self._owners[id(tensor)]
             if isinstance(tensor, nn.Parameter) and len(owners) > 1:
                 if owners not in self._groups:
                     self._groups[owners] = dist.new_group(list(owners))  # every rank must call this
-                if self._rank in owners:
+                if id(tensor) in shared:
+                    copied.setdefault(owners, []).append(tensor)
+                elif self._rank in owners:
                     self.tied.append((tensor, self._groups[owners]))
+        self.copies = [
+            Copies(parameters, owners, self._groups[owners])
+            for owners, parameters in copied.items()
+            if self._rank in owners
+        ]
 
     def _owners_of_tensors(self, plan: StagePlan) -> dict[int, tuple[int, ...]]:
         """Return the ranks of each tensor that the module has now, by its identity: a step may replace a buffer."""
         ranks_of: dict[int, set[int]] = {}
         for stage, owner in enumerate(plan.ranks):
-            for i in plan.layers(stage):
+            for i in plan.held(stage):
                 for tensor in (*self._layers[i].parameters(), *self._layers[i].buffers()):
                     ranks_of.setdefault(id(tensor), set()).add(owner)
         unused = {plan.ranks[-1]}
@@ -96,7 +113,8 @@ class TensorPlacement:
 
     def _equalise_tied(self) -> None:
         # without a seed, ranks begin with different values
-        for parameter, _ in self.tied:
+        copied = [parameter for copies in self.copies for parameter in copies.parameters]
+        for parameter in (*(parameter for parameter, _ in self.tied), *copied):
             source, *others = self._owners[id(parameter)]
             if self._rank == source:
                 for target in others:

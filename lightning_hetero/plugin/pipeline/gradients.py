@@ -1,4 +1,4 @@
-"""Combine the gradients of parameters that several stages share, and clip by the norm of the whole model."""
+"""Combine the gradients of parameters that several ranks have, and clip by the norm of the whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["clip_by_norm", "with_tied_combined"]
 
 
 def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Gradients:
-    """Return ``gradients``, in which those of parameters that several stages use are added up over the stages.
+    """Return ``gradients``, in which those of parameters that several ranks have are added up over these ranks.
 
     Every rank must call this at the same point.
     """
@@ -25,6 +25,8 @@ def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Grad
             gradient = found.get(id(parameter), torch.zeros_like(parameter))
             dist.all_reduce(gradient, group=group)
             combined.append((parameter, gradient))
+    for copies in placement.copies:
+        combined += copies.added_up(found)
     tied = {id(parameter) for parameter, _ in combined}
     return [*((p, g) for p, g in gradients if id(p) not in tied), *combined]
 

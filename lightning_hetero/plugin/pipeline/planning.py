@@ -101,7 +101,7 @@ def find_stages(
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
     chooses = example.training and schedule in ("auto", "v")
-    profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses)
+    profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=chooses)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
     decide = _decision(placement.plan, example, schedule, micro_batches, state_per_parameter)
     return decide_on_rank_zero(numbers, decide)
@@ -140,7 +140,9 @@ def _decision(
         choice = None
         if example.training and wanted in ("auto", "v"):
             most = None if memory is not None else max(_HELD_UNKNOWN, len(profiles) + 1)
-            problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, memory, most, bool(split_layers))
+            shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
+            limits = (memory, most, bool(split_layers), shared)
+            problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
             choice = choose_order(problem, always_v=wanted == "v")
             plan = choice.stages
         else:

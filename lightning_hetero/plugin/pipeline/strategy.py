@@ -294,6 +294,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
     @failure_of_peers()
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
+        for copies in self._running.placement.copies:
+            copies.send()
         self._accumulates = False
         return output
 

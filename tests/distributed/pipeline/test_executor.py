@@ -79,9 +79,14 @@ def alone(count: int, sizes: tuple[int, ...]) -> list[Tensor | None]:
     return [p.grad for layer in layers for p in layer.parameters()]
 
 
-def plan_of(random: Random, ranks: tuple[int, ...], count: int) -> StagePlan:
+def plan_of(random: Random, ranks: tuple[int, ...], count: int, micro_batches: int) -> StagePlan:
+    """Draw stages; some of their borders are within a layer that two ranks share."""
     ends = sorted(random.sample(range(1, count), len(ranks) - 1))
-    return StagePlan(ranks, (*ends, count))
+    lent = [random.sample(range(micro_batches), random.randint(0, micro_batches)) for _ in ends]
+    try:
+        return StagePlan(ranks, (*ends, count), tuple(tuple(sorted(row)) for row in lent))
+    except ConfigurationError:  # a stage would have no layer for a micro-batch
+        return StagePlan(ranks, (*ends, count))
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class Case:
     def drawn(cls, seed: int, ranks: tuple[int, ...] | None = None) -> Case:
         random = Random(seed)
         ranks = ranks or random_ranks(random)
-        plan = plan_of(random, ranks, random.randint(len(ranks), 9))
         sizes = tuple(random.randint(1, 3) for _ in range(random.randint(1, 5)))
+        plan = plan_of(random, ranks, random.randint(len(ranks), 9), len(sizes))
         return cls(plan, random_order(random, ranks, len(sizes), random.choice((None, 1, 2, 3))), sizes)
 
     def run(self, rank: int, layers: list[nn.Module]) -> tuple[Pipeline, list[Any]]:
@@ -223,11 +228,14 @@ def run_on_rank(cases: list[Case]) -> list[tuple[list[Tensor | None], list[Any],
     return found
 
 
-def planned(speeds: list[float], layers: int, sizes: tuple[int, ...], most_held: int, *, split: bool) -> Case:
+def planned(
+    speeds: list[float], layers: int, sizes: tuple[int, ...], most_held: int, *, split: bool, shares: bool
+) -> Case:
     """Return a V for ranks of some speeds."""
     costs = LayerCosts.of_speeds([(1.0, 2.0)] * layers, speeds)
     costs = LayerCosts(costs.forward_s, costs.backward_s, costs.forward_s, costs.forward_s)
-    problem = OrderProblem(costs, len(sizes), most_held=most_held, split=split)
+    shared = tuple(range(layers)) if shares else ()
+    problem = OrderProblem(costs, len(sizes), most_held=most_held, split=split, shared=shared)
     found = plan_order(problem, v_shapes(costs, 0))
     assert found is not None
     return Case(found.stages, found.order, sizes)
@@ -237,17 +245,21 @@ def planned(speeds: list[float], layers: int, sizes: tuple[int, ...], most_held:
 def test_orders_on_real_ranks(ranks: RankPools, world_size: int) -> None:
     """Drawn ones, and a V with whole and with split backward passes, which hold no more than they were planned to."""
     v = [
-        planned([2.0, 1.0, 1.0][:world_size], 9, (2, 3, 1, 2, 2, 1), most, split=split)
+        planned([2.0, 1.0, 1.0][:world_size], 9, (2, 3, 1, 2, 2, 1), most, split=split, shares=split)
         for most, split in ((2, False), (4, True))
     ]
+    assert v[1].plan.shared
     wanted = [seed for seed in range(10_000) if max(random_ranks(Random(seed))) == world_size - 1]
     cases = [*v, *(Case.drawn(seed) for seed in wanted[: drawn(6, 50)])]
     results = ranks.run(world_size, run_on_rank, cases)
     for number, case in enumerate(cases):
         own = [list(results[rank][number][0]) for rank in range(world_size)]
-        count = [len(list(layer.parameters())) for layer in layers_of(case.plan.num_layers)]
-        owner = [next(r for r in range(world_size) if n in case.plan.layers_of(r)) for n in range(len(count))]
-        gradients = [own[owner[n]].pop(0) for n in range(len(count)) for _ in range(count[n])]
+        gradients: list[Tensor | None] = []
+        for n, layer in enumerate(layers_of(case.plan.num_layers)):
+            of_ranks = [own[rank] for rank in range(world_size) if n in case.plan.layers_of(rank)]
+            for _ in layer.parameters():
+                found = [g for g in (left.pop(0) for left in of_ranks) if g is not None]
+                gradients.append(sum(found[1:], found[0]))
         case.check(gradients, results[case.plan.ranks[-1]][number][1])
         check_recorded(case, results[0][number][2])
 

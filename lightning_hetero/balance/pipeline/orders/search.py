@@ -74,13 +74,13 @@ class OrderProblem:
         if any(cap < 0 for cap in caps):
             return None
         splits = self.split and bool(costs.weight_s)
-        rows = (costs.forward_s, costs.input_s if splits else costs.backward_s)
+        inputs = costs.input_s if splits else costs.backward_s
 
         def seconds(of_layers: Rows) -> list[tuple[float, ...]]:
             return [tuple(_sums(of_layers[rank], plan, stage, m)) for stage, rank in enumerate(plan.ranks)]
 
         weights = seconds(costs.weight_s) if splits else [(0.0,) * m] * plan.num_stages
-        times = PassTimes(*map(seconds, rows), weights)
+        times = PassTimes(seconds(costs.forward_s), seconds(inputs), weights)
         return Task(plan.ranks, times, held, caps, self.transfer_s)
 
 
@@ -175,10 +175,10 @@ class _Search:
         problem = self._problem
         while self.best is not None and self._left > 0:
             can_be_better = self.best.step_s > _CLOSE * self.best.bound_s
-            if problem.shared and self.best.step_s > _CLOSE * problem.limit_s:
-                if not can_be_better or random.random() < 0.5:
-                    self._shift(random, self.best.stages)
-                    continue
+            can_shift = bool(problem.shared) and self.best.step_s > _CLOSE * problem.limit_s
+            if can_shift and (not can_be_better or random.random() < 0.5):
+                self._shift(random, self.best.stages)
+                continue
             if not can_be_better:
                 return
             task = problem.task(self.best.stages)
