@@ -128,8 +128,8 @@ def has_hooks(parameter: Tensor) -> bool:
 
 def hooks_of_module(module: nn.Module) -> list[Any]:
     """Return the hooks on the forward and backward passes of a module; nothing public lists them."""
-    found = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return [hook for hooks in found for hook in hooks.values()]
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [hook for name in names for hook in getattr(module, name, {}).values()]
 
 
 def is_held_elsewhere(tensor: Tensor) -> bool:

@@ -28,6 +28,7 @@ from lightning_hetero.distributed.torch_private import (
     default_store,
     functional_resolvers,
     has_hooks,
+    hooks_of_module,
     is_held_elsewhere,
     is_without_memory,
     node_before_ddp,
@@ -239,6 +240,15 @@ def test_hooks_on_gradients_are_seen() -> None:
     assert [has_hooks(parameter) for parameter in (plain, hooked, accumulating)] == [False, True, True]
     handle.remove()
     assert not has_hooks(hooked)
+
+
+def test_hooks_on_modules_are_seen() -> None:
+    module, hooks = nn.Linear(2, 2), [lambda *_, n=n: None for n in range(4)]
+    module.register_forward_pre_hook(hooks[0])
+    module.register_forward_hook(hooks[1])
+    module.register_full_backward_pre_hook(hooks[2])
+    module.register_full_backward_hook(hooks[3])
+    assert hooks_of_module(module) == hooks
 
 
 def test_a_tensor_without_memory_says_where_it_is_and_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

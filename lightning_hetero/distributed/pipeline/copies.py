@@ -30,11 +30,12 @@ class Copies:
 
     Attributes:
         parameters: The parameters.
+        ranks: The ranks.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], ranks: Sequence[int], group: Any) -> None:
         self.parameters = list(parameters)
-        self._ranks = tuple(ranks)
+        self.ranks = tuple(ranks)
         self._group = group
 
     def added_up(self, gradients: Mapping[int, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
@@ -62,8 +63,8 @@ class Copies:
 
     def _on_any_rank(self, there: Sequence[bool]) -> list[bool]:
         """Return what is true on any of the ranks, over the hosts, since a device would have to be waited for."""
-        own = torch.tensor(there)
-        others = [rank for rank in self._ranks if rank != dist.get_rank()]
+        own = torch.tensor(there, device="cpu")
+        others = [rank for rank in self.ranks if rank != dist.get_rank()]
         works = [dist.isend(own, other, group=host_group(), tag=_TAG) for other in others]
         found = own.clone()
         for other in others:
@@ -79,8 +80,8 @@ class Copies:
         """Give all ranks the values of one of them; each must call this at the same point."""
         for alike in _by_kind([p for p in self.parameters if p.requires_grad]):
             flat = torch.cat([p.reshape(-1) for p in alike])
-            dist.broadcast(flat, self._ranks[0], group=self._group)
-            if dist.get_rank() != self._ranks[0]:
+            dist.broadcast(flat, self.ranks[0], group=self._group)
+            if dist.get_rank() != self.ranks[0]:
                 for parameter, value in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
                     parameter.copy_(value.view(parameter.shape))
 

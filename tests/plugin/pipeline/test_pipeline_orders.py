@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPools
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from profiles import thorough
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.command.report.page import build
-from lightning_hetero.exceptions import ConfigurationError
+from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.pipeline import planning
 from lightning_hetero.testing import SlowLayers
 
@@ -136,18 +136,33 @@ def fit(trainer: Trainer, module: LightningModule, resume: str | None) -> Outcom
 
 
 def train(
-    schedule: Any, factors: list[float], folder: str, resume: str | None, split: Any, kind: type[Deep]
-) -> Outcome:
-    """Train on this rank; with ``split``, an order with split backward passes is taken, whatever was predicted."""
+    schedule: Any, factors: list[float], folder: str, resume: str | None, chosen: Any, kind: type[Deep],
+    accumulated: int = 1, *callbacks: Callback,
+) -> Outcome:  # fmt: skip
+    """Train on this rank; with ``chosen``, the order that it returns is taken, whatever was predicted."""
     strategy = HeteroPipelineStrategy(num_microbatches=8, schedule=schedule, verbose=False)
     recorder = PipelineRecorder(step=2, record=folder)
-    callbacks = [SlowLayers(factors, seconds_per_sample=0.003), ModelCheckpoint(folder, save_top_k=-1), recorder]
+    slow = SlowLayers(factors, seconds_per_sample=0.003)
     trainer = make_trainer(
-        strategy, dist.get_world_size(), callbacks, max_epochs=1, limit_val_batches=None, enable_checkpointing=True,
-        gradient_clip_val=0.5,
+        strategy, dist.get_world_size(), [slow, ModelCheckpoint(folder, save_top_k=-1), recorder, *callbacks],
+        max_epochs=1, limit_val_batches=None, enable_checkpointing=True, gradient_clip_val=0.5,
+        accumulate_grad_batches=accumulated,
     )  # fmt: skip
-    module = kind()
-    with mock.patch.object(planning, "choose_order", split) if split else nullcontext():
+    module, step = kind(), torch.optim.AdamW.step
+
+    def rough(self: Any, closure: Any) -> Any:
+        """Step as a device does that rounds differently from rank 0."""
+        loss = step(self, closure)
+        assert strategy.runtime is not None
+        for copies in strategy.runtime.placement.copies:
+            for parameter in copies.parameters if dist.get_rank() > copies.ranks[0] else ():
+                parameter.data.mul_(1.01)
+        return loss
+
+    with (
+        mock.patch.object(torch.optim.AdamW, "step", rough),
+        mock.patch.object(planning, "choose_order", chosen) if chosen else nullcontext(),
+    ):
         outcome = fit(trainer, module, resume)
     found = strategy.findings
     assert found is not None
@@ -169,11 +184,12 @@ def always_split(shapes_of: Any, problem: OrderProblem, *, always_v: bool) -> Pi
 
 
 @cache
-def alone(kind: Any, resume: str | None = None) -> Outcome:
+def alone(kind: Any, resume: str | None = None, accumulated: int = 1) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[ModelCheckpoint(folder)], gradient_clip_val=0.5,
+            accumulate_grad_batches=accumulated,
         )  # fmt: skip
         return fit(trainer, kind(), resume)
 
@@ -195,7 +211,7 @@ def check_held(found: Outcome) -> None:
         own = sorted((p for p in found.timeline.passes if order.ranks[p.stage] == rank), key=lambda p: p.end_s)
         assert [(p.kind, p.stage, p.micro_batch) for p in own] == [*planned]
     assert found.plan is not None
-    layers = [float(len(found.plan.layers(stage))) for stage in range(order.num_stages)]
+    layers = [float(len(found.plan.held(stage))) for stage in range(order.num_stages)]
     for most, own_layers in zip(most_held(order, layers), found.plan.layers_of_ranks, strict=True):
         assert most <= 4 * own_layers  # what four micro-batches leave in all layers of a rank
 
@@ -245,10 +261,46 @@ def test_shared_layers_train_as_one_device_and_resume(ranks: RankPools, tmp_path
     found = ranks.run(2, train, "auto", [1.0, 2.0], str(tmp_path / "first"), None, shared, Deep)
     for outcome in found:
         agree(outcome, alone(Deep))
+        check_held(outcome)
     again = ranks.run(2, train, "auto", [2.0, 1.0], str(tmp_path / "second"), found[0].checkpoint, shared, Deep)
     expected = alone(Deep, found[0].checkpoint)
     for outcome in again:
         agree(outcome, expected)
+
+
+class LateHook(Callback):
+    """Registers a hook on a layer that two ranks share."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, HeteroPipelineStrategy)
+        if strategy.plan is not None and strategy.plan.shared:
+            layers: Any = pl_module.model
+            layers[strategy.plan.shared[0]].register_forward_hook(lambda *_: None)
+
+
+def late_hook(folder: str, shared: Any) -> str:
+    try:
+        train("auto", [1.0, 2.0], folder, None, shared, Deep, 1, LateHook())
+    except UnsupportedFeatureError as error:
+        return str(error)
+    return ""
+
+
+def test_a_hook_on_a_shared_layer_that_comes_late_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    for message in ranks.run(2, late_hook, str(tmp_path), partial(always_shared, v_shapes)):
+        assert "registered on it after the first step" in message
+
+
+@thorough
+@pytest.mark.parametrize("kind", [Deep, Found])
+@pytest.mark.parametrize("shapes", [straight_shapes, v_shapes])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shared_layers(ranks: RankPools, tmp_path: Path, shapes: Any, kind: type[Deep], world_size: int) -> None:
+    shared, factors = partial(always_shared, shapes), [2.0, 1.0, 3.0][:world_size]
+    for outcome in ranks.run(world_size, train, "auto", factors, str(tmp_path), None, shared, kind, 3):
+        agree(outcome, alone(kind, None, 3))  # type: ignore[arg-type]  # a class can be hashed
+        check_held(outcome)
 
 
 @thorough

@@ -85,7 +85,7 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
         + (", and passes are too short for others" if is_short and not always_v else "")
         + (", and it is the simplest within 2 % of the shortest" if len(found) > 1 and not is_last else "")
         + f"; a rank holds at most {most_micro_batches(order)} micro-batches"
-        + _shared_by(chosen.stages)
+        + _shared_by(chosen.stages, problem.micro_batches)
         + (_what_more_brings(problem, chosen) if chosen.order is not None else "")
     )
     return replace(chosen, reason=reason)
@@ -125,10 +125,10 @@ def _plan(problem: OrderProblem, name: str) -> OrderPlan | None:
     return plan_order(problem, shapes) if shapes else None
 
 
-def _shared_by(stages: StagePlan) -> str:
+def _shared_by(stages: StagePlan, micro_batches: int) -> str:
     borders = zip(stages.ends, stages.lent, pairwise(stages.ranks), strict=False)
     return "".join(
-        f"; layer {layer} runs on rank {before} for {len(lent)} of them and on rank {after} for the others"
+        f"; ranks {before} and {after} share layer {layer}, for {len(lent)} and {micro_batches - len(lent)}"
         for layer, lent, (before, after) in borders
         if lent
     )

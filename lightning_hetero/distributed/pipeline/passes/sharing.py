@@ -32,7 +32,7 @@ def can_be_shared(layer: nn.Module, forward: Callable[[], Sequence[Tensor]], ten
     """
     # the tensors of a segment itself are those that every rank has
     parts = [part for part in layer.modules() if not isinstance(part, Segment)]
-    if any(part._buffers for part in parts) or foreign_hook(layer) is not None:
+    if any(True for part in parts for _ in part.buffers(recurse=False)) or foreign_hook(layer) is not None:
         return False
     try:
         kept: list[Any] = []  # no other object gets the identity of one of these
