@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import SaveAt, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageDecision
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.tuning.rebalancer import Window
 
 FEATURES, BATCH_SIZE = 6, 8
@@ -183,3 +185,15 @@ THREE = [StagePlan((1, 2, 0), ends) for ends in ((1, 2, 12), (5, 10, 12), (3, 4,
 VALIDATED: dict[str, Any] = {"val_check_interval": 4, "limit_val_batches": None}
 OPTIONS: dict[str, Any] = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
 FOUND = [StagePlan((1, 0), ends) for ends in ((2, 7), (6, 7), (3, 7))]
+
+
+def always_shared(shapes_of: Any, problem: OrderProblem, *, always_v: bool) -> PipelineChoice:
+    """Choose an order with shared layers, also where backward passes cannot be split."""
+    assert problem.shared, "layers were found that can be shared"
+    speeds = [1.0 + (rank == problem.last_rank) for rank in range(problem.costs.world_size)]
+    costs = LayerCosts.of_speeds([(1.0, 2.0)] * problem.costs.num_layers, speeds)
+    costs = replace(costs, input_s=costs.forward_s, weight_s=costs.forward_s)
+    plan = plan_order(replace(problem, costs=costs), shapes_of(costs, problem.last_rank))
+    assert plan is not None
+    assert plan.stages.shared
+    return PipelineChoice("shared split", plan.stages, plan.order, plan.step_s, "")

@@ -24,14 +24,16 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy
-from stage_trainings import scripted
+from stage_trainings import always_shared, scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import assert_close, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy, HeteroPipelineStrategy, LoadBalancer
+from lightning_hetero.balance.pipeline.orders.search import v_shapes
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.shards.exchange import NcclExchange
+from lightning_hetero.plugin.pipeline import planning
 
 EXACT = 1e-12
 
@@ -335,10 +337,16 @@ def moved(folder: str, *, accelerated: bool) -> Outcome:
         return trained(Case("hetero_pipeline", {"watch_steps": 1}), folder, accelerated=accelerated)
 
 
-def test_layers_move_between_devices(accelerated: RankPools, ranks: RankPools, tmp_path: Path) -> None:
+def shared(folder: str, *, accelerated: bool) -> Outcome:
+    with mock.patch.object(planning, "choose_order", partial(always_shared, v_shapes)):
+        return trained(Case("hetero_pipeline", {"schedule": "auto"}), folder, accelerated=accelerated)
+
+
+@pytest.mark.parametrize("run", [moved, shared])
+def test_layers_move_between_devices(run: Any, accelerated: RankPools, ranks: RankPools, tmp_path: Path) -> None:
     (tmp_path / "host").mkdir()
-    expected = ranks.run(2, partial(moved, accelerated=False), f"{tmp_path}/host")
-    for one, other in zip(accelerated.run(2, partial(moved, accelerated=True), str(tmp_path)), expected, strict=True):
+    expected = ranks.run(2, partial(run, accelerated=False), f"{tmp_path}/host")
+    for one, other in zip(accelerated.run(2, partial(run, accelerated=True), str(tmp_path)), expected, strict=True):
         assert_close(one.parameters, other.parameters, EXACT)
         assert all(call.on_device for step in one.calls for call in step)
 

@@ -17,6 +17,7 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from profiles import thorough
+from stage_trainings import always_shared
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError
@@ -27,7 +28,7 @@ from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
 from lightning_hetero.balance.pipeline.orders.proof import most_held
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
+from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.command.report.page import build
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
@@ -242,18 +243,6 @@ def test_split_backward_passes_train_as_one_device_and_resume(ranks: RankPools, 
     expected = alone(Deep, found[0].checkpoint)
     for outcome in again:
         agree(outcome, expected)
-
-
-def always_shared(shapes_of: Any, problem: OrderProblem, *, always_v: bool) -> PipelineChoice:
-    """Choose an order with shared layers, also where backward passes cannot be split."""
-    assert problem.shared, "layers were found that can be shared"
-    speeds = [1.0 + (rank == problem.last_rank) for rank in range(problem.costs.world_size)]
-    costs = LayerCosts.of_speeds([(1.0, 2.0)] * problem.costs.num_layers, speeds)
-    costs = replace(costs, input_s=costs.forward_s, weight_s=costs.forward_s)
-    plan = plan_order(replace(problem, costs=costs), shapes_of(costs, problem.last_rank))
-    assert plan is not None
-    assert plan.stages.shared
-    return PipelineChoice("shared split", plan.stages, plan.order, plan.step_s, "")
 
 
 def test_shared_layers_train_as_one_device_and_resume(ranks: RankPools, tmp_path: Path) -> None:
