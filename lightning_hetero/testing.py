@@ -27,6 +27,7 @@ __all__ = ["SlowDown", "SlowLayers"]
 
 # On most networks the forward pass takes a third of a training step, the backward pass two thirds.
 _FORWARD_PART = 1 / 3
+_MOST_LATE_S = 0.002  # of a sleep, that the next ones make up for; a busy machine may be later
 
 
 @with_either_trainer
@@ -202,8 +203,9 @@ class SlowLayers(Callback):
             )
         self._remove_hooks()
         factor = partial(self._factor_of, trainer.global_rank)
+        sleeper = _Sleeper()
         for number, layer in enumerate(layers):
-            slow = _SlowLayer(layer, factor, None if seconds is None else seconds[number])
+            slow = _SlowLayer(layer, factor, None if seconds is None else seconds[number], sleeper)
             self._hooks += [layer.register_forward_pre_hook(slow.begin), layer.register_forward_hook(slow.end)]
 
     def _factor_of(self, rank: int) -> float:
@@ -225,8 +227,27 @@ def _hooked(layer: nn.Module) -> nn.Module:
     return layer if modules is None else modules[-1]
 
 
+class _Sleeper:
+    """Sleeps as long as it should on average: each sleep takes a little longer, for which the next one makes up."""
+
+    def __init__(self) -> None:
+        self._late_s = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for some seconds, less those that earlier sleeps were too long."""
+        if seconds <= 0:
+            return
+        started_s, wanted_s = time.perf_counter(), seconds - self._late_s
+        if wanted_s > 0:
+            time.sleep(wanted_s)
+        self._late_s = min(time.perf_counter() - started_s - wanted_s, _MOST_LATE_S)
+
+
 class _SlowLayer:
-    def __init__(self, layer: nn.Module, factor: Callable[[], float], seconds_per_sample: float | None) -> None:
+    def __init__(
+        self, layer: nn.Module, factor: Callable[[], float], seconds_per_sample: float | None, sleeper: _Sleeper
+    ) -> None:
+        self._sleeper = sleeper
         self._layer = layer
         self._factor = factor
         self._seconds_per_sample = seconds_per_sample
@@ -243,29 +264,30 @@ class _SlowLayer:
         else:
             whole_s = self._factor() * self._seconds_per_sample * len(flatten(inputs)[0][0])
             pause_s = _FORWARD_PART * whole_s - passed_s
-            pause_before_backward_s = (1 - _FORWARD_PART) * whole_s
-        time.sleep(max(pause_s, 0.0))
+            # the real backward pass takes some twice as long as the forward pass
+            pause_before_backward_s = max((1 - _FORWARD_PART) * whole_s - 2 * passed_s, 0.0)
+        self._sleeper.sleep(pause_s)
         tensors, structure = flatten(output)
         first = next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), None)
         if first is None:
             return output
-        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s, self._layer)  # type: ignore[no-untyped-call]
+        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s, self._layer, self._sleeper)  # type: ignore[no-untyped-call]
         return unflatten(tensors, structure)
 
 
 class _SleepBeforeBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float, layer: nn.Module) -> torch.Tensor:
-        ctx.pause_s, ctx.layer = pause_s, layer
+    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float, layer: nn.Module, sleeper: _Sleeper) -> torch.Tensor:
+        ctx.pause_s, ctx.layer, ctx.sleeper = pause_s, layer, sleeper
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         # the gradients of parameters take as long as that of the input, and may be computed later
         half_s = ctx.pause_s / 2
-        is_put_off = put_off_with(ctx.layer, partial(time.sleep, half_s))
-        time.sleep(half_s if is_put_off else ctx.pause_s)
-        return *gradients, None, None
+        is_put_off = put_off_with(ctx.layer, partial(ctx.sleeper.sleep, half_s))
+        ctx.sleeper.sleep(half_s if is_put_off else ctx.pause_s)
+        return *gradients, None, None, None
 
 
 def _samples_in(batch: Any) -> int:

@@ -6,7 +6,7 @@ devices round differently, so one of them then sends the parameters to the other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ _TAG = 3  # of messages between hosts, other than those of micro-batches
 class Copies:
     """Parameters of shared layers that the same ranks have.
 
+    Several of these groups exchange at the same time: each rank begins with all of them, in one order, before it waits.
+
     Args:
         parameters: The parameters, in the same order on these ranks.
         ranks: The ranks; the values of the first one count.
@@ -38,52 +40,88 @@ class Copies:
         self.ranks = tuple(ranks)
         self._group = group
 
-    def added_up(self, gradients: Mapping[int, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return the sums of gradients over the ranks; each of them must call this at the same point.
+    def tell(self, gradients: Mapping[int, Tensor]) -> Callable[[], list[nn.Parameter]]:
+        """Tell the other ranks which gradients there are on this one.
 
-        A parameter without a gradient on any rank has none, as on one device.
+        The hosts do so, since a device would have to be waited for.
 
         Args:
             gradients: The gradients on this rank, by the identity of the parameter.
+
+        Returns:
+            Function that waits, and returns the parameters that have a gradient on any rank; others have none, as on
+            one device.
         """
         trained = [p for p in self.parameters if p.requires_grad]
-        if not trained:
-            return []
-        there = self._on_any_rank([id(p) in gradients for p in trained])
-        trained = [p for p, is_there in zip(trained, there, strict=True) if is_there]
-        found: list[tuple[nn.Parameter, Tensor]] = []
-        for alike in _by_kind(trained):
+        own = torch.tensor([id(p) in gradients for p in trained], dtype=torch.bool, device="cpu")
+        others = [rank for rank in self.ranks if rank != dist.get_rank()]
+        theirs = [torch.empty_like(own) for _ in others]
+        works: list[Any] = []
+        if trained:
+            works += [dist.isend(own, other, group=host_group(), tag=_TAG) for other in others]
+            works += [
+                dist.irecv(there, other, group=host_group(), tag=_TAG)
+                for there, other in zip(theirs, others, strict=True)
+            ]
+
+        def heard() -> list[nn.Parameter]:
+            for work in works:
+                work.wait()
+            found = torch.stack([own, *theirs]).any(0).tolist()
+            return [p for p, is_there in zip(trained, found, strict=True) if is_there]
+
+        return heard
+
+    def add_up(
+        self, parameters: Sequence[nn.Parameter], gradients: Mapping[int, Tensor]
+    ) -> Callable[[], list[tuple[nn.Parameter, Tensor]]]:
+        """Add up gradients over the ranks.
+
+        Args:
+            parameters: The parameters that have a gradient on any rank.
+            gradients: The gradients on this rank, by the identity of the parameter.
+
+        Returns:
+            Function that waits for the sums and returns them.
+        """
+        sums: list[tuple[list[nn.Parameter], list[Tensor], Tensor, Any]] = []
+        for alike in _by_kind(parameters):
             own = [gradients[id(p)] if id(p) in gradients else torch.zeros_like(p) for p in alike]
             flat = torch.cat([gradient.reshape(-1) for gradient in own])
-            dist.all_reduce(flat, group=self._group)
-            for gradient, value in zip(own, flat.split([g.numel() for g in own]), strict=True):
-                gradient.copy_(value.view(gradient.shape))
-            found += zip(alike, own, strict=True)
-        return found
+            sums.append((alike, own, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
-    def _on_any_rank(self, there: Sequence[bool]) -> list[bool]:
-        """Return what is true on any of the ranks, over the hosts, since a device would have to be waited for."""
-        own = torch.tensor(there, device="cpu")
-        others = [rank for rank in self.ranks if rank != dist.get_rank()]
-        works = [dist.isend(own, other, group=host_group(), tag=_TAG) for other in others]
-        found = own.clone()
-        for other in others:
-            theirs = torch.empty_like(own)
-            dist.recv(theirs, other, group=host_group(), tag=_TAG)
-            found |= theirs
-        for work in works:
-            work.wait()
-        return [bool(value) for value in found.tolist()]
+        def added_up() -> list[tuple[nn.Parameter, Tensor]]:
+            found: list[tuple[nn.Parameter, Tensor]] = []
+            for alike, own, flat, work in sums:
+                work.wait()
+                _copy(flat, own)
+                found += zip(alike, own, strict=True)
+            return found
 
-    @torch.no_grad()
-    def send(self) -> None:
-        """Give all ranks the values of one of them; each must call this at the same point."""
-        for alike in _by_kind([p for p in self.parameters if p.requires_grad]):
-            flat = torch.cat([p.reshape(-1) for p in alike])
-            dist.broadcast(flat, self.ranks[0], group=self._group)
-            if dist.get_rank() != self.ranks[0]:
-                for parameter, value in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-                    parameter.copy_(value.view(parameter.shape))
+        return added_up
+
+    def send(self) -> Callable[[], None]:
+        """Give all ranks the values of the first one; return a function that waits for that."""
+        sent: list[tuple[list[nn.Parameter], Tensor, Any]] = []
+        with torch.no_grad():
+            for alike in _by_kind([p for p in self.parameters if p.requires_grad]):
+                flat = torch.cat([p.reshape(-1) for p in alike])
+                work = dist.broadcast(flat, self.ranks[0], group=self._group, async_op=True)
+                sent.append((alike, flat, work))
+
+        def arrived() -> None:
+            for alike, flat, work in sent:
+                work.wait()
+                if dist.get_rank() != self.ranks[0]:
+                    with torch.no_grad():
+                        _copy(flat, alike)
+
+        return arrived
+
+
+def _copy(flat: Tensor, into: Sequence[Tensor]) -> None:
+    for tensor, value in zip(into, flat.split([t.numel() for t in into]), strict=True):
+        tensor.copy_(value.view(tensor.shape))
 
 
 def _by_kind(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -25,8 +25,9 @@ def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Grad
             gradient = found.get(id(parameter), torch.zeros_like(parameter))
             dist.all_reduce(gradient, group=group)
             combined.append((parameter, gradient))
-    for copies in placement.copies:
-        combined += copies.added_up(found)
+    told = [copies.tell(found) for copies in placement.copies]
+    added = [copies.add_up(heard(), found) for copies, heard in zip(placement.copies, told, strict=True)]
+    combined += [pair for added_up in added for pair in added_up()]
     tied = {id(parameter) for parameter, _ in combined}
     return [*((p, g) for p, g in gradients if id(p) not in tied), *combined]
 

@@ -295,8 +295,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
     @failure_of_peers()
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
-        for copies in self._running.placement.copies:
-            copies.send()
+        for arrived in [copies.send() for copies in self._running.placement.copies]:
+            arrived()
         self._accumulates = False
         return output
 

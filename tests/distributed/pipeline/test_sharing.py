@@ -134,12 +134,12 @@ def combine(rank_of_device: int) -> tuple[list[Tensor | None], list[tuple[int, .
     }
     if rank:
         gradients[id(partly)] = partly.detach() * 5
-    added = {id(p): g for p, g in copies.added_up(gradients)}
+    added = {id(p): g for p, g in copies.add_up(copies.tell(gradients)(), gradients)()}
     found = [added.get(id(p)) for p in parameters]
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(rank)  # devices that round differently
-    copies.send()
+    copies.send()()
     return found, [image.stride(), added[id(image)].stride()], [p.detach() for p in parameters]
 
 

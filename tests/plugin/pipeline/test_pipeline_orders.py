@@ -154,8 +154,8 @@ def train(
     def rough(self: Any, closure: Any) -> Any:
         """Step as a device does that rounds differently from rank 0."""
         loss = step(self, closure)
-        assert strategy.runtime is not None
-        for copies in strategy.runtime.placement.copies:
+        runtime = strategy.runtime if self in trainer.optimizers else None  # another one is only tried out
+        for copies in () if runtime is None else runtime.placement.copies:
             for parameter in copies.parameters if dist.get_rank() > copies.ranks[0] else ():
                 parameter.data.mul_(1.01)
         return loss
