@@ -10,7 +10,7 @@ from pipeline import LAYERS, MICRO_BATCHES, STEPS, train
 from scenarios import Scenario
 
 from lightning_hetero import HeteroPipelineStrategy
-from lightning_hetero.balance.pipeline.stages import WantedSchedule
+from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
 
 SCHEDULES = get_args(WantedSchedule)
 ROUNDS = 3
@@ -30,7 +30,7 @@ def measure_orders(scenario: Scenario) -> dict[str, Any]:
             assert findings is not None
             predicted[name].append(findings.advice.step_s)
             way = name if findings.choice is None else findings.choice.name
-            layers = ":".join(str(len(findings.plan.layers(stage))) for stage in range(findings.plan.num_stages))
+            layers = ":".join(f"{layers_of(findings.plan, stage):g}" for stage in range(findings.plan.num_stages))
             chosen[name].append(f"{way} {layers}")
             dist.barrier()
     return {
@@ -40,3 +40,8 @@ def measure_orders(scenario: Scenario) -> dict[str, Any]:
         "predicted": {name: limit_s / median(values) for name, values in predicted.items()},
         "chosen": {name: sorted(set(values)) for name, values in chosen.items()},
     }
+
+
+def layers_of(plan: StagePlan, stage: int) -> float:
+    """Return how many layers a stage runs for a micro-batch on average; it shares one for some of them."""
+    return sum(len(plan.layers(stage, i)) for i in range(MICRO_BATCHES)) / MICRO_BATCHES

@@ -103,7 +103,8 @@ ORDERS = """
 Twelve equal layers, {micro_batches} micro-batches, through the Trainer: the part of the limit that each schedule
 reaches, measured and, in brackets, predicted; medians of {rounds} rounds of {steps} steps. The limit is the time in
 which the devices would compute all passes if none ever waited. Factors say how many times as long each device takes,
-rank 0 first; *chosen* is what `"auto"` has taken, with the layers of its stages.
+rank 0 first; *chosen* is what `"auto"` has taken, with the layers of its stages. Two ranks may share a layer, so these
+may be fractions.
 
 """
 DRIFT = """

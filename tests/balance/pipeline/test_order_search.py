@@ -161,7 +161,7 @@ def test_layers_are_shared_where_whole_ones_cannot_be_divided_well() -> None:
     assert choice.step_s < choose_order(replace(problem, shared=())).step_s / 1.1
     assert len(choice.stages.shared) in (2, 3)
     for layer in choice.stages.shared:
-        assert f"share layer {layer}, for " in choice.reason
+        assert f"share layer {layer} (" in choice.reason
     assert choose_order(replace(problem, shared=(0, 11))).stages.shared == (), "each rank has layers of its own"
     assert choose_order(problem, always_v=True).stages.shared == ()
     pair = OrderProblem(seconds(costs_of([2, 1]), 0.01), 8, split=True, shared=tuple(range(12)))

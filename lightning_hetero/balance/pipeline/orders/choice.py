@@ -128,7 +128,7 @@ def _plan(problem: OrderProblem, name: str) -> OrderPlan | None:
 def _shared_by(stages: StagePlan, micro_batches: int) -> str:
     borders = zip(stages.ends, stages.lent, pairwise(stages.ranks), strict=False)
     return "".join(
-        f"; ranks {before} and {after} share layer {layer}, for {len(lent)} and {micro_batches - len(lent)}"
+        f"; ranks {before} and {after} share layer {layer} ({len(lent)} and {micro_batches - len(lent)} micro-batches)"
         for layer, lent, (before, after) in borders
         if lent
     )

@@ -114,7 +114,7 @@ def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: i
     search = _Search(problem)
     starts = {plan for shape in shapes for plan in _starts(problem, shape) if plan is not None}
     bounds = {plan: bound_s(task) for plan in starts if (task := problem.task(plan)) is not None}
-    for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends)):
+    for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends, plan.lent)):
         if search.is_worth_it(bounds[plan]):
             search.improve(plan)
     search.vary(Random(seed))
