@@ -19,7 +19,6 @@ from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
 from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.in_place import like, set_value, swap
-from lightning_hetero.distributed.pipeline.copies import Copies
 from lightning_hetero.distributed.pipeline.moving import (
     Parcel,
     Unpacked,
@@ -30,6 +29,7 @@ from lightning_hetero.distributed.pipeline.moving import (
     state_on,
     why_not_moved,
 )
+from lightning_hetero.distributed.pipeline.passes.copies import Copies
 
 __all__ = ["TensorPlacement", "gather_on_rank_zero"]
 

@@ -101,7 +101,8 @@ def find_stages(
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
     chooses = example.training and schedule in ("auto", "v")
-    profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=chooses)
+    shares = chooses and schedule == "auto"
+    profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=shares)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
     decide = _decision(placement.plan, example, schedule, micro_batches, state_per_parameter)
     return decide_on_rank_zero(numbers, decide)

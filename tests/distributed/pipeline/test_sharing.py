@@ -12,7 +12,7 @@ from harness import RankPools
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lightning_hetero.distributed.pipeline.copies import Copies
+from lightning_hetero.distributed.pipeline.passes.copies import Copies
 from lightning_hetero.distributed.pipeline.passes.sharing import can_be_shared, foreign_hook
 from lightning_hetero.testing import SlowLayers
 
