@@ -24,7 +24,7 @@ from torchmetrics import MeanAbsoluteError
 from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
-from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
+from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
 from lightning_hetero.balance.pipeline.simulation import Timeline
@@ -217,8 +217,13 @@ def check_held(found: Outcome) -> None:
         assert most <= 4 * own_layers  # what four micro-batches leave in all layers of a rank
 
 
+def choose_whole(problem: OrderProblem, *, always_v: bool) -> PipelineChoice:
+    """Choose as usual among orders with whole layers and whole backward passes."""
+    return choose_order(replace(problem, split=False, shared=()), always_v=always_v)
+
+
 def test_a_v_trains_as_one_device(ranks: RankPools, tmp_path: Path) -> None:
-    for outcome in (found := ranks.run(2, train, "auto", [1.0, 2.0], str(tmp_path), None, None, Deep)):
+    for outcome in (found := ranks.run(2, train, "auto", [1.0, 2.0], str(tmp_path), None, choose_whole, Deep)):
         agree(outcome, alone(Deep))
         assert outcome.choice is not None
         assert outcome.choice.name == "v"
