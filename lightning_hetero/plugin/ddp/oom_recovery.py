@@ -220,8 +220,8 @@ class OutOfMemoryRecovery:
         message = (
             f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
             f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size, set"
-            f" `max_batch_size` or `micro_batch_size`, or divide the model: `lightning-hetero plan` with `strategy: auto`"
-            f" says how. ({reason})"
+            f" `max_batch_size` or `micro_batch_size`, or divide the model: `lightning-hetero plan` with"
+            f" `strategy: auto` says how. ({reason})"
         )
         announce(message)
         return RankOutOfMemoryError(message)
