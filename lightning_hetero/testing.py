@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -252,6 +253,7 @@ class _SlowLayer:
         self._factor = factor
         self._seconds_per_sample = seconds_per_sample
         self._started = 0.0
+        self._work_s = inf  # of a forward pass that nothing else has interrupted
 
     def begin(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -265,7 +267,8 @@ class _SlowLayer:
             whole_s = self._factor() * self._seconds_per_sample * len(flatten(inputs)[0][0])
             pause_s = _FORWARD_PART * whole_s - passed_s
             # the real backward pass takes some twice as long as the forward pass
-            pause_before_backward_s = max((1 - _FORWARD_PART) * whole_s - 2 * passed_s, 0.0)
+            self._work_s = min(self._work_s, passed_s)
+            pause_before_backward_s = max((1 - _FORWARD_PART) * whole_s - 2 * self._work_s, 0.0)
         self._sleeper.sleep(pause_s)
         tensors, structure = flatten(output)
         first = next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), None)
