@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from profiles import THOROUGH, thorough
+from profiles import THOROUGH
 from shard_instances import HOOKS, MODELS, Hooks, ManualSteps, Step, WithLion
 from shard_models import Plain, seeded
 from shard_trainings import Module, check, differences, fit
@@ -24,7 +24,9 @@ from torch.nn import functional
 from training import assert_close
 
 from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy
-from lightning_hetero.distributed.shards.order import Meeting
+from lightning_hetero.distributed.shards.passes.meeting import Meeting
+from lightning_hetero.distributed.shards.passes.places import Place
+from lightning_hetero.distributed.shards.passes.watch import PassWatch
 from lightning_hetero.exceptions import HeteroError, UnsupportedFeatureError
 from lightning_hetero.plugin.fsdp.refusals import warn_of_kept
 
@@ -210,6 +212,8 @@ class Wrong(Module):
         if self.kind == "hook of one rank" and dist.get_rank() == 0:
             with torch.no_grad():
                 self(torch.ones(2, 5, dtype=torch.float64))
+        if self.kind == "frozen on one rank" and dist.get_rank() == 0:
+            next(self.model.parameters()).requires_grad_(False)
 
 
 class Quantised(Tensor):
@@ -234,7 +238,8 @@ REFUSED = {
 }
 ON_ONE_RANK = {
     "backward left out": "the ranks are at different points of the program: rank 0 in the backward pass",
-    "hook of one rank": "a hook uses the model on this rank, but not on all others",
+    "frozen on one rank": "the ranks train different parameters",
+    "hook of one rank": "a hook uses the model on rank 0, but not on all others: rank 1 waits",
 }
 
 
@@ -258,14 +263,10 @@ def test_what_would_be_wrong_is_refused(ranks: RankPools) -> None:
 
 
 def on_one_rank(kind: str) -> None:
-    Meeting.patience = timedelta(seconds=5)
-    try:
+    with mock.patch.object(PassWatch, "tick_s", 0.3), mock.patch.object(PassWatch, "stuck_ticks", 5):
         fit(HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]), Wrong(kind), 2, max_steps=3)
-    finally:
-        Meeting.patience = timedelta(minutes=5)
 
 
-@thorough  # the rank that waits elsewhere is ended after ten seconds
 @pytest.mark.parametrize("kind", ON_ONE_RANK)
 def test_what_one_rank_does_alone_ends_all_with_the_reason(ranks: RankPools, kind: str) -> None:
     with pytest.raises(RankError) as error:
@@ -278,12 +279,15 @@ Row = tuple[str, int, int, int]
 
 def met(mine: list[Row]) -> str:
     reasons: list[str] = []
-    meeting = Meeting(dist.group.WORLD, nullcontext, reasons.append)  # type: ignore[arg-type]
-    meeting.begin("train", 1, 0, 7)
+    group: Any = dist.group.WORLD
+    watch = PassWatch(group, reasons.append)
+    meeting = Meeting(group, nullcontext, watch)
+    meeting.begin(Place.of("train", 1, 0, 7))
     meeting.check()
-    meeting.begin(*mine[dist.get_rank()])
+    meeting.begin(Place.of(*mine[dist.get_rank()]))
     with pytest.raises(UnsupportedFeatureError):
         meeting.check()
+    watch.stop()
     assert meeting.failed
     return reasons[0]
 
