@@ -38,6 +38,7 @@ from lightning_hetero.distributed.torch_private import (
     reduces_after_backward,
     running_function,
     sleep_on_device,
+    memory_of,
     source_of_cast,
     tensor_without_memory,
     unscale,
@@ -121,6 +122,12 @@ def test_a_change_in_place_shows() -> None:
     before = version_of(tensor)
     tensor.add_(1)
     assert version_of(tensor) > before
+
+
+def test_memory_has_a_number_also_without_an_address() -> None:
+    tensor, other = torch.empty(4, 4, device="meta"), torch.empty(4, 4, device="meta")
+    assert memory_of(tensor) == memory_of(tensor[1].t().view(2, 2))
+    assert memory_of(tensor) != memory_of(other)
 
 
 def test_hooks_are_silent_for_a_while() -> None:
