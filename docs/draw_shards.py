@@ -2,9 +2,9 @@
 
     python docs/draw_shards.py
 
-The package computes where the row of a unit is cut for weights of 2:1, and when units are gathered, used and reduced in
-a step of 60 ms with three units, of which a gather takes 6 ms and a reduction 8 ms. Colours are readable on white and on
-black.
+The package computes where the row of a unit is cut for weights of 2:1, and when units are gathered, used and reduced
+in a step of 60 ms with three units, of which a gather takes 6 ms and a reduction 8 ms. Colours are readable on white
+and on black.
 """
 
 from __future__ import annotations
