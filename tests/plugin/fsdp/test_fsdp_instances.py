@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from profiles import THOROUGH
+from profiles import THOROUGH, thorough
 from shard_instances import HOOKS, MODELS, Hooks, ManualSteps, Step, WithLion
 from shard_models import Plain, seeded
 from shard_trainings import Module, check, differences, fit
@@ -238,7 +238,6 @@ REFUSED = {
 }
 ON_ONE_RANK = {
     "backward left out": "the ranks are at different points of the program: rank 0 in the backward pass",
-    "frozen on one rank": "the ranks train different parameters",
     "hook of one rank": "a hook uses the model on rank 0, but not on all others: rank 1 waits",
 }
 
@@ -263,15 +262,51 @@ def test_what_would_be_wrong_is_refused(ranks: RankPools) -> None:
 
 
 def on_one_rank(kind: str) -> None:
-    with mock.patch.object(PassWatch, "tick_s", 0.3), mock.patch.object(PassWatch, "stuck_ticks", 5):
+    with mock.patch.object(PassWatch, "tick_s", 0.2), mock.patch.object(PassWatch, "stuck_ticks", 5):
         fit(HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]), Wrong(kind), 2, max_steps=3)
 
 
+def test_parameters_that_one_rank_freezes_end_all_with_the_reason(ranks: RankPools) -> None:
+    for (message,) in ranks.run(2, refused, ["frozen on one rank"]):
+        assert "the ranks train different parameters" in message
+
+
+@thorough  # the rank that waits elsewhere is ended after ten seconds
 @pytest.mark.parametrize("kind", ON_ONE_RANK)
 def test_what_one_rank_does_alone_ends_all_with_the_reason(ranks: RankPools, kind: str) -> None:
     with pytest.raises(RankError) as error:
         ranks.run(2, on_one_rank, kind)
     assert ON_ONE_RANK[kind] in str(error.value)
+
+
+def waiting_elsewhere() -> str:
+    """Wait in a hook on rank 0, and in another collective on rank 1."""
+    group: Any = dist.new_group()
+    told: list[str] = []
+    with mock.patch.object(PassWatch, "tick_s", 0.1), mock.patch.object(PassWatch, "stuck_ticks", 5):
+        watch = PassWatch(group, told.append)
+        watch.note(Place.of("train", 1, 0))
+        if dist.get_rank() == 0:
+            watch.note(Place.of("hook", 1, 1))
+            work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+            with pytest.raises(UnsupportedFeatureError) as error:
+                watch.wait(work)
+            dist.barrier()
+            reason = str(error.value)
+        else:
+            dist.barrier()
+            dist.all_reduce(torch.ones(1), group=group)
+            reason = watch.reason or ""
+        watch.stop()
+    dist.barrier()
+    return reason
+
+
+def test_a_hook_of_one_rank_is_noticed_while_the_others_wait_elsewhere(ranks: RankPools) -> None:
+    for reason in ranks.run(2, waiting_elsewhere):
+        assert (
+            "a hook uses the model on rank 0, but not on all others: rank 1 waits for other ranks elsewhere" in reason
+        )
 
 
 Row = tuple[str, int, int, int]

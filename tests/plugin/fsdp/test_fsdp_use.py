@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from training import Numbered, make_trainer
 from lightning_hetero import HeteroFSDPStrategy, LargestBatchFinder, LoadBalancer
 from lightning_hetero.balance.shards.memory import ModelMemory
 from lightning_hetero.distributed.shards.units import find_units
-from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
+from lightning_hetero.exceptions import ConfigurationError, HeteroError, UnsupportedFeatureError
 from lightning_hetero.hardware.memory import MemoryUse
 from lightning_hetero.plugin.fsdp.weights import model_memory
 
@@ -144,11 +143,21 @@ def test_what_would_be_wrong_is_refused(ranks: RankPools) -> None:
             assert REFUSED[change] in message, change
 
 
+def out_of_memory() -> str:
+    try:
+        fit(HeteroFSDPStrategy(shares=[3, 1]), With("out of memory"), 2)
+    except HeteroError as error:
+        dist.barrier()
+        return str(error)
+    return "was trained"
+
+
 def test_memory_that_runs_out_stops_all_ranks_with_the_reason(ranks: RankPools) -> None:
-    with pytest.raises(RankError) as error:
-        ranks.run(2, fit, HeteroFSDPStrategy(shares=[3, 1], timeout=timedelta(seconds=20)), With("out of memory"), 2)
-    assert "Rank 1 (cpu) ran out of memory in the forward pass" in str(error.value)
-    assert "the ranks gather parameters together in every forward and backward pass" in str(error.value)
+    first, second = ranks.run(2, out_of_memory)
+    assert first == f"Another rank has failed: {second}"
+    assert second.startswith("Rank 1 (cpu) ran out of memory in the forward pass")
+    assert "the ranks gather parameters together in every forward and backward pass" in second
+    assert "Lower the batch size or set `max_batch_size`. (" in second
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 import torch.distributed as dist
 
+from lightning_hetero.distributed.group.failure import announced
 from lightning_hetero.distributed.shards.passes.places import Place, why_different, why_stuck
 from lightning_hetero.distributed.torch_private import default_store
 from lightning_hetero.exceptions import UnsupportedFeatureError
@@ -102,7 +103,7 @@ class PassWatch:
             work.wait(_LOOK)
         except RuntimeError:
             self.check()
-            if work.is_completed():  # it has failed itself
+            if work.is_completed() or announced() is not None:  # it has failed itself, or a peer has
                 raise
             return False
         return True
