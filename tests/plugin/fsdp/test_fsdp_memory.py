@@ -102,9 +102,9 @@ def test_a_model_of_twice_the_memory_of_the_small_rank_trains_as_predicted(ranks
 
 # ---- weights by themselves -------------------------------------------------------------------------------------------
 
-ACTIVE, PER_BLOCK = 20, 6
+ACTIVE, PER_BLOCK = 12, 6
 SHARES, GLOBAL_BATCH = (3, 1), 240
-BUDGETS = (360_000_000, 330_000_000)
+BUDGETS = (230_000_000, 215_000_000)
 
 
 class ProcessMeter:
@@ -217,7 +217,8 @@ def test_weights_leave_room_for_measured_activations(ranks: RankPools, tmp_path:
     per_sample = ACTIVE * (1 + PER_BLOCK) * WIDTH * 4
     for of_run in zip(*results, strict=True):
         for found in of_run:
-            assert found["per sample"] == pytest.approx(per_sample, rel=0.1)  # measured, in the first step
+            # measured in the first step, with some memory of the process's own
+            assert found["per sample"] == pytest.approx(per_sample, rel=0.15)
             assert found["peak"] == pytest.approx(found["predicted"], rel=0.1)
         # rank 0 has more memory, but holds less of the model: it has three times as many samples
         assert of_run[0]["weight"] < 0.48
