@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_hetero.distributed.random_state import random_state, restore_random_state
 from lightning_hetero.distributed.torch_private import memory_of
 
 __all__ = ["activations_of_example"]
@@ -39,12 +40,15 @@ def activations_of_example(
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     args = tuple(args) if isinstance(args, tuple | list) else (args,)
     hooks = torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor)
+    before = random_state(None)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), context(), hooks:
+        with torch.enable_grad(), context(), hooks:
             torch.func.functional_call(module, meta, args, kwargs)
     except Exception:  # whatever a user's module does that the meta device cannot
         _log.debug("the activations of `example_input_array` could not be counted", exc_info=True)
         return None
+    finally:
+        restore_random_state(None, before)
     return float(found.size), rows[0]
 
 

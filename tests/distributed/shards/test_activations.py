@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo  # torch imports it for operators on the meta device, and it sets an environment variable
 from torch import Tensor, nn
 
 from lightning_hetero.distributed.shards.activations import activations_of_example
@@ -39,14 +42,23 @@ def test_they_are_those_of_a_real_pass(make: Any, shape: tuple[int, ...]) -> Non
     assert activations_of_example(module, x) == (really_saved(module, x), shape[0])
 
 
+class Drawing(nn.Module):
+    """Draws random numbers of all kinds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(1).item() + random.random() + float(np.random.rand()))
+
+
 def test_the_module_and_random_numbers_stay_as_they_are() -> None:
-    module = nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 1))
+    module = nn.Sequential(nn.Linear(10, 20), Drawing(), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 1))
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    state = torch.get_rng_state()
+    state, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
     found = activations_of_example(module, (torch.randn(8, 10, generator=torch.Generator()),))
     assert found is not None
     assert found[0] > 8 * 4 * (10 + 20 + 20)
     assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == of_python
+    assert np.random.get_state()[1].tolist() == of_numpy  # type: ignore[union-attr]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(value.is_meta for value in module.state_dict().values())
 
