@@ -76,6 +76,8 @@ MORE = [
     "in place",
     "dropout",
     "odd shapes",
+    "spectral norm of hooks",
+    "returned objects",
 ]  # if there is time
 
 
@@ -84,10 +86,11 @@ def test_modules_of_all_kinds(ranks: RankPools) -> None:
     check(ranks.run(2, compared, [(name, partial(of_model, name), {}) for name in names], timeout_s=200.0))
 
 
-STEPS = ["teacher", "kept written", "saved", "adversarial"]
+STEPS = ["teacher", "kept written", "saved"]
+MANUAL = ["two losses", "sharpness-aware"]
 if THOROUGH:
-    STEPS += ["written", "no gradient", "average", "of the root"]
-MANUAL = ["two losses", "sometimes two steps", "sharpness-aware"]
+    STEPS += ["adversarial", "written", "no gradient", "average", "of the root"]
+    MANUAL += ["sometimes two steps"]
 
 
 def test_steps_and_hooks_of_all_kinds(ranks: RankPools, tmp_path: Path) -> None:

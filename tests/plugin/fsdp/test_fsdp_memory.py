@@ -82,7 +82,7 @@ def trained(sharded: bool, budgets: list[int | None], **options: Any) -> dict[st
     strategy = HeteroFSDPStrategy(shard_weights=[*WEIGHTS]) if sharded else HeteroDDPStrategy(shares=[1, 1])
     data = DataLoader(TensorDataset(torch.randn(24, WIDTH)), batch_size=4)
     try:
-        make_trainer(strategy, 2, max_steps=3, **options).fit(module, data)
+        make_trainer(strategy, 2, max_steps=2, **options).fit(module, data)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return module.found
