@@ -221,8 +221,8 @@ class OutOfMemoryRecovery:
         limits = "`max_batch_size`" if strategy.why_one_micro_batch else "`max_batch_size` or `micro_batch_size`"
         message = (
             f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
-            f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size, set {limits},"
-            f" or divide the model: `lightning-hetero plan` with `strategy: auto` says how. ({reason})"
+            f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size, set"
+            f" {limits}, or divide the model: `lightning-hetero plan` with `strategy: auto` says how. ({reason})"
         )
         announce(message)
         return RankOutOfMemoryError(message)
