@@ -47,7 +47,7 @@ class PassWatch:
     """
 
     tick_s: ClassVar = 1.0
-    stuck_ticks: ClassVar = 15
+    stuck_ticks: ClassVar = 45  # a slow link may take long for the last gradients of one rank
 
     def __init__(self, group: dist.ProcessGroup, fail: Callable[[str], None]) -> None:
         self.reason: str | None = None
