@@ -54,12 +54,13 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "check": set(),
         "plan": set(),
         "probe": set(),
+        "profile": {"plan"},
         "report": set(),
-        "": {"check", "plan", "probe", "report"},
+        "": {"check", "plan", "probe", "profile", "report"},
     },
 }
-# What the ranks of `lightning-hetero check` run. They train, so they are above all layers; they are started by name.
-CHILDREN = "lightning_hetero.command.check.children"
+# What `lightning-hetero check` and `profile` run. It trains, so it is above all layers; it is started by name.
+CHILDREN = ("lightning_hetero.command.check.children", "lightning_hetero.command.profile.children")
 MAX_LINES = 400
 MAX_FILES = 14
 
@@ -108,7 +109,8 @@ def layer_violations(module: str, source: str) -> set[str]:
     layer = layer_of(module)
     assert layer is not None
     higher = [f"lightning_hetero.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]]
-    forbidden = ["pynvml"] if is_within(module, CHILDREN) else [*higher, *FOREIGN[layer], CHILDREN]
+    is_child = any(is_within(module, children) for children in CHILDREN)
+    forbidden = ["pynvml"] if is_child else [*higher, *FOREIGN[layer], *CHILDREN]
     return {imported for imported in imports_of(source) for other in forbidden if is_within(imported, other)}
 
 

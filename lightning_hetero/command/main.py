@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from lightning_hetero.command.check import command as check
 from lightning_hetero.command.plan import command as plan
 from lightning_hetero.command.probe import command as probe
+from lightning_hetero.command.profile import command as profile
 from lightning_hetero.command.report import command as report
 from lightning_hetero.exceptions import HeteroError
 
@@ -20,10 +22,13 @@ __all__ = ["main"]
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
+_COMMANDS: dict[str, Any] = {"probe": probe, "profile": profile, "plan": plan, "check": check, "report": report}
+
 _DESCRIPTION = """\
 Tools for training with PyTorch Lightning on devices of different speeds, with the strategies hetero_ddp (which divides
-the batch) and hetero_pipeline (which divides the layers): list the devices of a machine, predict how fast a cluster
-will train, check what a training relies on, and report on a run.
+the batch), hetero_fsdp (which also divides the parameters) and hetero_pipeline (which divides the layers): list the
+devices of a machine, measure a model, predict how fast a cluster will train and with which strategy, check what a
+training relies on, and report on a run.
 """
 _EPILOG = "`lightning-hetero COMMAND --help` describes a command and its options."
 
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="Print the version and exit.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for name, module in (("probe", probe), ("plan", plan), ("check", check), ("report", report)):
+    for name, module in _COMMANDS.items():
         description = inspect.cleandoc(module.__doc__ or "")
         command = commands.add_parser(
             name, help=description.partition("\n")[0], description=description, add_help=False
@@ -56,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status = 0
     try:
-        run = {"probe": probe.run, "plan": plan.run, "check": check.run, "report": report.run}[options.command]
-        status = run(options) or 0
+        status = _COMMANDS[options.command].run(options) or 0
         sys.stdout.flush()
     except HeteroError as error:
         print(f"lightning-hetero {options.command}: error: {error}", file=sys.stderr)  # noqa: T201  # a command prints

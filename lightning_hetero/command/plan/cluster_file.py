@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_hetero.balance.types import StepTime
+from lightning_hetero.command.plan.auto.auto_file import AUTO_KEYS, read_auto
+from lightning_hetero.command.plan.auto.choice import AutoCluster
 from lightning_hetero.command.plan.cluster import Cluster, DeviceKind, SampleMemory
 from lightning_hetero.command.plan.communication import AllReduce, bucket_bytes, bucket_bytes_of_parameters
 from lightning_hetero.command.plan.fields import Fields
-from lightning_hetero.command.plan.pipeline_cluster import PipelineCluster
-from lightning_hetero.command.plan.pipeline_file import PIPELINE_KEYS, read_pipeline
+from lightning_hetero.command.plan.pipeline.pipeline_cluster import PipelineCluster
+from lightning_hetero.command.plan.pipeline.pipeline_file import PIPELINE_KEYS, read_pipeline
 from lightning_hetero.command.plan.probe_file import read_probe
 from lightning_hetero.command.plan.shards.prediction import ShardedCluster
 from lightning_hetero.command.plan.yaml_file import read_yaml
@@ -31,6 +33,7 @@ _KEYS = {
     "hetero_ddp": _DATA_PARALLEL_KEYS,
     "hetero_fsdp": (*_DATA_PARALLEL_KEYS, "units", "optimizer_states"),
     "hetero_pipeline": PIPELINE_KEYS,
+    "auto": AUTO_KEYS,
 }
 _SPEEDS = ("samples_per_s", "milliseconds_per_sample", "speed", "probe")
 _MAX_DEVICES = 1_000_000
@@ -49,7 +52,7 @@ class ClusterFile:
         notes: Notes for the user about the input.
     """
 
-    cluster: Cluster | PipelineCluster | ShardedCluster
+    cluster: Cluster | PipelineCluster | ShardedCluster | AutoCluster
     is_relative: bool = False
     notes: tuple[str, ...] = ()
 
@@ -72,6 +75,8 @@ def read_cluster_file(path: Path) -> ClusterFile:
                 )
         if strategy == "hetero_pipeline":
             return ClusterFile(read_pipeline(top))
+        if strategy == "auto":
+            return ClusterFile(read_auto(top, path.parent))
         file = _read_data_parallel(top, path.parent)
         return file if strategy == "hetero_ddp" else _read_shards(top, file)
     except HeteroError as error:

@@ -27,8 +27,8 @@ All keys follow, with units in their names. An asterisk marks required keys.
 
   strategy              The strategy to predict: hetero_ddp, which divides the
                         batch (default), hetero_fsdp, which also divides the
-                        model by memory, or hetero_pipeline, which divides the
-                        layers.
+                        model by memory, hetero_pipeline, which divides the
+                        layers, or auto: all of them, and which to take.
 
 keys with strategy: hetero_ddp
   global_batch_size *   Number of samples of all devices in a training step.
@@ -101,6 +101,27 @@ keys with strategy: hetero_pipeline
   optimizer_states      Numbers that the optimiser keeps for each parameter: 2
                         for Adam (default), 0 for plain SGD.
 
+keys with strategy: auto
+  global_batch_size *   Number of samples of all devices in a training step.
+  devices *             List with one entry for each kind of device, in the
+                        order of ranks: name *, speed * relative to the device
+                        on which the layers were timed, count (default: 1),
+                        memory_gigabytes, and price_per_hour.
+  model                 File that `lightning-hetero profile --json` has written,
+                        relative to this file; or, in its place,
+  layers                List with one entry for each kind of layer, in the order
+                        of their calls, per sample: forward_ms *, backward_ms *,
+                        activation_megabytes and output_megabytes; and besides
+                        parameter_megabytes, overhead_ms (of a step, whatever
+                        its size), name, and count, how many of them follow each
+                        other (default: 1).
+  optimizer_states      With layers: numbers that the optimiser keeps for each
+                        parameter: 2 for Adam (default), 0 for plain SGD.
+  num_microbatches      Number of micro-batches of a pipeline's step
+                        (default: 8).
+  link_gigabits_per_s, latency_us
+                        As above, for all-reduces, shards and stages.
+
 keys of the object that --json prints
   with all strategies: lightning_hetero_plan (the version of the format, 1),
     strategy, time_unit ("s" for seconds, or "relative" for the time that the
@@ -120,6 +141,10 @@ keys of the object that --json prints
     first_layer, num_layers, busy_time, needed_bytes), uniform (step_time,
     fits), alone (rank, step_time, fits), better_micro_batches (number,
     step_time), is_refined
+  with auto, in place of step_time and speed_up: chosen (the strategy to take),
+    candidates (strategy, argument, the code for Trainer's `strategy`,
+    step_time, needed_bytes per kind of device, cost_per_million_samples,
+    why_not)
   A value that does not apply is null.
 """
 
@@ -142,43 +167,16 @@ def run(options: argparse.Namespace) -> None:
         HeteroError: The file is wrong, or no plan is possible; the message names the file.
     """
     # imported here, because only this command needs numpy and rich
-    from lightning_hetero.command.plan.cluster import Cluster
     from lightning_hetero.command.plan.cluster_file import read_cluster_file
-    from lightning_hetero.command.plan.shards.output import print_shards, shards_document
-    from lightning_hetero.command.plan.shards.prediction import ShardedCluster, predict_shards
+    from lightning_hetero.command.plan.predictions import predicted
     from lightning_hetero.exceptions import ConfigurationError, HeteroError
 
     file = read_cluster_file(options.file)
-    cluster = file.cluster
     try:
-        if isinstance(cluster, Cluster):
-            from lightning_hetero.command.plan.cluster_plan import plan_cluster
-
-            plan = plan_cluster(cluster)
-        elif isinstance(cluster, ShardedCluster):
-            shards = predict_shards(cluster)
-        else:
-            from lightning_hetero.command.plan.pipeline_cluster import predict_pipeline
-
-            prediction = predict_pipeline(cluster)
+        prediction = predicted(file)
     except HeteroError as error:
         raise ConfigurationError(f"{options.file}: {error}") from None
     if options.json:
-        from lightning_hetero.command.plan.plan_json import cluster_document, pipeline_document
-
-        if isinstance(cluster, Cluster):
-            document = cluster_document(file, cluster, plan)
-        elif isinstance(cluster, ShardedCluster):
-            document = shards_document(cluster, shards, file.notes)
-        else:
-            document = pipeline_document(cluster, prediction)
-        print(json.dumps(document, indent=2, allow_nan=False))  # noqa: T201  # a command prints
-        return
-    from lightning_hetero.command.plan.plan_text import print_cluster_plan, print_pipeline
-
-    if isinstance(cluster, Cluster):
-        print_cluster_plan(file, cluster, plan)
-    elif isinstance(cluster, ShardedCluster):
-        print_shards(cluster, shards, file.notes)
+        print(json.dumps(prediction.document(), indent=2, allow_nan=False))  # noqa: T201  # a command prints
     else:
-        print_pipeline(cluster, prediction)
+        prediction.show()

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_hetero.command.plan.cluster import Cluster
 from lightning_hetero.command.plan.cluster_file import ClusterFile
 from lightning_hetero.command.plan.cluster_plan import ClusterPlan, DeviceSet
-from lightning_hetero.command.plan.pipeline_cluster import PipelineCluster, PipelinePrediction
+from lightning_hetero.command.plan.pipeline.pipeline_cluster import PipelineCluster, PipelinePrediction
 
 __all__ = ["cluster_document", "pipeline_document"]
 

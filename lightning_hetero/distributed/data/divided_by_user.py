@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hetero.distributed.collectives import all_gather
 
-__all__ = ["AsSingleProcess", "as_single_process", "functions_of_single_process", "what_divides"]
+__all__ = ["what_divides"]
 
 _DEEPEST = 4
 _LARGEST = 1_000_000  # entries of a list that are compared
@@ -122,52 +118,3 @@ def _are_parts(parts: list[Any]) -> bool:
         sum(part[3] for part in parts),
         sum(part[4] for part in parts),
     )
-
-
-# ---- what asks for its rank while it loads ---------------------------------------------------------------------------
-
-_loading = threading.local()
-
-
-def functions_of_single_process() -> dict[str, Callable[..., int]]:
-    """Return functions to take the place of those of ``torch.distributed``, which tell a loader that it is alone."""
-    return {"get_rank": _told(dist.get_rank, 0), "get_world_size": _told(dist.get_world_size, 1)}
-
-
-def _told(function: Callable[..., int], alone: int) -> Callable[..., int]:
-    @wraps(function)
-    def tell(group: Any = None) -> int:
-        return alone if getattr(_loading, "depth", 0) else function(group)
-
-    return tell
-
-
-@contextmanager
-def as_single_process() -> Iterator[None]:
-    """Tell this thread, and processes that it forks, that it is alone, in this context."""
-    _loading.depth = getattr(_loading, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _loading.depth -= 1
-
-
-class AsSingleProcess(Iterator[Any]):
-    """An iterator that is told that it is alone.
-
-    Args:
-        begin: Function that returns the iterator.
-    """
-
-    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
-        with as_single_process():
-            self._iterator = begin()
-
-    def __next__(self) -> Any:
-        with as_single_process():
-            return next(self._iterator)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_iterator":
-            raise AttributeError(name)
-        return getattr(self._iterator, name)

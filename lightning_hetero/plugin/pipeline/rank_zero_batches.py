@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_hetero.distributed.data.changed_loader import changed_loader
-from lightning_hetero.distributed.data.divided_by_user import AsSingleProcess
 from lightning_hetero.distributed.data.loading_ahead import may_load_ahead
+from lightning_hetero.distributed.data.single_process import AsSingleProcess
 from lightning_hetero.distributed.data.skipping import can_skip, is_stateful
 from lightning_hetero.distributed.host_group import is_initialized
 from lightning_hetero.distributed.pipeline.batch_stream import ReceivedBatches, SentBatches

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from lightning_hetero.balance.pipeline.moves import layer_moves
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, broadcast_from
-from lightning_hetero.distributed.data.divided_by_user import functions_of_single_process
+from lightning_hetero.distributed.data import single_process
 from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.moving import digest_of_attributes
@@ -102,8 +101,7 @@ class Runtime:
             self.hooks = HookRunner(module, self.found.called, self.placement, self._run_model, rank, device, self.seed)
             self.steps = self._new_steps()
             if len(plan.ranks) > 1:
-                for name, function in functions_of_single_process().items():
-                    self._override(dist, name, function)
+                self._overrides.enter_context(single_process.installed())
                 self.metrics.share = self.hooks.share_value
                 self._overrides.enter_context(self.hooks.installed(self._recorded_log))
         except BaseException:
@@ -218,10 +216,7 @@ class Runtime:
         def clip(optimizer: Optimizer, clip_val: float) -> None:
             clip_by_norm(optimizer, clip_val, self.placement, self._device)
 
-        self._override(precision, "clip_grad_by_norm", clip)
-
-    def _override(self, obj: Any, name: str, function: Callable[..., Any]) -> None:
-        self._overrides.enter_context(overridden(obj, name, function))
+        self._overrides.enter_context(overridden(precision, "clip_grad_by_norm", clip))
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

@@ -225,10 +225,10 @@ class PipelineStep:
                 returned = self._finished(step, batch, rest, joined_output(found), 0)
             return self._tell(returned, calls)
 
-    def example(self, step: Step, args: tuple[Any, ...], *, training: bool) -> Example:
-        """Return the first micro-batch of a step on every rank; every rank must call this at the same point."""
+    def example(self, step: Step, args: tuple[Any, ...], *, training: bool, parts: int | None = None) -> Example:
+        """Return the first micro-batch of a step on every rank, of ``parts``; every rank must call this together."""
         batch, *rest = args
-        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes = sizes_of_micro_batches(samples_in(batch), parts or self._micro_batches, self._fewest_samples)
         part = self._split(batch, sizes)[0]
         given = None
         if self._pipeline.is_first:

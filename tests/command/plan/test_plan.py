@@ -64,8 +64,8 @@ def mistake(tmp_path: Path, text: str | bytes, capsys: pytest.CaptureFixture[str
         (GOOD + "zzz: 3", "`zzz` is not a known key. Known keys are batch_multiple, batch_size, devices,"),
         (GOOD + "7: 3", "`7` is not a known key."),
         (GOOD + "layers: 3", "`layers` must be left out with `strategy: hetero_ddp`, because only"),
-        (GOOD + "strategy: ddp", "`strategy` must be one of hetero_ddp, hetero_fsdp, hetero_pipeline, got 'ddp'."),
-        (GOOD + "strategy: [1]", "`strategy` must be one of hetero_ddp, hetero_fsdp, hetero_pipeline, got a list of"),
+        (GOOD + "strategy: ddp", "must be one of hetero_ddp, hetero_fsdp, hetero_pipeline, auto, got 'ddp'"),
+        (GOOD + "strategy: [1]", "one of hetero_ddp, hetero_fsdp, hetero_pipeline, auto, got a list of"),
         ("devices:\n" + DEVICE, "`global_batch_size` must be a whole number of at least 1 and at most 1000000000, it"),
         ("global_batch_size: 0\ndevices:\n" + DEVICE, "`global_batch_size` must be a whole number of at least 1 and"),
         ("global_batch_size: 1.5\ndevices:\n" + DEVICE, "`global_batch_size` must be a whole number of at least 1 and"),
@@ -215,7 +215,7 @@ def keys_of(document: Any) -> set[str]:
     return set().union(*(keys_of(value) for value in document)) if isinstance(document, list) else set()
 
 
-@pytest.mark.parametrize("name", ["cluster", "pipeline_cluster"])
+@pytest.mark.parametrize("name", ["cluster", "pipeline_cluster", "auto_cluster"])
 def test_help_lists_every_key_of_the_document(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(EXAMPLES / f"{name}.yaml"), "--json"]) == 0
     found = keys_of(json.loads(capsys.readouterr().out))

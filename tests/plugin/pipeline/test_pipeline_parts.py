@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import LightningModule, Trainer
+from profiles import THOROUGH
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -64,6 +65,22 @@ class Stream(IterableDataset[Any]):
             yield x, (x.sum() > 0).double()
 
 
+class OfVariables(IterableDataset[Any]):
+    """Divides its samples by what the launcher says, as webdataset does."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+        worker = get_worker_info()
+        if worker is not None:
+            rank, world_size = rank * worker.num_workers + worker.id, world_size * worker.num_workers
+        for i in range(rank, self.size, world_size):
+            x = torch.sin(torch.arange(5.0, dtype=torch.float64) * (i + 1))
+            yield x, (x.sum() > 0).double()
+
+
 class SizedStream(Stream):
     def __init__(self, size: int, claimed: int) -> None:
         super().__init__(size)
@@ -92,6 +109,11 @@ def data(kind: str) -> DataLoader[Any]:
     makers: dict[str, Any] = {
         "a stream": lambda: DataLoader(Stream(), 8),
         "a stream with workers": lambda: DataLoader(Stream(), 8, num_workers=2),
+        "variables": lambda: DataLoader(OfVariables(), 8),
+        "variables, with workers": lambda: DataLoader(OfVariables(), 8, num_workers=2),
+        "variables, in other processes": lambda: DataLoader(
+            OfVariables(16), 8, num_workers=1, multiprocessing_context="spawn", persistent_workers=True
+        ),
         "a stream that is shorter than it says": lambda: DataLoader(SizedStream(24, 64), 8),
         "a stream that is longer than it says": lambda: DataLoader(SizedStream(40, 24), 8),
         "a sampler for one rank": lambda: DataLoader(samples, 8, sampler=DistributedSampler(samples, 1, 0)),
@@ -108,7 +130,8 @@ def data(kind: str) -> DataLoader[Any]:
 TRAINED = [
     "a stream", "a stream with workers", "a stream that is shorter than it says",
     "a stream that is longer than it says", "a sampler for one rank", "a random part",
-]  # fmt: skip
+    "variables", "variables, with workers",
+] + ["variables, in other processes"] * THOROUGH  # fmt: skip
 REFUSED = ["DistributedSampler", "OwnSampler", "Subset", "Subset "]
 
 
@@ -119,6 +142,8 @@ def train_on(kinds: list[str]) -> list[Any]:
         "max_epochs": 2, "limit_val_batches": 0,
     }  # fmt: skip
     for kind in kinds:
+        if dist.is_initialized():  # as under torchrun; Lightning deletes one of them when a run ends
+            os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
         trainer: Trainer
         if "LOCAL_RANK" in os.environ:
             trainer = make_trainer(HeteroPipelineStrategy(splits=[3], num_microbatches=2), 2, **options)
@@ -132,6 +157,8 @@ def train_on(kinds: list[str]) -> list[Any]:
             found.append(torch.cat([p.detach().flatten() for p in module.parameters()]).tolist())
         else:
             found.append(str(caught.value))
+    if dist.is_initialized():
+        assert os.environ.pop("RANK") == str(dist.get_rank())
     return found
 
 

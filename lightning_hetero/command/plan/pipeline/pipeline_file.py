@@ -6,7 +6,7 @@ from typing import cast
 
 from lightning_hetero.balance.pipeline.stages import Schedule
 from lightning_hetero.command.plan.fields import Fields
-from lightning_hetero.command.plan.pipeline_cluster import Layer, PipelineCluster, PipelineDevice
+from lightning_hetero.command.plan.pipeline.pipeline_cluster import Layer, PipelineCluster, PipelineDevice
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["PIPELINE_KEYS", "read_pipeline"]

@@ -1,0 +1,1 @@
+"""Predict every strategy for the same model, and say which one to take."""

@@ -1,0 +1,1 @@
+"""Implement `lightning-hetero profile`, which measures what each layer of a model takes."""

@@ -1,0 +1,1 @@
+"""What `lightning-hetero profile` runs; it is started by name, because it needs Lightning."""
