@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
@@ -45,6 +45,11 @@ def start(process: Any, server: forkserver.ForkServer | None = None) -> None:
         mock.patch.object(forkserver, "connect_to_new_process", connect),
     ):
         process.start()
+
+
+def share_server() -> None:
+    """Let this process, which the server has forked, ask it for others; multiprocessing would start another server."""
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
 
 
 class RankError(AssertionError):
@@ -148,6 +153,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # the workers of loaders are forked, as in a user's script, and not asked for from a server
     mp.set_start_method("fork", force=True)
+    share_server()
     # what Lightning's own launcher sets, so that a Trainer takes these processes for its ranks
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.run
+from harness import share_server
 from scripts import print_to
 
 
@@ -29,8 +29,7 @@ def train(argument: str, output: str) -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """Run torchrun with a function in place of the script; the last argument is that of the job."""
-    # the server that has forked this process, which multiprocessing knows, and would start another of nevertheless
-    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
+    share_server()
     config_from_args = torch.distributed.run.config_from_args
     output = str(Path("/proc/self/fd/1").readlink())
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
+from profiles import THOROUGH
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, WeightedRandomSampler
 from training import (
     TOLERANCE,
@@ -166,8 +167,9 @@ def test_options_of_the_loader_act_as_under_ddp(ranks: RankPools) -> None:
         hetero = ranks.run(2, train, Hetero([5, 2]), 46, 20, (), loader)
         plain = ranks.run(2, train, ddp, 46, 20, (), loader)
         assert_parameters(hetero, plain[0].parameters)
-    # what starts the workers, and takes seconds, changes no sample
-    spawned = {**workers, "num_workers": 1, "multiprocessing_context": "spawn"}
+    # what starts the workers changes no sample; either pickles the data
+    how = "spawn" if THOROUGH else "forkserver"
+    spawned = {**workers, "num_workers": 1, "multiprocessing_context": how}
     assert_parameters(ranks.run(2, train, Hetero([5, 2]), 46, 20, (), spawned), plain[0].parameters)
 
 
