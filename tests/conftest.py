@@ -21,6 +21,7 @@ settings.load_profile("thorough" if THOROUGH else "default")
 
 # Their ranks sleep or compute for known times, and what they then measure decides what they do: all others give way.
 TIMED = {
+    "test_balancers_of_runs.py",
     "test_communication.py",
     "test_device_waits.py",
     "test_layers_that_communicate.py",
@@ -42,6 +43,17 @@ TIMED_TESTS = {
     "test_a_rank_that_fails_saves_where_it_was",
 }
 
+# Their tests take long one by one, so that they come before the short ones, which fill the workers up to the end.
+LONG = {
+    "test_checks.py",
+    "test_crash.py",
+    "test_errors.py",
+    "test_examples.py",
+    "test_launchers.py",
+    "test_nodes.py",
+    "test_stall.py",
+}
+
 # Linux never lets a process of this niceness delay one of the ordinary for long.
 _GIVES_WAY = 19
 
@@ -56,7 +68,10 @@ def _is_timed(item: pytest.Item) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep on one worker what measures times, and the tests of a file that uses ranks, for its pools."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
         if _is_timed(item):  # the largest group, with which xdist begins
             item.add_marker(pytest.mark.xdist_group("timed"))
         elif "ranks" in getattr(item, "fixturenames", ()):
