@@ -89,7 +89,7 @@ def pipeline_run() -> list[Event]:
             step=5,
             time_s=3.0,
             stages=tuple(p.stage for p in passes),
-            backward=tuple(p.kind == "backward" for p in passes),
+            kinds=tuple(p.kind for p in passes),
             micro_batches=tuple(p.micro_batch for p in passes),
             start_s=tuple(p.start_s for p in passes),
             end_s=tuple(p.end_s for p in passes),

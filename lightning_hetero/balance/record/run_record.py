@@ -175,7 +175,7 @@ class RunPasses:
         step: Recorded step.
         time_s: Seconds since the run started.
         stages: Stage of each pass.
-        backward: Whether each pass was a backward pass.
+        kinds: What each pass was: "forward" or "backward", or the part of a backward pass, "input" or "weight".
         micro_batches: Micro-batch of each pass.
         start_s: Start of each pass, in seconds since the start of the step.
         end_s: End of each pass, in seconds since the start of the step.
@@ -185,7 +185,7 @@ class RunPasses:
     step: int
     time_s: float
     stages: tuple[int, ...]
-    backward: tuple[bool, ...]
+    kinds: tuple[str, ...]
     micro_batches: tuple[int, ...]
     start_s: tuple[float, ...]
     end_s: tuple[float, ...]

@@ -69,6 +69,8 @@ def parse_record(lines: Iterable[str], name: str = "the record") -> RunRecord:
     )
 
 
+_KINDS = ("forward", "backward", "input", "weight")  # of passes
+
 _E = TypeVar("_E")
 
 
@@ -154,6 +156,8 @@ def _check_lengths(event: Event, world_size: int, where: str) -> None:
         raise ConfigurationError(
             f"{where}: `overhead_s` and `seconds_per_sample` must both be present or both be empty."
         )
+    if isinstance(event, RunPasses) and (unknown := {*event.kinds} - {*_KINDS}):
+        raise ConfigurationError(f"{where}: `kinds` must be {', '.join(_KINDS)}, got {min(unknown)!r}.")
     # a rank may have both ends of the model, and then there is one stage more than ranks
     if isinstance(event, RunPasses) and any(not 0 <= stage <= world_size for stage in event.stages):
         raise ConfigurationError(f"{where}: `stages` must be at most the number of ranks ({world_size}).")

@@ -10,13 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_hetero.balance.pipeline.simulation import Pass, simulate_pipeline
-from lightning_hetero.balance.pipeline.stages import Schedule, StageTimes
+from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
 from lightning_hetero.balance.record.run_record import RunPasses, RunStages
 from lightning_hetero.command.report.svg import CARD, SERIES, Tips, draw
 
 __all__ = ["MAX_STAGES", "passes_chart", "predicted_passes", "recorded_passes"]
 
-FORWARD, BACKWARD = SERIES[0], SERIES[1]
+_NAMES = {
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "input": "gradient of the input",
+    "weight": "gradients of parameters",
+}
+_COLOURS = dict(zip(_NAMES, (SERIES[0], SERIES[1], SERIES[2], SERIES[3]), strict=True))
 MAX_STAGES = 32
 _MAX_PASSES = 4000
 _MAX_LABELLED_PASSES = 160
@@ -37,9 +43,9 @@ def predicted_passes(stages: RunStages) -> list[Pass] | None:
 def recorded_passes(passes: RunPasses) -> list[Pass]:
     """Return the passes of a recorded step."""
     return [
-        Pass(stage, "backward" if backward else "forward", micro_batch, start_s, max(start_s, end_s))
-        for stage, backward, micro_batch, start_s, end_s in zip(
-            passes.stages, passes.backward, passes.micro_batches, passes.start_s, passes.end_s, strict=True
+        Pass(stage, cast(Kind, kind), micro_batch, start_s, max(start_s, end_s))
+        for stage, kind, micro_batch, start_s, end_s in zip(
+            passes.stages, passes.kinds, passes.micro_batches, passes.start_s, passes.end_s, strict=True
         )
     ]
 
@@ -68,13 +74,12 @@ def passes_chart(name: str, title: str, passes: Sequence[Pass], ranks: Sequence[
     def paint(figure: Figure, tips: Tips) -> None:
         axes = figure.subplots()
         for p in kept:
-            colour = FORWARD if p.kind == "forward" else BACKWARD
             length_ms = 1e3 * (p.end_s - p.start_s)
             (bar,) = axes.barh(
-                row_of[p.stage], length_ms, left=1e3 * p.start_s, height=0.8, facecolor=colour, edgecolor=CARD
+                row_of[p.stage], length_ms, left=1e3 * p.start_s, height=0.8, facecolor=_COLOURS[p.kind], edgecolor=CARD
             )
             if len(kept) <= _MAX_PASSES // 4:
-                tips.add(bar, f"stage {p.stage}, {p.kind} pass of micro-batch {p.micro_batch}: {length_ms:.4g} ms")
+                tips.add(bar, f"stage {p.stage}, {_NAMES[p.kind]} of micro-batch {p.micro_batch}: {length_ms:.4g} ms")
             if len(kept) <= _MAX_LABELLED_PASSES and p.end_s - p.start_s > 0.012 * until_s:
                 middle_ms = 500 * (p.start_s + p.end_s)
                 axes.text(
@@ -86,9 +91,9 @@ def passes_chart(name: str, title: str, passes: Sequence[Pass], ranks: Sequence[
         axes.set_xlim(0, 1e3 * until_s)
         axes.set_xlabel("milliseconds since the step began")
         axes.set_title(title)
-        names = [("forward pass", FORWARD), ("backward pass", BACKWARD)]
-        handles = [Line2D([], [], color=colour, linewidth=5, label=text) for text, colour in names]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        drawn = [kind for kind in _NAMES if any(p.kind == kind for p in kept)]
+        handles = [Line2D([], [], color=_COLOURS[kind], linewidth=5, label=_NAMES[kind]) for kind in drawn]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
 
     label = f"{title}: horizontal bars, one row per stage, each bar a forward or backward pass of a micro-batch."
     return draw(name, label, (11.0, 1.3 + 0.34 * len(shown)), paint)

@@ -219,8 +219,9 @@ class OutOfMemoryRecovery:
         step, samples = (part.step, part.samples) if part else ("?", "?")
         message = (
             f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
-            f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size or set"
-            f" `max_batch_size` or `micro_batch_size`. ({reason})"
+            f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size, set"
+            f" `max_batch_size` or `micro_batch_size`, or divide the model: `lightning-hetero plan` with"
+            f" `strategy: auto` says how. ({reason})"
         )
         announce(message)
         return RankOutOfMemoryError(message)

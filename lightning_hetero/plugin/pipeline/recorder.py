@@ -111,7 +111,7 @@ class PipelineRecorder(Callback):
                 step=self.step,
                 time_s=self._time_s,
                 stages=tuple(p.stage for p in passes),
-                backward=tuple(p.kind != "forward" for p in passes),
+                kinds=tuple(p.kind for p in passes),
                 micro_batches=tuple(p.micro_batch for p in passes),
                 start_s=tuple(p.start_s for p in passes),
                 end_s=tuple(p.end_s for p in passes),

@@ -36,7 +36,9 @@ EVENTS: list[Event] = [
     RunChange(7, 2.0, (85, 43), "predicted: 1.48x as many samples/s"),
     RunAdvice(9, 3.0, 0.5, 1.48, 0.97, ("a <b>", "c")),
     RunStages(0, 0.0, (1, 0), (3, 9), (0.25, 0.5), (0.5, 1.0), 8, "1f1b", 0.0, 12.5, 17.0, ()),
-    RunPasses(2, 4.0, (0, 1, 1, 0), (False, False, True, True), (0, 0, 0, 0), (0, 1, 2, 3), (1, 2, 3, 4)),
+    RunPasses(
+        2, 4.0, (0, 1, 1, 0), ("forward", "backward", "input", "weight"), (0, 0, 0, 0), (0, 1, 2, 3), (1, 2, 3, 4)
+    ),
     RunEnd(100, 60.0, "finished"),
 ]
 LINES = [to_line(HEADER), *(to_line(event) for event in EVENTS)]
@@ -128,3 +130,11 @@ def test_any_other_value_gives_a_record_or_a_configuration_error(index: int, dat
 def test_any_text_gives_a_configuration_error(lines: list[str]) -> None:
     with pytest.raises(ConfigurationError):
         parse_record(lines)
+
+
+def test_an_unknown_kind_of_pass_is_named() -> None:
+    passes = EVENTS[4]
+    assert isinstance(passes, RunPasses)
+    line = to_line(replace(passes, kinds=("forward", "sideways", "input", "weight")))
+    with pytest.raises(ConfigurationError, match="`kinds` must be forward, backward, input, weight, got 'sideways'"):
+        parse_record([to_line(HEADER), line, LINES[-1]])

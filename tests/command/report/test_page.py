@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from profiles import drawn
 from run_records import PIPELINE, TWO, TWO_COSTS_S, batch_run, header, pipeline_run
 
-from lightning_hetero.balance.record.run_record import RunAdvice, RunChange, RunHeader, RunStages, RunWindow, to_line
+from lightning_hetero.balance.record.run_record import (
+    RunAdvice,
+    RunChange,
+    RunHeader,
+    RunPasses,
+    RunStages,
+    RunWindow,
+    to_line,
+)
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.balance.types import DeviceProfile
 from lightning_hetero.command.report.page import build
+from lightning_hetero.command.report.pipeline_charts import passes_chart, recorded_passes
 from lightning_hetero.exceptions import ConfigurationError, HeteroError
 
 BATCH_SECTIONS = ["advice", "time-line", "shares", "efficiency", "step-times", "memory", "ranks"]
@@ -248,3 +257,12 @@ def test_a_huge_schedule_is_not_simulated() -> None:
     assert page.sections == ["advice", "stages", "ranks"]
     with pytest.raises(HeteroError):
         page_of([PIPELINE[0], PIPELINE[1].replace('"micro_batches":4', '"micro_batches":1e3')])
+
+
+def test_parts_of_a_backward_pass_have_names_and_colours() -> None:
+    kinds = ("forward", "input", "weight")
+    passes = RunPasses(5, 3.0, (0, 0, 0), kinds, (0, 0, 0), (0.0, 0.1, 0.2), (0.1, 0.2, 0.3))
+    chart = str(passes_chart("p", "A step", recorded_passes(passes), [0], 0.3))
+    for name in ("forward pass", "gradient of the input", "gradients of parameters"):
+        assert f"{name} of micro-batch 0" in chart
+    assert "backward pass of micro-batch" not in chart
