@@ -66,19 +66,23 @@ def slices(top: float) -> list[str]:
     return drawn
 
 
-def main() -> None:
-    """Write the picture."""
+def picture() -> str:
+    """Return the picture."""
     equal, found = BatchPlan((64, 64)), solve_batch(TIMES, 128)
     drawn = [
         *step("ddp: equal mini-batches, the fast rank waits", equal, 20),
         *step("hetero_ddp: mini-batches in proportion to speed, both are done together", found, 130),
         *slices(240),
     ]
-    svg = (
+    return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 0 720 350" font-family="sans-serif" font-size="14"'
         ' role="img" aria-label="Equal and proportional mini-batches">\n' + "\n".join(drawn) + "\n</svg>\n"
     )
-    Path(__file__).with_name("images").joinpath("how_it_works.svg").write_text(svg, encoding="utf-8")
+
+
+def main() -> None:
+    """Write the picture."""
+    Path(__file__).with_name("images").joinpath("how_it_works.svg").write_text(picture(), encoding="utf-8")
 
 
 if __name__ == "__main__":

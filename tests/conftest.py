@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-import harness
 import one_card
+import psutil
 import pytest
 from differences import found, measured
 from harness import RankPools
@@ -21,10 +19,12 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1_000)
 settings.load_profile("thorough" if THOROUGH else "default")
 
-# Their ranks sleep or compute for known times, and what they then measure decides what they do: nothing else may run.
+# Their ranks sleep or compute for known times, and what they then measure decides what they do: all others give way.
 TIMED = {
+    "test_balancers_of_runs.py",
     "test_communication.py",
     "test_device_waits.py",
+    "test_layers_that_communicate.py",
     "test_load_balancer.py",
     "test_memory.py",
     "test_pipeline_drift.py",
@@ -43,8 +43,19 @@ TIMED_TESTS = {
     "test_a_rank_that_fails_saves_where_it_was",
 }
 
-# A worker's lock of all others, kept from one test that measures times to the next.
-_KEPT = pytest.StashKey[ExitStack | None]()
+# Their tests take long one by one, so that they come before the short ones, which fill the workers up to the end.
+LONG = {
+    "test_checks.py",
+    "test_crash.py",
+    "test_errors.py",
+    "test_examples.py",
+    "test_launchers.py",
+    "test_nodes.py",
+    "test_stall.py",
+}
+
+# Linux never lets a process of this niceness delay one of the ordinary for long.
+_GIVES_WAY = 19
 
 
 def _is_timed(item: pytest.Item) -> bool:
@@ -53,44 +64,28 @@ def _is_timed(item: pytest.Item) -> bool:
     return item.path.name in TIMED or getattr(item, "originalname", "") in TIMED_TESTS
 
 
+# before xdist's own, which reads the marks
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep on one worker what measures times, and the tests of a file that uses ranks, for its pools."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if _is_timed(item):  # the largest group, with which xdist begins: no other test has to be waited for
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if _is_timed(item):  # the largest group, with which xdist begins
             item.add_marker(pytest.mark.xdist_group("timed"))
         elif "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-# the first, so that waiting counts towards no test's time-out
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
-    """Run nothing beside a test that measures times."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return (yield)
-    kept = item.session.stash
-    with kept.get(_KEPT, None) or _turn(_is_timed(item)) as turn:
-        result = yield
-        more = _is_timed(item) and nextitem is not None and _is_timed(nextitem)
-        kept[_KEPT] = turn.pop_all() if more else None
-    return result
-
-
-def _turn(alone: bool) -> ExitStack:
-    with ExitStack() as turn:
-        with _locked(Path(harness.__file__), fcntl.LOCK_EX):  # so that whoever waits for all others comes to its turn
-            turn.enter_context(_locked(Path(__file__), fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-        return turn.pop_all()
-
-
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    with path.open() as file:  # any file that all workers know
-        fcntl.flock(file, how)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a process that the test has left may have inherited it
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give way to tests that measure times, which mostly sleep: run at the lowest priority from the first other one."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not _is_timed(item) and os.nice(0) < _GIVES_WAY:
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):  # pools of ranks that timed tests have left
+            with suppress(psutil.NoSuchProcess):
+                process.nice(_GIVES_WAY)
 
 
 @pytest.fixture(scope="session")

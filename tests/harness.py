@@ -16,14 +16,17 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
 import one_card
 
+# what Lightning imports and is slow
+WITHOUT_LIGHTNING = ["torch", "torch._dynamo", "torchmetrics", "lightning_utilities.core.imports", "fsspec"]
 # what nearly every test imports, some of it at a training's first step
-PRELOADED = ["torch", "torch._dynamo", "torchmetrics", "lightning.pytorch", "lightning_hetero", "hypothesis", "pytest"]
+PRELOADED = [*WITHOUT_LIGHTNING, "lightning.pytorch", "lightning_hetero", "hypothesis", "pytest"]
 _PR_SET_PDEATHSIG = 1  # source: Linux, include/uapi/linux/prctl.h
 
 
@@ -34,10 +37,19 @@ def fork_context() -> Any:
     return context
 
 
-def start(process: Any) -> None:
-    """Start a process of ``fork_context``, and the server where it does not run yet."""
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # a server with threads must not fork
+def start(process: Any, server: forkserver.ForkServer | None = None) -> None:
+    """Start a process of ``fork_context``, and the server where it does not run yet; ``server`` for one of its own."""
+    connect = (server or forkserver._forkserver).connect_to_new_process
+    with (
+        mock.patch.dict(os.environ, OMP_NUM_THREADS="1"),  # a server with threads must not fork
+        mock.patch.object(forkserver, "connect_to_new_process", connect),
+    ):
         process.start()
+
+
+def share_server() -> None:
+    """Let this process, which the server has forked, ask it for others; multiprocessing would start another server."""
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
 
 
 class RankError(AssertionError):
@@ -141,6 +153,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # the workers of loaders are forked, as in a user's script, and not asked for from a server
     mp.set_start_method("fork", force=True)
+    share_server()
     # what Lightning's own launcher sets, so that a Trainer takes these processes for its ranks
     os.environ.update(
         MASTER_ADDR="127.0.0.1",

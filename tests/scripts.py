@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 
 from harness import fork_context, start
@@ -27,9 +28,12 @@ def run_script(
     folder: Path | None = None,
     timeout_s: float = 150.0,
     patience_s: float = 10.0,
+    server: ForkServer | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``script`` in ``folder`` and return what it and its children printed.
+
+    ``server`` is one to fork from that has imported something else.
 
     Raises:
         AssertionError: it has not ended after ``timeout_s``, or what it has started has not ``patience_s`` later.
@@ -39,7 +43,7 @@ def run_script(
         path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
         process = fork_context().Process(target=_run, args=(script, arguments, folder or Path.cwd(), ours, out, err))
-        start(process)
+        start(process, server)
         try:
             process.join(timeout_s)
             ended = process.exitcode is not None
@@ -70,13 +74,20 @@ def running_in_session(session: int) -> list[int]:
     return found
 
 
+def print_to(out: Path, err: Path) -> None:
+    """Let this process, and those that it starts, print to files."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        with path.open("a", encoding="utf-8") as file:
+            os.dup2(file.fileno(), descriptor)
+
+
 def _run(
     script: Path, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], out: Path, err: Path
 ) -> None:
     os.setsid()
-    for path, descriptor in ((out, 1), (err, 2)):
-        with path.open("w", encoding="utf-8") as file:
-            os.dup2(file.fileno(), descriptor)
+    with suppress(OSError):  # Linux may weigh sessions, whatever the priority of their processes is
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)), encoding="ascii")
+    print_to(out, err)
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv[:] = [str(script), *arguments]

@@ -132,6 +132,13 @@ def test_what_a_page_refers_to_exists(page: Path) -> None:
         assert named <= arguments_of(name), name
 
 
+@pytest.mark.parametrize("name", ["how_it_works", "shards"])
+def test_pictures_are_what_their_scripts_draw(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    drawn = importlib.import_module(f"draw_{name}").picture()
+    assert drawn == (ROOT / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8")
+
+
 def test_the_checks_can_fail() -> None:
     text = "# A title\n[a](#a-title) [b](#b) [c](c.md) [d](https://d.org/) `HeteroDDPStrategy`\n"
     text += "| argument | meaning |\n|---|---|\n| `share`, `limit` | none |\n"

@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from profiles import thorough
+from harness import WITHOUT_LIGHTNING
+from profiles import THOROUGH, thorough
+from scripts import run_script
 from training import assert_close
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -25,15 +29,27 @@ BALANCED = "HeteroDDPStrategy(shares=[1, 3], start_method='fork'), LoadBalancer(
 QUIET = "accelerator='cpu', devices=2, logger=False, enable_checkpointing=False, enable_progress_bar=False"
 
 
-def run(*arguments: str, folder: Path | None = None, timeout_s: float = 150.0) -> subprocess.CompletedProcess[str]:
-    """Run Python in a new interpreter: one that has been forked has imported Lightning already."""
+# Where a new interpreter is not what is tested, processes are forked from one that has torch, but not Lightning.
+pytestmark = pytest.mark.xdist_group("test_pytorch_lightning.py")
+SERVER = ForkServer()
+SERVER.set_forkserver_preload(WITHOUT_LIGHTNING)
+
+
+def run(script: Path, *arguments: str) -> str:
+    """Run a script and return what it prints."""
+    done = in_new_interpreter(str(script), *arguments) if THOROUGH else run_script(script, *arguments, server=SERVER)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def in_new_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            out, err = process.communicate(timeout=timeout_s)
+            out, err = process.communicate(timeout=150)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, 9)
@@ -42,16 +58,16 @@ def run(*arguments: str, folder: Path | None = None, timeout_s: float = 150.0) -
 
 def printed_by(code: str) -> str:
     """Return what ``code`` prints."""
-    done = run("-c", f"import warnings; warnings.filterwarnings('ignore')\n{code}")
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(f"import warnings; warnings.filterwarnings('ignore')\n{code}", encoding="utf-8")
+        return run(script)
 
 
 def trained(imports: str, package: str, *strategies: str) -> list[Any]:
-    done = run(str(PROGRAMS / "other_package.py"), imports, package, *strategies)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == len(strategies), done.stderr
+    printed = run(PROGRAMS / "other_package.py", imports, package, *strategies)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(found) == len(strategies), printed
     return found
 
 
@@ -93,8 +109,7 @@ def test_a_training_is_that_of_ddp(imports: str, package: str) -> None:
     ],
 )
 def test_started_processes_find_the_classes(imports: str, strategy: str) -> None:
-    (found,) = trained(imports, "pytorch_lightning", strategy)
-    (ddp,) = trained(imports, "pytorch_lightning", "ddp_fork")
+    found, ddp = trained(imports, "pytorch_lightning", strategy, "ddp_fork")
     assert_close(found["parameters"], ddp["parameters"])
 
 
@@ -152,7 +167,8 @@ print([name for name in sys.modules if name.split(".")[0] == "lightning"])
 
 
 def test_this_package_imports_no_lightning_by_itself() -> None:
-    assert printed_by("import lightning_hetero, sys; print('torch' in sys.modules)") == "False"
+    done = in_new_interpreter("-c", "import lightning_hetero, sys; print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
     code = "import lightning_hetero, sys; import lightning.pytorch; print('pytorch_lightning' in sys.modules)"
     assert printed_by(code) == "False"
 

@@ -33,6 +33,7 @@ __all__ = [
     "hooks_of_module",
     "is_held_elsewhere",
     "is_without_memory",
+    "memory_of",
     "node_before_ddp",
     "node_of_base",
     "norms_of",
@@ -114,6 +115,14 @@ def source_of_cast(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     leaf = getattr(node.next_functions[0][0], "variable", None)
     return None if leaf is None or leaf.shape != base.shape else (base, leaf)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share their memory, also where they have no address.
+
+    Tensors of the meta device have none. The number is valid as long as the tensor lives.
+    """
+    return int(tensor.untyped_storage()._cdata)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -31,6 +31,7 @@ from lightning_hetero.distributed.torch_private import (
     hooks_of_module,
     is_held_elsewhere,
     is_without_memory,
+    memory_of,
     node_before_ddp,
     node_of_base,
     norms_of,
@@ -122,6 +123,12 @@ def test_a_change_in_place_shows() -> None:
     before = version_of(tensor)
     tensor.add_(1)
     assert version_of(tensor) > before
+
+
+def test_memory_has_a_number_also_without_an_address() -> None:
+    tensor, other = torch.empty(4, 4, device="meta"), torch.empty(4, 4, device="meta")
+    assert memory_of(tensor) == memory_of(tensor[1].t().view(2, 2))
+    assert memory_of(tensor) != memory_of(other)
 
 
 def test_hooks_are_silent_for_a_while() -> None:

@@ -9,19 +9,24 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from faults.job import Fault, Job
+from faults.job import Fault, Job, train
+from harness import fork_context, start
 from profiles import THOROUGH
+from scripts import print_to
 from training import assert_close, parameters_after, reference_batches, reference_parameters
 
 JOB = Path(__file__).with_name("job.py")
 _MARK = "LIGHTNING_HETERO_TEST_RUN"
+# arguments of a new process, or a function for one that is forked from the server of ``harness``
+Command = list[str] | Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -44,67 +49,111 @@ def job(folder: Path, devices: int, *faults: Fault, **settings: Any) -> str:
     return json.dumps(asdict(Job(str(folder), devices, faults=[asdict(fault) for fault in faults], **settings)))
 
 
-def torchrun(argument: str, *options: str, script: bool = THOROUGH) -> list[str]:
-    """Return the command that runs a job under torchrun, as a ``script`` as users do, or with ranks that are forked."""
-    module = "torch.distributed.run" if script else "faults.torchrun"
-    return [sys.executable, "-m", module, *options, str(JOB), argument]
+def torchrun(argument: str, *options: str, script: bool = THOROUGH) -> Command:
+    """Return the command that runs a job under torchrun, as a ``script`` as users do, or in forked processes."""
+    arguments = [*options, str(JOB), argument]
+    return [sys.executable, "-m", "torch.distributed.run", *arguments] if script else partial(_torchrun, arguments)
 
 
-def one_node(ranks: int, argument: str, restarts: int = 0, **how: bool) -> list[str]:
+def by_hand(argument: str, script: bool = THOROUGH) -> Command:
+    """Return the command of one rank of a job, in an environment that says which."""
+    return [sys.executable, str(JOB), argument] if script else partial(train, argument)
+
+
+def one_node(ranks: int, argument: str, restarts: int = 0, **how: bool) -> Command:
     """Return the command for a single node."""
     return torchrun(argument, "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", **how)
 
 
+def _torchrun(arguments: Sequence[str]) -> None:
+    from faults import torchrun  # which imports torch
+
+    torchrun.run(arguments)
+
+
 def run(
-    folder: Path, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = (), timeout_s: float = 250
+    folder: Path, commands: Sequence[Command], environments: Sequence[dict[str, str]] = (), timeout_s: float = 250
 ) -> list[Ended]:
     """Run commands side by side until all have ended; fail if one hangs or leaves processes running."""
     token = uuid.uuid4().hex
     ours = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
     ours |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", _MARK: token}
+    outputs = [folder / f"output-{number}" for number in range(len(commands))]
     started = time.monotonic()
-    with all_ended(token):
+    with all_ended(token, folder):
         processes = []
         for number, command in enumerate(commands):
-            with (folder / f"output-{number}").open("w", encoding="utf-8") as output:
-                environment = ours | (environments[number] if environments else {})
-                processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder))
+            environment = ours | (environments[number] if environments else {})
+            processes.append(_start(command, environment, folder, outputs[number]))
         ended = []
-        for number, process in enumerate(processes):
-            try:
-                status = process.wait(timeout_s - (time.monotonic() - started))
-            except subprocess.TimeoutExpired:
-                texts = "\n".join((folder / f"output-{n}").read_text(encoding="utf-8") for n in range(len(commands)))
-                raise AssertionError(f"command {number} hangs:\n{texts}") from None
-            text = (folder / f"output-{number}").read_text(encoding="utf-8")
+        for number, wait in enumerate(processes):
+            status = wait(timeout_s - (time.monotonic() - started))
+            texts = [output.read_text(encoding="utf-8") for output in outputs if output.exists()]
+            assert status is not None, "\n".join([f"command {number} hangs:", *texts])
+            text = outputs[number].read_text(encoding="utf-8")
             ended.append(Ended(status, text, time.monotonic() - started))
     return ended
 
 
+def _start(command: Command, environment: dict[str, str], folder: Path, output: Path) -> Callable[[float], int | None]:
+    """Start a command; what is returned waits for some seconds, and returns the exit status or None."""
+    if callable(command):
+        forked = fork_context().Process(target=_call, args=(command, environment, folder, output))
+        start(forked)
+
+        def wait_for_forked(seconds: float) -> int | None:
+            forked.join(max(seconds, 0.0))
+            return forked.exitcode  # type: ignore[no-any-return]
+
+        return wait_for_forked
+    with output.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=folder)
+
+    def wait(seconds: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(seconds, 0.0))
+        return process.returncode
+
+    return wait
+
+
+def _call(command: Callable[[], None], environment: dict[str, str], folder: Path, output: Path) -> None:
+    print_to(output, output)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    command()
+
+
 @contextmanager
-def all_ended(token: str) -> Iterator[None]:
-    """Fail if a process that was started in this context outlives it, and end that process in any case."""
+def all_ended(token: str, folder: Path | None = None) -> Iterator[None]:
+    """Fail if a process that was started in this context outlives it, and end that process in any case.
+
+    Processes are known by a variable of the environment in which they were started, and those that were forked, whose
+    environment is that of the server, by the directory in which they run.
+    """
     try:
         yield
         deadline = time.monotonic() + 40  # ending Python with torch takes long on a busy machine
-        while left := _processes_of(token):
+        while left := _processes_of(token, folder):
             assert time.monotonic() < deadline, f"processes are left: {left}"
             time.sleep(0.1)
     finally:
-        for process in _processes_of(token):
+        for process in _processes_of(token, folder):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
 
-def _processes_of(token: str) -> list[int]:
+def _processes_of(token: str, folder: Path | None) -> list[int]:
     # torchrun gives each rank a session of its own, so groups do not tell
     found = []
     mark = f"{_MARK}={token}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if mark in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
+            in_folder = folder is not None and folder in [(at := (process / "cwd").readlink()), *at.parents]
+            if in_folder or mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
     return found
 
 

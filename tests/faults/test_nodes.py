@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from faults.job import Fault
-from faults.launch import JOB, assert_whole, attempts, found, job, run, torchrun
+from faults.launch import Command, assert_whole, attempts, by_hand, found, job, run, torchrun
 from harness import free_port
 from profiles import THOROUGH, thorough
 
 LINK = Path(__file__).parents[2] / "benchmarks" / "link.py"
 
 
-def node(number: int, ranks: int, argument: str, address: str, port: int, restarts: int = 0, **how: bool) -> list[str]:
+def node(number: int, ranks: int, argument: str, address: str, port: int, restarts: int = 0, **how: bool) -> Command:
     """Return the command of one of two nodes; the first keeps the rendezvous."""
     return torchrun(
         argument,
@@ -107,7 +107,8 @@ def test_two_nodes_with_a_slow_link(tmp_path: Path) -> None:
         argument = job(tmp_path, 1, nodes=2, factors=[1, 3])
         commands, environments = [], []
         for its in nodes:
-            command = node(its.rank, 1, argument, nodes[0].address, port)[:]
+            command = node(its.rank, 1, argument, nodes[0].address, port, script=True)
+            assert isinstance(command, list)
             command[command.index(next(c for c in command if c.startswith("--local-addr")))] = (
                 f"--local-addr={its.address}"
             )
@@ -150,11 +151,7 @@ def slurm(ranks_of_nodes: list[int]) -> list[dict[str, str]]:
 def test_an_environment_like_slurms(tmp_path: Path, ranks_of_nodes: list[int]) -> None:
     ranks = sum(ranks_of_nodes)
     settings: dict[str, Any] = {"nodes": len(ranks_of_nodes), "factors": [1, 3, 2][:ranks]}
-    commands = [
-        [sys.executable, str(JOB), job(tmp_path, devices, **settings)]
-        for devices in ranks_of_nodes
-        for _ in range(devices)
-    ]
+    commands = [by_hand(job(tmp_path, devices, **settings)) for devices in ranks_of_nodes for _ in range(devices)]
     for ended in run(tmp_path, commands, slurm(ranks_of_nodes)):
         assert ended.status == 0, ended.text
     assert_whole(tmp_path, ranks)

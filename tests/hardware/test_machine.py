@@ -23,6 +23,12 @@ def here(driver: Driver | None = None, root: Path = Path("/nowhere")) -> Machine
     return describe_machine(LoadMeter(), Nvml(driver or nothing), root)
 
 
+@pytest.fixture(autouse=True)
+def _no_virtual_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the device in Python that another test may have registered in this process, for good."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A build of torch with CUDA; tests append the properties of devices, or errors, to the list."""

@@ -282,7 +282,10 @@ def shards_on_a_virtual_device() -> Iterator[None]:
     """The virtual group takes lists of parts, as NCCL does, and has no name by which torch could end a second one."""
     fsdp = "lightning_hetero.plugin.fsdp.strategy"
     with (
-        mock.patch("lightning_hetero.distributed.shards.engine.exchange_for", lambda _, group: NcclExchange(group)),
+        mock.patch(
+            "lightning_hetero.distributed.shards.engine.exchange_for",
+            lambda _, groups, __: NcclExchange(groups.forward),
+        ),
         mock.patch(f"{fsdp}.refuse_module"),  # a virtual tensor has a class of its own
         mock.patch(f"{fsdp}.ShardEngine.leave_group"),
     ):

@@ -53,18 +53,30 @@ def weights_by_memory(ranks: Sequence[RankMemory], model: ModelMemory) -> tuple[
             raise InfeasiblePlanError(
                 f"`shard_weights` cannot be found: rank {number} has {_gb(rank.free_bytes)} of memory, but its"
                 f" activations ({_gb(rank.activation_bytes)}) and the units that are whole at a time"
-                f" ({_gb(model.gathered_bytes)}) take {_gb(-rest)} more. Lower its share or the batch size, make the"
-                f" units smaller with `units`, or leave the device out."
+                f" ({_gb(model.gathered_bytes)}) take {_gb(-rest)} more.{_batch_that_fits(ranks, model)} Lower its"
+                f" share or the batch size, make the units smaller with `units`, or leave the device out."
             )
     if sum(left) < model.sharded_bytes:
         fits = sum(left) / model.sharded_bytes
         raise InfeasiblePlanError(
             f"`shard_weights` cannot be found: parameters, gradients and states of the optimiser take"
             f" {_gb(model.sharded_bytes)}, but the ranks have only {', '.join(map(_gb, left))} left, so"
-            f" {_gb(model.sharded_bytes - sum(left))} are missing. A model of {fits:.0%} of the size would fit. Add"
-            f" a device, lower the batch size, or use an optimiser with a smaller state."
+            f" {_gb(model.sharded_bytes - sum(left))} are missing. A model of {fits:.0%} of the size would fit."
+            f"{_batch_that_fits(ranks, model)} Add a device, lower the batch size, or use an optimiser with a smaller"
+            f" state."
         )
     return tuple(left)
+
+
+def _batch_that_fits(ranks: Sequence[RankMemory], model: ModelMemory) -> str:
+    """Return a sentence about the largest batch that would fit; empty if none would, or if nothing is known of it."""
+    room = [rank.free_bytes - model.gathered_bytes for rank in ranks]
+    activations = [rank.activation_bytes for rank in ranks]
+    if not sum(activations):
+        return ""
+    by_rank = [have / need for have, need in zip(room, activations, strict=True) if need]
+    part = min(*by_rank, (sum(room) - model.sharded_bytes) / sum(activations), 1.0)
+    return f" A batch of {part:.0%} of the size would fit." if part > 0 else ""
 
 
 def _gb(size: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ class Buffers:
         device: Device of this rank.
         group: The ranks.
         waiting: Returns a context in which this rank may wait for others.
+        wait: Function that waits for a collective of the group.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class Buffers:
         device: torch.device,
         group: dist.ProcessGroup,
         waiting: Callable[[], AbstractContextManager[None]],
+        wait: Callable[[Any], object],
     ) -> None:
-        self._group, self._waiting = group, waiting
+        self._group, self._waiting, self._wait = group, waiting, wait
         for module in root.modules():
             own = dict(module.named_buffers(recurse=False))
             if any(buffer.is_meta for buffer in own.values()):
@@ -53,6 +56,6 @@ class Buffers:
         with torch.no_grad(), self._waiting():
             for buffers in self._by_type.values():
                 row = torch.cat([buffer.reshape(-1) for buffer in buffers])
-                dist.broadcast(row.view(torch.uint8), 0, self._group)
+                self._wait(dist.broadcast(row.view(torch.uint8), 0, self._group, async_op=True))
                 for buffer, value in zip(buffers, row.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(value.view(buffer.shape))

@@ -19,11 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.balance.shards.cuts import Cutter
-from lightning_hetero.distributed.host_group import host_group
 from lightning_hetero.distributed.shards.buffers import Buffers
 from lightning_hetero.distributed.shards.exchange import exchange_for
 from lightning_hetero.distributed.shards.hooks import SavedCasts, UnitHooks, tensors_in
-from lightning_hetero.distributed.shards.order import Meeting, OrderOfUse
+from lightning_hetero.distributed.shards.passes.groups import Groups
+from lightning_hetero.distributed.shards.passes.meeting import Meeting
+from lightning_hetero.distributed.shards.passes.order import OrderOfUse
+from lightning_hetero.distributed.shards.passes.places import Place
+from lightning_hetero.distributed.shards.passes.watch import PassWatch
 from lightning_hetero.distributed.shards.reductions import Reductions
 from lightning_hetero.distributed.shards.released import without_gradients
 from lightning_hetero.distributed.shards.unit import Unit, WholeUnits
@@ -74,35 +77,30 @@ class ShardEngine:
         find_unused_parameters: bool = False,
         reshard_after_forward: bool = True,
     ) -> None:
-        # of its own: what the user's code exchanges must not come between
-        self._group: Any = dist.new_group()
-        rank = dist.get_rank()
+        self._groups, rank = Groups.make(device), dist.get_rank()
         self._waiting, self._fail = waiting, fail
-        self._find_unused = find_unused_parameters
-        self._reshard = reshard_after_forward
-        exchange, cutter = exchange_for(device, self._group), Cutter(weights)
+        self._find_unused, self._reshard = find_unused_parameters, reshard_after_forward
+        self._is_on_host = device.type == "cpu"
+        self._watch = PassWatch(self._groups.hosts, fail)
+        self._exchange, cutter = exchange_for(device, self._groups, self._watch), Cutter(weights)
         planned = plan_units(root, units)
         self.units = [
-            Unit(number, plan, cutter, rank, device, exchange)
+            Unit(number, plan, cutter, rank, device, self._exchange)
             for number, plan in enumerate(planned)
             if number == 0 or plan.parameters
         ]
         for number, unit in enumerate(self.units):
             unit.number = number
-        self._buffers = Buffers(root, device, self._group, waiting)
-        # from host to host, so that no host waits for its device
-        hosts: Any = self._group if device.type == "cpu" else host_group()
+        self._buffers = Buffers(root, device, self._groups.forward, waiting, self._exchange.wait)
         self._whole = WholeUnits(self.units, reshard_after_forward, waiting)
-        self._order = OrderOfUse(len(self.units), self, hosts, fail)
-        self._meeting = Meeting(hosts, waiting, fail)
-        self._meets_early = device.type == "cpu"  # hosts of devices run ahead, and must not wait for each other
-        self._reductions = Reductions(self.units, hosts, waiting)
+        self._order = OrderOfUse(len(self.units), self, self._groups.hosts, self._watch)
+        self._meeting = Meeting(self._groups.hosts, waiting, self._watch)
+        self._reductions = Reductions(self.units, self._groups.hosts, waiting, self._watch)
         self._kind: str | None = None
         self._steps = self._passes = self._hooks_run = self._depth = 0
         self._backward_follows = self._in_backward = self._muted = False
+        self._casts, self._hooks = SavedCasts(self.units), UnitHooks(self.units, self)
         self.reduces, self.frees_casts = True, False
-        self._casts = SavedCasts(self.units)
-        self._hooks = UnitHooks(self.units, self)
 
     @property
     def most_whole_units(self) -> int:
@@ -198,7 +196,7 @@ class ShardEngine:
             if unit is not self.root:
                 self._whole.make_room(unit)
             self._order.gather(unit.number)
-        if self._meets_early:
+        if self._is_on_host:  # hosts of devices run ahead, and must not wait for each other
             self._meeting.check()
         with self._waiting():
             unit.finish_gathering()
@@ -206,7 +204,7 @@ class ShardEngine:
             self._whole.make_room(unit)
 
     def start_gather(self, unit: int, *, needed: bool) -> None:
-        """Start to gather a unit; see :class:`~lightning_hetero.distributed.shards.order.Collectives`."""
+        """Start to gather a unit; see :class:`~lightning_hetero.distributed.shards.passes.order.Collectives`."""
         self._whole.start_gather(unit, needed=needed)
 
     def may_gather_ahead(self) -> bool:
@@ -223,6 +221,8 @@ class ShardEngine:
     def in_parts(self) -> Iterator[None]:
         """Register the parts of all parameters in this context; every rank must call this at the same point."""
         self.settle()
+        self._meeting.begin(Place.of("saving", self._steps, self._passes))
+        self._meeting.check()
         with self._whole.in_parts():
             yield
 
@@ -251,7 +251,7 @@ class ShardEngine:
             if kind != "predict":
                 self._finish()
             if kind == "train":  # a rank that has left out a backward pass may wait elsewhere from now on
-                self._meeting.begin("end", self._steps, self._passes, 0)
+                self._meeting.begin(Place.of("end", self._steps, self._passes))
             self._end()
 
     def close(self) -> None:
@@ -261,8 +261,7 @@ class ShardEngine:
         self._end()
 
     def _end(self) -> None:
-        self._kind = None
-        self._depth = 0
+        self._kind, self._depth = None, 0
         self._whole.release_all(forget_casts=True)
 
     def refresh(self) -> None:
@@ -288,12 +287,13 @@ class ShardEngine:
         trained = hash(tuple(shard.requires_grad for shard in self.shards))
         fixed = self._kind == "train" and not self._find_unused
         key = (self._passes, name, self.reduces, trained) if fixed else None
+        self._order.begin(key, backward=name == "backward")
         if self._kind == "hook":
-            self._meeting.begin("hook", self._steps, self._hooks_run, 0)
+            self._meeting.begin(Place.of("hook", self._steps, self._hooks_run))
         elif self._kind is not None and self._kind != "predict":
             kind = "backward" if name == "backward" else self._kind
-            self._meeting.begin(kind, self._steps, self._passes, trained)
-        self._order.begin(key, backward=name == "backward")
+            is_ordinary = self._order.is_fixed and self._backward_follows
+            self._meeting.begin(Place.of(kind, self._steps, self._passes, trained), tell=not is_ordinary)
 
     def _finish(self) -> None:
         self._meeting.check()
@@ -313,7 +313,7 @@ class ShardEngine:
             self._refuse("a backward pass runs outside of `training_step`. Call `self.manual_backward` inside of it")
         self._finish()
         self._begin("backward")
-        self._in_backward = True
+        self._in_backward = self._exchange.in_backward = True
         for unit in self.units:
             unit.arrived = 0
             unit.expected = unit.usual or sum(shard.requires_grad for shard in unit.shards)
@@ -326,7 +326,7 @@ class ShardEngine:
                 yield
                 self._end_backward(partial_use)
         finally:
-            self._in_backward = self._muted = False
+            self._in_backward = self._muted = self._exchange.in_backward = False
 
     def _end_backward(self, partial_use: bool) -> None:
         if self.reduces:
@@ -365,7 +365,7 @@ class ShardEngine:
                 self._order.reduce(unit.number)
 
     def start_reduce(self, unit: int) -> None:
-        """Start to reduce a unit; see :class:`~lightning_hetero.distributed.shards.order.Collectives`."""
+        """Start to reduce a unit; see :class:`~lightning_hetero.distributed.shards.passes.order.Collectives`."""
         self._reductions.start(self.units[unit], muted=self._muted)
 
     def _check_complete(self, partial_use: bool) -> None:
@@ -392,7 +392,9 @@ class ShardEngine:
     def remove_hooks(self) -> None:
         """Leave the module's ``forward`` alone from now on."""
         self._hooks.remove()
+        self._watch.stop()
 
     def leave_group(self) -> None:
         """End the ranks' own group; no parameter can be gathered any more."""
-        dist.destroy_process_group(self._group)
+        self._watch.stop()
+        self._groups.close()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_hetero.distributed.shards.exchange import Pending
 from lightning_hetero.distributed.shards.flat import FlatParameters
+from lightning_hetero.distributed.shards.passes.watch import PassWatch
 from lightning_hetero.distributed.shards.shard_tensor import ShardTensor
 from lightning_hetero.distributed.shards.unit import Unit
 from lightning_hetero.distributed.torch_private import norms_of
@@ -26,6 +27,7 @@ class Reductions:
         units: The units.
         group: The ranks, whose hosts agree in it.
         waiting: Returns a context in which this rank may wait for others.
+        watch: What notices that the ranks cannot go on.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Reductions:
         units: Sequence[Unit],
         group: dist.ProcessGroup,
         waiting: Callable[[], AbstractContextManager[None]],
+        watch: PassWatch,
     ) -> None:
         self._units = units
+        self._watch = watch
         self._group, self._waiting = group, waiting
         self._pending: tuple[FlatParameters, Pending] | None = None
 
@@ -68,7 +72,7 @@ class Reductions:
         own = [*(a or b for a, b in zip(used, waiting, strict=True)), *late]
         of_all = torch.tensor(own, dtype=torch.uint8)
         with self._waiting():
-            dist.all_reduce(of_all, dist.ReduceOp.MAX, self._group)
+            self._watch.wait(dist.all_reduce(of_all, dist.ReduceOp.MAX, self._group, async_op=True))
             answers = [bool(answer) for answer in of_all.tolist()]
         for unit, is_late in zip(self._units, answers[len(used) :], strict=True):
             if is_late:

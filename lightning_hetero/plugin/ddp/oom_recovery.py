@@ -217,11 +217,12 @@ class OutOfMemoryRecovery:
         strategy = self._strategy
         part = strategy.training_slice
         step, samples = (part.step, part.samples) if part else ("?", "?")
+        # a strategy in which ranks must have equal numbers of micro-batches refuses `micro_batch_size`
+        limits = "`max_batch_size`" if strategy.why_one_micro_batch else "`max_batch_size` or `micro_batch_size`"
         message = (
             f"Rank {strategy.global_rank} ({strategy.root_device}) ran out of memory in {where} of training step"
             f" {step} with {samples} sample{'' if samples == 1 else 's'}, and {why}. Lower the batch size, set"
-            f" `max_batch_size` or `micro_batch_size`, or divide the model: `lightning-hetero plan` with"
-            f" `strategy: auto` says how. ({reason})"
+            f" {limits}, or divide the model: `lightning-hetero plan` with `strategy: auto` says how. ({reason})"
         )
         announce(message)
         return RankOutOfMemoryError(message)

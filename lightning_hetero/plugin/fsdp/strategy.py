@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_hetero.distributed.collectives import all_gather_numbers
 from lightning_hetero.distributed.group.failure import announce, failure_of_peers
 from lightning_hetero.distributed.shards.engine import ShardEngine
 from lightning_hetero.distributed.shards.reductions import total_norm
@@ -33,8 +34,9 @@ from lightning_hetero.plugin.common.lightning_private import accumulates, with_s
 from lightning_hetero.plugin.common.overridden import overridden, overridden_method
 from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu, refuse_saving
 from lightning_hetero.plugin.ddp.strategy import HeteroDDPStrategy
+from lightning_hetero.plugin.fsdp.activations import Activations
 from lightning_hetero.plugin.fsdp.refusals import refuse_module, refuse_optimizers, refuse_training, warn_of_kept
-from lightning_hetero.plugin.fsdp.weights import weights_of_memory
+from lightning_hetero.plugin.fsdp.weights import model_memory, weights_of_memory
 
 __all__ = ["HeteroFSDPStrategy"]
 
@@ -59,7 +61,8 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
             modules. A list names their classes, for example [TransformerBlock]. All other parameters are whole during
             a step.
         activation_bytes: Memory in bytes that the activations of one sample take, for `shard_weights="auto"`. It leaves
-            room on the devices that get more samples.
+            room on the devices that get more samples. 0 measures it: with the module's `example_input_array`, and in
+            the first training step for the next training with this strategy.
         find_unused_parameters: Whether the ranks agree in every step which unit comes next and which parameters were
             used. Set it if a step does not use all trained parameters, or if units are skipped or used in another
             order on some ranks or in some steps. It costs time: units cannot be gathered ahead.
@@ -110,6 +113,7 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         self.find_unused_parameters = find_unused_parameters
         self.reshard_after_forward = reshard_after_forward
         self.reduce_every_batch = reduce_every_batch
+        self._activations = Activations()
         super().__init__(**kwargs)
 
     @override
@@ -170,7 +174,8 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         module = self._module
         units = find_units(module, self.units)
         given = arguments.shard_weights_of_ranks(self.shard_weights, self.profiles)
-        self._weights = tuple(given or self._weights_by_memory(units))
+        self._model_memory = model_memory(module, units)
+        self._weights = tuple(given or self._weights_by_memory())
         self.engine = ShardEngine(
             module,
             units,
@@ -184,10 +189,22 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         self.engine.frees_casts = self.reshard_after_forward and isinstance(self.precision_plugin, MixedPrecision)
         warn_of_kept(module, self.engine.leaves)
 
-    def _weights_by_memory(self, units: Sequence[nn.Module]) -> tuple[float, ...]:
+    def _weights_by_memory(self) -> tuple[float, ...]:
+        known, samples = self._activations, self._expected_samples()
+        if self.memory is not None:
+            of_example = known.begin_training(self._module, self.precision_plugin)
+            samples = samples or of_example
+        # a rank that had no sample has measured nothing
+        measured = max(all_gather_numbers(known.bytes_per_sample or 0.0))
+        activations = (self.activation_bytes or measured) * samples
+        return weights_of_memory(self._model_memory, self.memory, activations, self.world_size)
+
+    def _expected_samples(self) -> float:
+        """Return how many samples this rank gets, as the last training or the arguments say; 0 if they do not."""
+        if self._activations.samples is not None:
+            return self._activations.samples[self.global_rank]
         shares = arguments.shares_of_ranks(self.shares, self.profiles)
-        samples = (self.global_batch_size or 0) * shares[self.global_rank] / sum(shares)
-        return weights_of_memory(self._module, units, self.memory, self.activation_bytes * samples, self.world_size)
+        return (self.global_batch_size or 0) * shares[self.global_rank] / sum(shares)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -220,6 +237,7 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
         engine.reduces = self.reduce_every_batch or not of_several
         follow, self._buffers_follow = self._buffers_follow, not of_several  # as DDP, whose `no_sync` leaves them alone
         self.timer.pause()
+        self._activations.begin_step(self.memory if self.shard_weights == "auto" else None)
         with failure_of_peers(), engine.step("train", backward_follows=is_automatic, buffers_follow=follow):
             return super().training_step(*args, **kwargs)
 
@@ -231,12 +249,13 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
     def _backward_of_shards(self, backward: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """Run a backward pass; the parts have their gradients before any hook looks at them."""
         partial_use = not self._module.automatic_optimization
+        engine = self._running
+        self._activations.end_forward(self.memory, engine.most_whole_bytes, self.training_slice)
         if (inputs := kwargs.get("inputs")) is not None:
-            engine = self._running
             leaves = {id(shard): leaf for shard, leaf in zip(engine.shards, engine.leaves, strict=True)}
             named = [inputs] if isinstance(inputs, Tensor) else inputs
             kwargs["inputs"] = [leaves.get(id(parameter), parameter) for parameter in named]
-        with self._running.backward(partial_use=partial_use, muted=self.loss_weight == 0.0):
+        with engine.backward(partial_use=partial_use, muted=self.loss_weight == 0.0):
             backward(*args, **kwargs)
 
     @override
@@ -307,6 +326,8 @@ class HeteroFSDPStrategy(HeteroDDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self.counts_samples and (schedule := self.plan_schedule) is not None:
+            self._activations.samples = schedule.at(max(self.fetched_through, 0)).samples
         engine, self.engine = self.engine, None
         self._overrides.close()
         complete = not self._failed and not self.is_alone

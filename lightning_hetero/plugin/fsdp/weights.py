@@ -35,19 +35,14 @@ def model_memory(root: nn.Module, units: Sequence[nn.Module]) -> ModelMemory:
 
 
 def weights_of_memory(
-    root: nn.Module,
-    units: Sequence[nn.Module],
-    memory: MemoryMeter | None,
-    activation_bytes: float,
-    ranks: int,
+    model: ModelMemory, memory: MemoryMeter | None, activation_bytes: float, ranks: int
 ) -> tuple[float, ...]:
     """Return one weight per rank: the memory that is left for its shard, and equal weights if it is unknown.
 
     Every rank must call this at the same point.
 
     Args:
-        root: The model.
-        units: Its units.
+        model: What the model takes.
         memory: Meter of this rank's device; None for a processor, whose memory ranks share.
         activation_bytes: Memory of the activations of this rank's samples.
         ranks: Number of ranks.
@@ -61,4 +56,4 @@ def weights_of_memory(
     if not all(free):
         return (1.0,) * ranks
     of_ranks = [RankMemory(have, need) for have, need in zip(free, activations, strict=True)]
-    return weights_by_memory(of_ranks, model_memory(root, units))
+    return weights_by_memory(of_ranks, model)

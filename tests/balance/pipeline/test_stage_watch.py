@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 import pytest
-from profiles import drawn
+from profiles import drawn, thorough
 
 from lightning_hetero.balance.pipeline.moves import LayerMove, layer_moves, moving_s
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
@@ -125,7 +125,7 @@ SPEEDS = [[1.0, 1.0], [2.0, 1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 4.0], [3.0, 2.0, 1
 
 @pytest.mark.parametrize("speeds", SPEEDS)
 @pytest.mark.parametrize("slow", [0, 1, -1])
-@pytest.mark.parametrize("jitter", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("jitter", [0.0, pytest.param(0.02, marks=thorough), 0.05])
 def test_a_rank_that_slows_down_is_relieved_within_40_steps_and_gets_its_layers_back(
     speeds: list[float], slow: int, jitter: float
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_rank_that_slows_down_is_relieved_within_40_steps_and_gets_its_layers_
 
 
 @pytest.mark.parametrize("speeds", SPEEDS)
-@pytest.mark.parametrize("jitter", [0.01, 0.03, 0.05])
+@pytest.mark.parametrize("jitter", [*(pytest.param(few, marks=thorough) for few in (0.01, 0.03)), 0.05])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_chance_moves_nothing(speeds: list[float], jitter: float, asynchronous: bool) -> None:
     problem = problem_of(speeds)

@@ -38,3 +38,15 @@ def test_what_is_missing_is_said() -> None:
         weights_by_memory(ranks, ModelMemory(16 * GB, 1 * GB))
     with pytest.raises(InfeasiblePlanError, match=r"rank 1 has 4 GB .* \(3 GB\) .* \(2 GB\) take 1 GB more"):
         weights_by_memory([RankMemory(6 * GB), RankMemory(4 * GB, 3 * GB)], ModelMemory(1 * GB, 2 * GB))
+
+
+def test_the_batch_that_would_fit_is_said() -> None:
+    ranks = [RankMemory(6 * GB, 3 * GB), RankMemory(4 * GB, 1 * GB)]
+    with pytest.raises(InfeasiblePlanError, match=r"2 GB are missing.* A batch of 50% of the size would fit"):
+        weights_by_memory(ranks, ModelMemory(6 * GB, 1 * GB))
+    assert weights_by_memory([RankMemory(6 * GB, 1.5 * GB), RankMemory(4 * GB, 0.5 * GB)], ModelMemory(6 * GB, 1 * GB))
+    with pytest.raises(InfeasiblePlanError, match=r"take 1 GB more\. A batch of 75% of the size would fit"):
+        weights_by_memory([RankMemory(5 * GB, 4 * GB), RankMemory(8 * GB, 1 * GB)], ModelMemory(3 * GB, 2 * GB))
+    with pytest.raises(InfeasiblePlanError) as error:
+        weights_by_memory(ranks, ModelMemory(9 * GB, 1 * GB))
+    assert "batch of" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_rank_for_which_nothing_fits_ends_all_and_is_named(tmp_path: Path, ran
 
 
 def pipeline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Train three stages in a directory of its own."""
+    """Train stages in a directory of its own."""
     # a rank that can reach neither its peers nor the store looks for them for ten seconds
     return run_script(PROGRAMS / "pipeline.py", *arguments, folder=folder, timeout_s=120, patience_s=30)
 
@@ -79,7 +80,7 @@ def test_a_name_starts_a_pipeline(tmp_path: Path, name: str) -> None:
     done = pipeline(tmp_path, repr(name), "well")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["trained", "12"]
-    assert "hetero_pipeline: [1, 1, 1] layers per rank" in done.stderr
+    assert re.search(r"hetero_pipeline: \[(1, 2|2, 1)\] layers per rank", done.stderr)
     assert "predicted" in done.stderr
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
     assert saved["global_step"] == (12 if name == "hetero_pipeline" else 0)  # the spawning process makes no steps

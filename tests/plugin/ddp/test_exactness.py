@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler, Sampler, WeightedRandomSampler
+from profiles import THOROUGH
+from torch.utils.data import DataLoader
 from training import (
     TOLERANCE,
     Numbered,
@@ -166,85 +167,10 @@ def test_options_of_the_loader_act_as_under_ddp(ranks: RankPools) -> None:
         hetero = ranks.run(2, train, Hetero([5, 2]), 46, 20, (), loader)
         plain = ranks.run(2, train, ddp, 46, 20, (), loader)
         assert_parameters(hetero, plain[0].parameters)
-    # what starts the workers, and takes seconds, changes no sample
-    spawned = {**workers, "num_workers": 1, "multiprocessing_context": "spawn"}
+    # what starts the workers changes no sample; either pickles the data
+    how = "spawn" if THOROUGH else "forkserver"
+    spawned = {**workers, "num_workers": 1, "multiprocessing_context": how}
     assert_parameters(ranks.run(2, train, Hetero([5, 2]), 46, 20, (), spawned), plain[0].parameters)
-
-
-def train_with_own_sampler(make_strategy: Callable[[], Any]) -> Run:
-    data = Numbered(46)
-    model = SmallModule()
-    trainer = make_trainer(make_strategy(), dist.get_world_size(), max_steps=20)
-    sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=True, seed=11)
-    trainer.fit(model, DataLoader(data, batch_size=BATCH_SIZE, sampler=sampler))
-    return Run(flat(model.network), model.ledger, 0.0)
-
-
-def test_the_users_own_distributed_sampler_keeps_its_order(ranks: RankPools) -> None:
-    plain = ranks.run(2, train_with_own_sampler, ddp)
-    assert_parameters(ranks.run(2, train_with_own_sampler, Hetero([5, 2])), plain[0].parameters)
-
-
-class Dropping(SmallModule):
-    """Draws from the global random generator as often as it has samples, so that the ranks' generators part."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        torch.rand(len(batch[0]))
-        loss: torch.Tensor = super().training_step(batch, batch_idx)
-        return loss
-
-
-class GlobalShuffle(Sampler[int]):
-    """A permutation drawn from the global random generator."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.size).tolist())
-
-
-def train_with_random_sampler(kind: str, make_strategy: Callable[[], Any]) -> Run:
-    model = Dropping()
-    trainer = make_trainer(make_strategy(), dist.get_world_size(), max_steps=18)
-    sampler: Sampler[int] = GlobalShuffle(46)
-    if kind == "seeded":
-        sampler = WeightedRandomSampler(list(range(1, 47)), 46, generator=torch.Generator().manual_seed(5))
-    trainer.fit(model, DataLoader(Numbered(46), batch_size=BATCH_SIZE, sampler=sampler))
-    return Run(flat(model.network), model.ledger, 0.0)
-
-
-def test_a_users_sampler_has_one_order_for_all_ranks(ranks: RankPools) -> None:
-    """With a generator of its own it is that of ddp; drawing from the global one it is at least the same on all."""
-    plain = ranks.run(2, train_with_random_sampler, "seeded", ddp)
-    assert_parameters(ranks.run(2, train_with_random_sampler, "seeded", Hetero([5, 2])), plain[0].parameters)
-    runs = ranks.run(2, train_with_random_sampler, "global", Hetero([5, 2]))
-    for epoch in range(3):
-        seen = [index for run in runs for step in run.ledger[6 * epoch : 6 * epoch + 6] for index in step]
-        assert sorted(seen) == list(range(46))
-
-
-class Peek(Callback):
-    """Looks at a batch of its own in the midst of an epoch, on one rank only, as image loggers do."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.is_global_zero:
-            assert trainer.train_dataloader is not None
-            next(iter(trainer.train_dataloader))
-
-
-def train_with_peek(own_sampler: bool) -> Run:
-    loader: dict[str, Any] = {"shuffle": False, "sampler": GlobalShuffle(46)} if own_sampler else {"shuffle": True}
-    return train(Hetero([5, 2]), 46, 20, [Peek()], loader)
-
-
-def test_a_callback_may_look_at_batches(ranks: RankPools) -> None:
-    assert_parameters(ranks.run(2, train_with_peek, False, timeout_s=60), reference_parameters(46, 8, 20))
-    runs = ranks.run(2, train_with_peek, True, timeout_s=60)
-    assert sorted(index for run in runs for step in run.ledger[:6] for index in step) == list(range(46))
 
 
 class Synchronised(torch.autograd.Function):

@@ -65,6 +65,8 @@ def test_checkpoints_pass_from_strategy_to_strategy(ranks: RankPools, tmp_path: 
         (HeteroFSDPStrategy(), 1),
         ("auto", 1),
     ]
+    if not THOROUGH:  # without a rank that holds nothing, and a strategy with one rank
+        chain = [entry for number, entry in enumerate(chain) if number not in (4, 6)]
     for optimizer in ("SGD", "AdamW") if THOROUGH else ("AdamW",):
         path, alone = str(tmp_path / "chain.ckpt"), str(tmp_path / "alone.ckpt")
         for epoch, (strategy, world_size) in enumerate(chain):
@@ -72,7 +74,7 @@ def test_checkpoints_pass_from_strategy_to_strategy(ranks: RankPools, tmp_path: 
             found, names = ranks.run(world_size, run, strategy, world_size, path, epoch, optimizer, *resume)[0]
         expected, expected_names = ranks.run(1, run, "auto", 1, alone, len(chain) - 1, optimizer)[0]
         assert names == expected_names
-        assert_close(found, expected, comparison=f"hetero_fsdp: checkpoints of six strategies, {optimizer}")
+        assert_close(found, expected, comparison=f"hetero_fsdp: checkpoints of {len(chain)} strategies, {optimizer}")
 
 
 class Big(LightningModule):

@@ -60,7 +60,13 @@ def all_differences(cases: list[tuple[Any, ...]]) -> list[tuple[str, dict[str, f
 
 SHARES = {"shares": [3, 1]}
 TWO = {"shard_weights": [2, 1]}
-MORE = ("accumulated whole", "clipped by value", "named units", "frozen")  # if there is time; drawn trainings have them
+MORE = (
+    "accumulated whole",
+    "clipped by value",
+    "named units",
+    "frozen",
+    "not released",
+)  # if there is time; drawn trainings have them
 
 
 def test_two_ranks(ranks: RankPools) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ from torch.nn import functional
 from training import assert_close
 
 from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy
-from lightning_hetero.distributed.shards.order import Meeting
+from lightning_hetero.distributed.shards.passes.meeting import Meeting
+from lightning_hetero.distributed.shards.passes.places import Place
+from lightning_hetero.distributed.shards.passes.watch import PassWatch
 from lightning_hetero.exceptions import HeteroError, UnsupportedFeatureError
 from lightning_hetero.plugin.fsdp.refusals import warn_of_kept
 
@@ -74,6 +76,8 @@ MORE = [
     "in place",
     "dropout",
     "odd shapes",
+    "spectral norm of hooks",
+    "returned objects",
 ]  # if there is time
 
 
@@ -82,10 +86,11 @@ def test_modules_of_all_kinds(ranks: RankPools) -> None:
     check(ranks.run(2, compared, [(name, partial(of_model, name), {}) for name in names], timeout_s=200.0))
 
 
-STEPS = ["teacher", "kept written", "saved", "adversarial"]
+STEPS = ["teacher", "kept written", "saved"]
+MANUAL = ["two losses", "sharpness-aware"]
 if THOROUGH:
-    STEPS += ["written", "no gradient", "average", "of the root"]
-MANUAL = ["two losses", "sometimes two steps", "sharpness-aware"]
+    STEPS += ["adversarial", "written", "no gradient", "average", "of the root"]
+    MANUAL += ["sometimes two steps"]
 
 
 def test_steps_and_hooks_of_all_kinds(ranks: RankPools, tmp_path: Path) -> None:
@@ -210,6 +215,8 @@ class Wrong(Module):
         if self.kind == "hook of one rank" and dist.get_rank() == 0:
             with torch.no_grad():
                 self(torch.ones(2, 5, dtype=torch.float64))
+        if self.kind == "frozen on one rank" and dist.get_rank() == 0:
+            next(self.model.parameters()).requires_grad_(False)
 
 
 class Quantised(Tensor):
@@ -234,7 +241,7 @@ REFUSED = {
 }
 ON_ONE_RANK = {
     "backward left out": "the ranks are at different points of the program: rank 0 in the backward pass",
-    "hook of one rank": "a hook uses the model on this rank, but not on all others",
+    "hook of one rank": "a hook uses the model on rank 0, but not on all others: rank 1 waits",
 }
 
 
@@ -258,11 +265,13 @@ def test_what_would_be_wrong_is_refused(ranks: RankPools) -> None:
 
 
 def on_one_rank(kind: str) -> None:
-    Meeting.patience = timedelta(seconds=5)
-    try:
+    with mock.patch.object(PassWatch, "tick_s", 0.2), mock.patch.object(PassWatch, "stuck_ticks", 5):
         fit(HeteroFSDPStrategy(shares=[3, 1], shard_weights=[2, 1]), Wrong(kind), 2, max_steps=3)
-    finally:
-        Meeting.patience = timedelta(minutes=5)
+
+
+def test_parameters_that_one_rank_freezes_end_all_with_the_reason(ranks: RankPools) -> None:
+    for (message,) in ranks.run(2, refused, ["frozen on one rank"]):
+        assert "the ranks train different parameters" in message
 
 
 @thorough  # the rank that waits elsewhere is ended after ten seconds
@@ -273,17 +282,50 @@ def test_what_one_rank_does_alone_ends_all_with_the_reason(ranks: RankPools, kin
     assert ON_ONE_RANK[kind] in str(error.value)
 
 
+def waiting_elsewhere() -> str:
+    """Wait in a hook on rank 0, and in another collective on rank 1."""
+    group: Any = dist.new_group()
+    told: list[str] = []
+    with mock.patch.object(PassWatch, "tick_s", 0.1), mock.patch.object(PassWatch, "stuck_ticks", 5):
+        watch = PassWatch(group, told.append)
+        watch.note(Place.of("train", 1, 0))
+        if dist.get_rank() == 0:
+            watch.note(Place.of("hook", 1, 1))
+            work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+            with pytest.raises(UnsupportedFeatureError) as error:
+                watch.wait(work)
+            dist.barrier()
+            reason = str(error.value)
+        else:
+            dist.barrier()
+            dist.all_reduce(torch.ones(1), group=group)
+            reason = watch.reason or ""
+        watch.stop()
+    dist.barrier()
+    return reason
+
+
+def test_a_hook_of_one_rank_is_noticed_while_the_others_wait_elsewhere(ranks: RankPools) -> None:
+    for reason in ranks.run(2, waiting_elsewhere):
+        assert (
+            "a hook uses the model on rank 0, but not on all others: rank 1 waits for other ranks elsewhere" in reason
+        )
+
+
 Row = tuple[str, int, int, int]
 
 
 def met(mine: list[Row]) -> str:
     reasons: list[str] = []
-    meeting = Meeting(dist.group.WORLD, nullcontext, reasons.append)  # type: ignore[arg-type]
-    meeting.begin("train", 1, 0, 7)
+    group: Any = dist.group.WORLD
+    watch = PassWatch(group, reasons.append)
+    meeting = Meeting(group, nullcontext, watch)
+    meeting.begin(Place.of("train", 1, 0, 7))
     meeting.check()
-    meeting.begin(*mine[dist.get_rank()])
+    meeting.begin(Place.of(*mine[dist.get_rank()]))
     with pytest.raises(UnsupportedFeatureError):
         meeting.check()
+    watch.stop()
     assert meeting.failed
     return reasons[0]
 

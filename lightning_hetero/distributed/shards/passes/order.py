@@ -9,113 +9,15 @@ takes part all the same. One that needs a collective which does not come raises 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
-from datetime import timedelta
-from typing import Any, ClassVar, NoReturn, Protocol
+from collections.abc import Hashable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.distributed.shards.passes.watch import PassWatch
 
-__all__ = ["Collectives", "Meeting", "OrderOfUse"]
-
-
-class Meeting:
-    """Makes sure that all ranks are in the same pass.
-
-    If one rank runs a forward pass while another runs a backward pass, torch mixes up what they send. So each tells the
-    others which pass it begins, without waiting, and looks at the answers when it must wait anyway.
-
-    Args:
-        group: The ranks, whose hosts meet in it.
-        waiting: Returns a context in which this rank may wait for others.
-        fail: Function that is called with the reason before an error is raised.
-
-    Attributes:
-        failed: Whether the ranks have been found in different passes.
-    """
-
-    _PASSES: ClassVar = {
-        "train": "forward pass of training step",
-        "backward": "backward pass of training step",
-        "end": "end of training step",
-        "hook": "hook that uses the model after step",
-    }
-    patience = timedelta(minutes=5)  # of one rank in a hook, whose peers may be busy
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        waiting: Callable[[], AbstractContextManager[None]],
-        fail: Callable[[str], None],
-    ) -> None:
-        self._group, self._waiting, self._fail = group, waiting, fail
-        self._work: Any = None
-        self._places: list[torch.Tensor] = []
-        self._kind = ""
-        self.failed = False
-
-    def begin(self, kind: str, *numbers: int) -> None:
-        """Tell the others which pass begins.
-
-        Args:
-            kind: "train", "backward", "end" for that of a training step, "hook", or anything else for an evaluation.
-            *numbers: What must be equal on all ranks: the number of the step, that of the pass in it, and the
-                parameters that are trained.
-        """
-        self.check()
-        self._kind = kind
-        kinds = [*self._PASSES]
-        own = torch.tensor([kinds.index(kind) if kind in kinds else len(kinds), *numbers])
-        self._places = [torch.empty_like(own) for _ in range(self._group.size())]
-        self._work = dist.all_gather(self._places, own, self._group, async_op=True)
-
-    def check(self) -> None:
-        """Compare what the ranks have told, once they all have.
-
-        Raises:
-            UnsupportedFeatureError: They are in different passes.
-        """
-        if self._work is None:
-            return
-        work, self._work = self._work, None
-        with self._waiting():
-            self._wait(work)
-        rows = [tuple(place.tolist()) for place in self._places]
-        if len(set(rows)) == 1:
-            return
-        if len({row[:3] for row in rows}) == 1:
-            told = "the ranks train different parameters. Freeze the same parameters on all ranks"
-        else:
-            names = [*self._PASSES.values(), "evaluation step"]
-            where = [f"rank {rank} in the {names[row[0]]} {row[1]}" for rank, row in enumerate(rows)]
-            told = (
-                f"the ranks are at different points of the program: {', '.join(where)}. All ranks must run the same"
-                f" passes: do not leave a backward pass out on some of them (a loss of zero, `0 * loss`, does the"
-                f" same), and use the model in hooks on all ranks or on none"
-            )
-        self._refuse(told)
-
-    def _wait(self, work: Any) -> None:
-        if self._kind == "hook":
-            try:
-                work.wait(self.patience)
-            except RuntimeError as error:
-                if "imed out" in str(error):
-                    self._refuse(
-                        "a hook uses the model on this rank, but not on all others. The ranks gather its parameters"
-                        " together, so use it on all of them or on none: leave `rank_zero_only` out"
-                    )
-                raise
-        else:
-            work.wait()
-
-    def _refuse(self, reason: str) -> NoReturn:
-        self.failed = True
-        self._fail(reason)
-        raise UnsupportedFeatureError(f"`hetero_fsdp`: {reason}.")
+__all__ = ["Collectives", "OrderOfUse"]
 
 
 class Collectives(Protocol):
@@ -141,20 +43,14 @@ class OrderOfUse:
         units: Number of units.
         collectives: What starts them.
         group: The ranks, whose hosts agree in it.
-        fail: Function that is called with the reason before an error is raised.
+        watch: What notices that the ranks cannot go on.
     """
 
-    def __init__(
-        self,
-        units: int,
-        collectives: Collectives,
-        group: dist.ProcessGroup,
-        fail: Callable[[str], None],
-    ) -> None:
+    def __init__(self, units: int, collectives: Collectives, group: dist.ProcessGroup, watch: PassWatch) -> None:
         self._units = units
         self._collectives = collectives
         self._group = group
-        self._fail = fail
+        self._watch = watch
         self._known: dict[Hashable, list[int]] = {}
         self._key: Hashable = None
         self._backward = False
@@ -195,13 +91,11 @@ class OrderOfUse:
         try:
             index = self._fixed.index(unit, self._position)
         except ValueError:
-            reason = (
+            self._watch.refuse(
                 f"a unit is used that was not used in this place in the first step (unit {unit} of {self._units}): the"
                 f" ranks gather units in the order of the first step. Use the units in the same order in every step,"
                 f" or set HeteroFSDPStrategy(find_unused_parameters=True), with which the ranks agree each time"
             )
-            self._fail(reason)
-            raise UnsupportedFeatureError(f"`hetero_fsdp`: {reason}.") from None
         while self._position < index:
             self._next(needed=False)
         self._next(needed=True)
@@ -265,7 +159,7 @@ class OrderOfUse:
     def _agree_until(self, needed: int) -> None:
         while True:
             first = torch.tensor(self._priority(needed))
-            dist.all_reduce(first, dist.ReduceOp.MIN, self._group)
+            self._watch.wait(dist.all_reduce(first, dist.ReduceOp.MIN, self._group, async_op=True))
             entry = self._entry(int(first))
             if entry == 2 * self._units:
                 return
