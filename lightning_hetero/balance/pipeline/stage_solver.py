@@ -121,7 +121,7 @@ def uniform_stages(num_layers: int, world_size: int, last_rank: int = 0) -> Stag
 
     Example:
         >>> uniform_stages(5, 2)
-        StagePlan(ranks=(1, 0), ends=(3, 5))
+        StagePlan(ranks=(1, 0), ends=(3, 5), lent=())
     """
     _check_layers(num_layers, world_size)
     size, larger = divmod(num_layers, world_size)
@@ -146,7 +146,7 @@ def solve_stages(
 
     Example:
         >>> solve_stages(LayerCosts.of_speeds([(1.0, 2.0)] * 12, speeds=[2, 1]))
-        StagePlan(ranks=(1, 0), ends=(4, 12))
+        StagePlan(ranks=(1, 0), ends=(4, 12), lent=())
     """
     _check_layers(costs.num_layers, costs.world_size)
     problem = _Problem(costs, memory, last_rank, order)
