@@ -158,10 +158,12 @@ class Looking(Network):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        # a virtual scalar may meet one of the host, which a card's may not in a list
+        norms = [g.norm().reshape(1) for g in gradients]
+        self.norms.append(float(torch.cat(norms).norm()))
 
     def on_train_epoch_end(self) -> None:
-        norms = torch.stack([p.norm() for p in self.parameters()])
+        norms = torch.cat([p.norm().reshape(1) for p in self.parameters()])
         self.norms.append(float(norms.sum()))
 
 
