@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -235,7 +236,8 @@ def gradients(make: Callable[[], nn.Module], *, put_off: bool, as_loss: bool) ->
 
 @pytest.fixture(autouse=True)
 def _double(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which torch sets where something is compiled
+    # torch sets it where something is compiled, and older versions write there
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
