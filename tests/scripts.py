@@ -27,7 +27,7 @@ def run_script(
     *arguments: str,
     folder: Path | None = None,
     timeout_s: float = 150.0,
-    patience_s: float = 10.0,
+    patience_s: float = 30.0,
     server: ForkServer | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
