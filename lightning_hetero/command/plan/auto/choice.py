@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lightning_hetero.balance.types import StepTime
 from lightning_hetero.command.plan.auto.model import Model, ModelLayer
 from lightning_hetero.command.plan.cluster import MEMORY_FRACTION, Cluster, DeviceKind, SampleMemory
 from lightning_hetero.command.plan.cluster_plan import plan_cluster
@@ -83,11 +84,7 @@ class AutoCluster:
             DeviceKind(
                 device.name,
                 device.count,
-                replace(
-                    time,
-                    overhead_s=time.overhead_s / device.speed,
-                    seconds_per_sample=time.seconds_per_sample / device.speed,
-                ),
+                StepTime(time.overhead_s / device.speed, time.seconds_per_sample / device.speed),
                 memory_bytes=device.memory_bytes,
                 price_per_hour=device.price_per_hour,
             )
@@ -228,11 +225,7 @@ def _in_micro_batches(cluster: AutoCluster, whole: Cluster, size: int) -> _Found
     kinds = tuple(
         replace(
             kind,
-            step_time=replace(
-                kind.step_time,
-                overhead_s=0.0,
-                seconds_per_sample=kind.step_time.seconds_per_sample + kind.step_time.overhead_s / size,
-            ),
+            step_time=StepTime(0.0, kind.step_time.seconds_per_sample + kind.step_time.overhead_s / size),
         )
         for kind in whole.kinds
     )
