@@ -55,8 +55,11 @@ class Stream(IterableDataset[Any]):
     def __init__(self, size: int = SIZE) -> None:
         self.size = size
 
+    def asked(self) -> tuple[int, int]:
+        return rank_and_world_size()
+
     def __iter__(self) -> Iterator[Any]:
-        rank, world_size = rank_and_world_size()
+        rank, world_size = self.asked()
         worker = get_worker_info()
         if worker is not None:
             rank, world_size = rank * worker.num_workers + worker.id, world_size * worker.num_workers
@@ -65,20 +68,11 @@ class Stream(IterableDataset[Any]):
             yield x, (x.sum() > 0).double()
 
 
-class OfVariables(IterableDataset[Any]):
+class OfVariables(Stream):
     """Divides its samples by what the launcher says, as webdataset does."""
 
-    def __init__(self, size: int = SIZE) -> None:
-        self.size = size
-
-    def __iter__(self) -> Iterator[Any]:
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
-        worker = get_worker_info()
-        if worker is not None:
-            rank, world_size = rank * worker.num_workers + worker.id, world_size * worker.num_workers
-        for i in range(rank, self.size, world_size):
-            x = torch.sin(torch.arange(5.0, dtype=torch.float64) * (i + 1))
-            yield x, (x.sum() > 0).double()
+    def asked(self) -> tuple[int, int]:
+        return int(os.environ.get("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 
 
 class SizedStream(Stream):
