@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning_hetero.command.check.layout import Layout, free_port
+
 _STEPS, _LAST = 60, 20
 _WAIT_S = 120.0
 
@@ -51,20 +53,14 @@ def main() -> None:
 
 
 def _start(case: str, percents: list[int], service: dict[str, str]) -> None:
-    variables = {
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "WORLD_SIZE": str(len(percents)), "LOCAL_RANK": "0"},
-        **{"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"},
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
+    card, port = Layout("cuda", devices=(0,), names=("",), ranks=len(percents)), free_port()
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     processes = []
     for rank, percent in enumerate(percents):
-        own = {
-            "NODE_RANK": str(rank),
-            "NCCL_HOSTID": f"rank {rank}",
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent),
-        }
+        own = {**card.environment(rank, port, os.environ), **service, "PYTHONPATH": path}
+        own["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percent)
         command = [sys.executable, __file__, "--percent", *map(str, percents), "--rank", str(rank), "--case", case]
-        processes.append(subprocess.Popen(command, env={**os.environ, **service, **variables, **own}))
+        processes.append(subprocess.Popen(command, env=own))
     try:
         for process in processes:
             process.wait(_WAIT_S)
@@ -84,23 +80,13 @@ def _run(name: str, rank: int, ranks: int) -> None:
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
     from lightning.pytorch.strategies import DDPStrategy
     from torch import Tensor, nn
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader
 
     from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(7, verbose=False)
-
-    class Numbers(Dataset[Any]):
-        def __init__(self, size: int) -> None:
-            self.size = size
-
-        def __len__(self) -> int:
-            return self.size
-
-        def __getitem__(self, index: int) -> int:
-            return index
 
     class Convolutions(LightningModule):
         """Much computation for few parameters: ranks on one card have no fast link."""
@@ -173,7 +159,7 @@ def _run(name: str, rank: int, ranks: int) -> None:
         plugins=[LightningEnvironment()], precision="bf16-true" if is_pipeline else "bf16-mixed", max_steps=_STEPS,
         max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Numbers(batch_size * _STEPS * (1 if is_pipeline else ranks)), batch_size))
+    trainer.fit(module, DataLoader(range(batch_size * _STEPS * (1 if is_pipeline else ranks)), batch_size))
     if rank == 0:
         found: dict[str, Any] = {"case": name, "step_ms": round(1e3 * clock.seconds, 2)}
         if kind == "hetero_ddp":

@@ -20,9 +20,10 @@ def is_wanted() -> bool:
 
 def take_card(rank: int, world_size: int) -> None:
     """Make this process a rank on the card; every Trainer of all ranks on processors is one on the card from now on."""
-    # no two ranks of a node share a card in Lightning either, so each is a node
-    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0", NCCL_HOSTID=f"rank {rank}")
-    os.environ.update(NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1", NCCL_MAX_NCHANNELS="1")
+    from lightning_hetero.command.check.layout import Layout  # with it Lightning, which not every server has imported
+
+    card = Layout("cuda", devices=(0,), names=("",), ranks=world_size)
+    os.environ.update(card.environment(rank, int(os.environ["MASTER_PORT"]), {}))
     import torch
     import torch.distributed as dist
     from lightning.pytorch import Trainer
