@@ -2,6 +2,10 @@
 
 The announcement lies in the ranks' common store, where a peer whose communication has failed looks for it.  Peers that
 wait in a device call do not look; a thread of theirs is told (:mod:`~lightning_hetero.distributed.group.peer_watch`).
+
+Several runs of the same processes use one store, and a slow rank may still leave one run while a fast rank is in the
+next.  So each run has keys of its own, and none is ever deleted: a rank that has found a key and then reads it would
+otherwise wait for it until the store's time-out.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from lightning_hetero.distributed.group.peer_links import Hub, Spoke
+from lightning_hetero.distributed.group.peer_links import Hub, Link, Spoke
 from lightning_hetero.distributed.group.peer_watch import PeerWatch, WatchTimes
 from lightning_hetero.distributed.torch_private import default_store
 from lightning_hetero.exceptions import HeteroError, RankFailedError
@@ -22,19 +26,17 @@ from lightning_hetero.exceptions import HeteroError, RankFailedError
 __all__ = [
     "announce",
     "announced",
+    "begin_run",
     "begin_teardown",
     "failure_of_peers",
     "finishing",
-    "forget",
     "pass_on",
     "stop_watching",
     "watch_peers",
     "why_communication_failed",
 ]
 
-_KEY = "lightning_hetero/failure"
-_WATCH = "lightning_hetero/watch"
-_SEEN = "lightning_hetero/seen"
+_FAILURE, _WATCH, _SEEN = "failure", "watch", "seen"
 # Words in the errors of gloo and NCCL; torch has no exception type for most of them.
 _COMMUNICATION = re.compile(r"gloo|nccl|process ?group|connection (closed|reset|refused)|timed out", re.IGNORECASE)
 # Peers that are alive notice the same failure at about the same time.
@@ -42,8 +44,18 @@ _PATIENCE_S = 5.0
 _PREFIX = "Another rank has failed: "
 _TIMES = WatchTimes()
 
+_runs: list[None] = []  # an entry for each run of this process
 _active: list[PeerWatch] = []  # at most one
 _finishing: list[None] = []  # an entry for each piece of work that must not be cut off
+
+
+def begin_run() -> None:
+    """Leave behind what an earlier run of these processes has announced; every rank must call this once per run."""
+    _runs.append(None)
+
+
+def _key(what: str) -> str:
+    return f"lightning_hetero/run_{len(_runs)}/{what}"
 
 
 # ---- the watch -------------------------------------------------------------------------------------------------------
@@ -61,9 +73,12 @@ def watch_peers(host: str, is_excused: Callable[[], bool]) -> None:
     stop_watching()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    rank = dist.get_rank()
+    rank, place, failure = dist.get_rank(), _key(_WATCH), _key(_FAILURE)
     try:
-        link = Hub(host, _publish) if rank == 0 else Spoke(rank, host, lambda: _read(_WATCH), lambda: _read(_KEY))
+        if rank == 0:
+            link: Link = Hub(host, lambda address: default_store().set(place, address))
+        else:
+            link = Spoke(rank, host, lambda: _read(place), lambda: _read(failure))
     except (OSError, RuntimeError):  # no port to listen at, or no store: the ranks go on without it
         return
     _active.append(PeerWatch(link, rank, lambda: bool(_finishing) or is_excused(), _TIMES))
@@ -97,10 +112,6 @@ def pass_on(reason: str) -> None:
         watch.tell(reason.removeprefix(_PREFIX))
 
 
-def _publish(place: str) -> None:
-    default_store().set(_WATCH, place)
-
-
 def _read(key: str) -> str | None:
     with suppress(Exception):
         store = default_store()
@@ -123,23 +134,12 @@ def announce(message: str) -> None:
     with suppress(Exception):
         store = default_store()
         if store is not None:
-            store.set(_KEY, message)
+            store.set(_key(_FAILURE), message)
 
 
 def announced() -> str | None:
     """Return the message of a failing rank; None if there is none, or if the rank that keeps the store is gone."""
-    return _told() or _read(_KEY)
-
-
-def forget() -> None:
-    """Delete the entries of an earlier run of these processes; never raises."""
-    with suppress(Exception):
-        store = default_store()
-        if store is not None:
-            store.delete_key(_KEY)
-            store.delete_key(f"{_SEEN}/{dist.get_rank()}")
-            if dist.get_rank() == 0:
-                store.delete_key(_WATCH)
+    return _told() or _read(_key(_FAILURE))
 
 
 @contextmanager
@@ -198,8 +198,8 @@ def _silent_ranks(enough: threading.Event) -> list[int]:
     silent = set(range(dist.get_world_size())) - {dist.get_rank()}
     with suppress(Exception):
         store = default_store()
-        store.set(f"{_SEEN}/{dist.get_rank()}", "1")
+        store.set(_key(f"{_SEEN}/{dist.get_rank()}"), "1")
         deadline = time.monotonic() + _PATIENCE_S
-        while silent and time.monotonic() < deadline and not store.check([_KEY]) and not enough.wait(0.05):
-            silent -= {rank for rank in silent if store.check([f"{_SEEN}/{rank}"])}
+        while silent and time.monotonic() < deadline and not store.check([_key(_FAILURE)]) and not enough.wait(0.05):
+            silent -= {rank for rank in silent if store.check([_key(f"{_SEEN}/{rank}")])}
     return sorted(silent)

@@ -32,10 +32,10 @@ from lightning_hetero.distributed.group.attempt_store import attempt_store, may_
 from lightning_hetero.distributed.group.failure import (
     announce,
     announced,
+    begin_run,
     begin_teardown,
     failure_of_peers,
     finishing,
-    forget,
     pass_on,
     stop_watching,
     watch_peers,
@@ -188,7 +188,8 @@ class BaseStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self._failed = False
-        forget()  # the failures of an earlier run in this process
+        if self.world_size > 1:
+            begin_run()
         super().setup_environment()
         self._leave_signals()
         trainer = trainer_of(self.lightning_module)
