@@ -30,7 +30,7 @@ FOLDERS: dict[str, dict[str, set[str]]] = {
         "batch": {""},
         "record": {""},
         "shards": {""},
-        "pipeline": {"", "tuning"},
+        "pipeline": {"", "batch", "tuning"},
         "tuning": {"", "batch", "record"},
     },
     "distributed": {

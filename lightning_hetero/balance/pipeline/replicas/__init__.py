@@ -1,0 +1,1 @@
+"""Several pipelines that train copies of one model, each with its part of the batch."""
