@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan, StageTimes
 
@@ -92,7 +92,7 @@ def advise_pipeline(
         # the work per step stays the same; it is divided into more, smaller micro-batches
         times, part = costs.of_stages(stages), micro_batches / count
         smaller = StageTimes(tuple(t * part for t in times.forward_s), tuple(t * part for t in times.backward_s))
-        return simulate_pipeline(smaller, count, schedule, transfer_s).step_s
+        return pipeline_step_s(smaller, count, schedule, transfer_s)
 
     present_s = step_s(plan, micro_batches) if planned_s is None else planned_s
     most = min(_MAX_MICRO_BATCHES, batch_size or _MAX_MICRO_BATCHES)

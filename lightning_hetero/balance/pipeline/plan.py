@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 
@@ -41,5 +41,5 @@ def plan_pipeline(
     plans = [refine_stages(costs, start, micro_batches, schedule, memory, transfer_s) for start in starts]
     return min(
         plans,
-        key=lambda plan: simulate_pipeline(costs.of_stages(plan), micro_batches, schedule, transfer_s).step_s,
+        key=lambda plan: pipeline_step_s(costs.of_stages(plan), micro_batches, schedule, transfer_s),
     )

@@ -13,7 +13,7 @@ from math import inf
 from lightning_hetero.balance.pipeline.orders.order import Action, Order, known_order
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
 
-__all__ = ["Pass", "PassTimes", "Timeline", "simulate_order", "simulate_pipeline"]
+__all__ = ["Pass", "PassTimes", "Timeline", "least_step_s", "pipeline_step_s", "simulate_order", "simulate_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,31 @@ def simulate_pipeline(
     return simulate_order(order, PassTimes.of_stages(times, micro_batches), transfer_s)
 
 
+def least_step_s(times: StageTimes, micro_batches: int, transfer_s: float = 0.0) -> float:
+    """Return a time that no step can beat in which each rank has one stage.
+
+    A stage waits until the first micro-batch has come to it, and the last one goes back through all stages before it.
+
+    Args:
+        times: Time of one micro-batch in each stage.
+        micro_batches: Number of micro-batches per step, at least 1.
+        transfer_s: Seconds until the result of a pass has reached the next stage.
+    """
+    before_s = least_s = 0.0
+    for forward_s, backward_s in zip(times.forward_s, times.backward_s, strict=True):
+        least_s = max(least_s, before_s + micro_batches * (forward_s + backward_s))
+        before_s += forward_s + backward_s + 2 * transfer_s
+    return least_s * (1 - 1e-12)
+
+
+def pipeline_step_s(
+    times: StageTimes, micro_batches: int, schedule: Schedule = "1f1b", transfer_s: float = 0.0
+) -> float:
+    """Return the seconds of the step that :func:`simulate_pipeline` simulates, without its passes."""
+    order = known_order(range(len(times.forward_s)), micro_batches, schedule)
+    return _simulated(order, PassTimes.of_stages(times, micro_batches), transfer_s, None)
+
+
 def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> Timeline:
     """Simulate one step.
 
@@ -106,29 +131,43 @@ def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> T
         times: Time of each stage and micro-batch.
         transfer_s: Seconds until the result of a pass has reached another rank.
     """
+    passes: list[Pass] = []
+    _simulated(order, times, transfer_s, passes)
+    return Timeline(tuple(sorted(passes, key=lambda p: (p.end_s, p.stage))))
+
+
+def _simulated(order: Order, times: PassTimes, transfer_s: float, passes: list[Pass] | None) -> float:
+    """Return the seconds of a step, and append its passes if they are wanted."""
     ranks, num_stages = order.ranks, order.num_stages
     waiting = [list(actions[::-1]) for actions in order.actions]
     free_at = [0.0] * len(waiting)
     forward = [[inf] * order.micro_batches for _ in ranks]  # when a result exists; infinity while it is unknown
     backward = [[inf] * order.micro_batches for _ in ranks]
-    passes: list[Pass] = []
-    while any(waiting):
-        left = len(passes)
+    left = sum(map(len, waiting))
+    while left:
+        before = left
         for rank, queue in enumerate(waiting):
+            now_s = free_at[rank]
             while queue:
                 kind, stage, i = action = queue[-1]
-                neighbour = stage - 1 if kind == "forward" else stage + 1
-                ready_at = 0.0  # the first stage has its input, and the last one its loss
+                is_forward = kind == "forward"
+                neighbour = stage - 1 if is_forward else stage + 1
+                start_s = now_s  # the first stage has its input, and the last one its loss
                 if kind != "weight" and 0 <= neighbour < num_stages:
-                    ready_at = (forward if kind == "forward" else backward)[neighbour][i]
-                    ready_at += transfer_s if ranks[neighbour] != rank else 0.0
-                if ready_at == inf:
-                    break
+                    ready_at = (forward if is_forward else backward)[neighbour][i]
+                    if ready_at == inf:
+                        break
+                    if ranks[neighbour] != rank:
+                        ready_at += transfer_s
+                    if ready_at > now_s:
+                        start_s = ready_at
                 queue.pop()
-                start_s = max(free_at[rank], ready_at)
-                free_at[rank] = end_s = start_s + times.seconds(action)
+                left -= 1
+                now_s = start_s + times.seconds(action)
                 if kind != "weight":
-                    (forward if kind == "forward" else backward)[stage][i] = end_s
-                passes.append(Pass(stage, kind, i, start_s, end_s))
-        assert len(passes) > left, "the order was verified to end"
-    return Timeline(tuple(sorted(passes, key=lambda p: (p.end_s, p.stage))))
+                    (forward if is_forward else backward)[stage][i] = now_s
+                if passes is not None:
+                    passes.append(Pass(stage, kind, i, start_s, now_s))
+            free_at[rank] = now_s
+        assert left < before, "the order was verified to end"
+    return max(free_at)

@@ -22,7 +22,7 @@ from math import inf
 from statistics import fmean
 
 from lightning_hetero.balance.pipeline.moves import moving_s
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.balance.tuning.rebalancer import (
@@ -76,7 +76,7 @@ class StageProblem:
     def step_s(self, plan: StagePlan, factors: Sequence[float]) -> float:
         """Return the seconds of a step on devices that take ``factors`` times as long, shape ``(world_size,)``."""
         times = self.costs.times(factors).of_stages(plan)
-        return simulate_pipeline(times, self.micro_batches, self.schedule, self.transfer_s).step_s
+        return pipeline_step_s(times, self.micro_batches, self.schedule, self.transfer_s)
 
     def own_s(self, plan: StagePlan) -> tuple[float, ...]:
         """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_hetero.balance.pipeline.orders.order import micro_batches_in_flight
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import least_step_s, pipeline_step_s
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
@@ -198,8 +198,11 @@ def refine_stages(
         The improved plan; ``plan`` itself if no move helps.
     """
 
-    def step_s(candidate: StagePlan) -> float:
-        return simulate_pipeline(costs.of_stages(candidate), micro_batches, schedule, transfer_s).step_s
+    def step_s(candidate: StagePlan, faster_than_s: float = inf) -> float:
+        times = costs.of_stages(candidate)
+        if least_step_s(times, micro_batches, transfer_s) >= faster_than_s:
+            return inf
+        return pipeline_step_s(times, micro_batches, schedule, transfer_s)
 
     best, best_s = plan, step_s(plan)
     improved = True
@@ -208,7 +211,7 @@ def refine_stages(
         for candidate in _neighbours(best, swaps=swaps):
             if memory is not None and not memory.allows(candidate):
                 continue
-            candidate_s = step_s(candidate)
+            candidate_s = step_s(candidate, best_s)
             if candidate_s < best_s * (1 - 1e-9):
                 best, best_s, improved = candidate, candidate_s, True
     return best

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from lightning_hetero.balance.checked import as_ints, as_list, as_mapping, entry
@@ -173,13 +174,23 @@ class LayerCosts:
         """Number of layers."""
         return len(self.forward_s[0])
 
-    @property
+    @cached_property
     def total_s(self) -> tuple[tuple[float, ...], ...]:
         """Forward and backward seconds together, shape ``(world_size, num_layers)``."""
         return tuple(
             tuple(a + b for a, b in zip(forward, backward, strict=True))
             for forward, backward in zip(self.forward_s, self.backward_s, strict=True)
         )
+
+    @cached_property
+    def until_s(self) -> tuple[tuple[float, ...], ...]:
+        """Seconds of the layers before each one, and of all, shape ``(world_size, num_layers + 1)``."""
+        return tuple((0.0, *accumulate(row)) for row in self.total_s)
+
+    @cached_property
+    def forward_until_s(self) -> tuple[tuple[float, ...], ...]:
+        """Forward seconds of the layers before each one, and of all, shape ``(world_size, num_layers + 1)``."""
+        return tuple((0.0, *accumulate(row)) for row in self.forward_s)
 
     def of_stages(self, plan: StagePlan) -> StageTimes:
         """Return the time of each stage of a plan for one micro-batch."""

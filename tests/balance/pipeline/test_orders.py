@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orders import random_order, random_ranks
 from profiles import drawn
 
-from lightning_hetero.balance.pipeline.orders.listing import Choices, Task, bound_s, list_schedule
+from lightning_hetero.balance.pipeline.orders.listing import Choices, Listing, Task, bound_s, list_schedule
 from lightning_hetero.balance.pipeline.orders.order import Action, Order, forward_order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held, most_micro_batches, verify_order
 from lightning_hetero.balance.pipeline.simulation import PassTimes, simulate_order
@@ -199,6 +199,10 @@ def test_list_schedules_are_valid_within_the_caps_and_never_beat_the_bound(
     verify_order(order, held, task.caps)
     assert simulate_order(order, times, transfer_s).step_s == pytest.approx(step_s)
     assert step_s >= bound_s(task) * (1 - 1e-9)
+    choices = replace(choices, random=None)
+    order, step_s = Listing(task).list(choices) or pytest.fail("it fits")
+    assert Listing(task).list(choices, step_s * (1 + 1e-9)) == (order, step_s)
+    assert Listing(task).list(choices, step_s * (1 - 1e-9)) is None, "no order that is fast enough"
     too_small = replace(task, caps=tuple(0.9 * whole for whole in full))
     assert list_schedule(too_small, choices) is None
 

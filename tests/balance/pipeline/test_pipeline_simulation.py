@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_hetero.balance.pipeline.advice import advise_pipeline
 from lightning_hetero.balance.pipeline.orders.order import known_order, micro_batches_in_flight
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import least_step_s, pipeline_step_s, simulate_pipeline
 from lightning_hetero.balance.pipeline.stage_solver import solve_stages, uniform_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StageTimes
 
@@ -26,10 +26,10 @@ def test_no_rule_is_broken(
 ) -> None:
     stages = StageTimes(*times)
     num_stages = len(stages.forward_s)
-    passes = {
-        (p.kind, p.stage, p.micro_batch): p
-        for p in simulate_pipeline(stages, micro_batches, schedule, transfer_s).passes
-    }
+    timeline = simulate_pipeline(stages, micro_batches, schedule, transfer_s)
+    assert pipeline_step_s(stages, micro_batches, schedule, transfer_s) == timeline.step_s
+    assert least_step_s(stages, micro_batches, transfer_s) <= timeline.step_s
+    passes = {(p.kind, p.stage, p.micro_batch): p for p in timeline.passes}
     assert len(passes) == 2 * num_stages * micro_batches
     for (kind, stage, i), one in passes.items():
         before = passes.get((kind, stage - 1 if kind == "forward" else stage + 1, i))

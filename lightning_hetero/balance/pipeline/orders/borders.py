@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate
 from typing import Literal, get_args
 
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
@@ -86,8 +85,7 @@ def ends_within(
         For each stage, where it ends, counted in layers times ``micro_batches``.
     """
     m, layers = micro_batches, costs.num_layers
-    prefixes = {rank: [0.0, *accumulate(costs.total_s[rank])] for rank in ranks}
-    forward = {rank: [0.0, *accumulate(costs.forward_s[rank])] for rank in ranks}
+    prefixes, forward = costs.until_s, costs.forward_until_s
     left_s: dict[int, float] = {}
     head_s, end = 0.0, 0
     ends: list[int] = []

@@ -17,7 +17,7 @@ from lightning_hetero.balance.pipeline.orders.search import (
     v_shapes,
 )
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
-from lightning_hetero.balance.pipeline.simulation import simulate_pipeline
+from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.exceptions import InfeasiblePlanError
 
@@ -94,7 +94,7 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
 def _one_by_one(problem: OrderProblem) -> PipelineChoice:
     costs, count = problem.costs, problem.micro_batches
     stages = plan_pipeline(costs, count, "1f1b", problem.transfer_s, problem.memory, problem.last_rank)
-    step_s = simulate_pipeline(costs.of_stages(stages), count, "1f1b", problem.transfer_s).step_s
+    step_s = pipeline_step_s(costs.of_stages(stages), count, "1f1b", problem.transfer_s)
     return PipelineChoice("1f1b", stages, None, step_s, "")
 
 

@@ -7,14 +7,17 @@ waits, fill the time in which nothing else is ready.  That is not always best, s
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from random import Random
 
 from lightning_hetero.balance.pipeline.orders.order import Action, Order
 from lightning_hetero.balance.pipeline.simulation import PassTimes
+from lightning_hetero.balance.pipeline.stages import Kind
 
-__all__ = ["Choices", "Task", "bound_s", "list_schedule"]
+__all__ = ["Choices", "Listing", "Task", "bound_s", "list_schedule"]
 
 
 @dataclass(frozen=True)
@@ -76,138 +79,213 @@ def list_schedule(task: Task, choices: Choices = Choices()) -> tuple[Order, floa
         task: What has to be ordered.
         choices: How to decide.
     """
-    world_size = max(task.ranks) + 1
-    ranks = [_Rank(task, rank, choices) for rank in range(world_size)]
-    if any(rank.full > cap * (1 + 1e-9) for rank, cap in zip(ranks, task.caps, strict=True)):
-        return None
-    known = _Known(task)
-    left = sum(rank.left for rank in ranks)
-    nexts = [rank.choose(known) for rank in ranks]
-    while left:
-        number = min(range(world_size), key=lambda r: nexts[r][0])
-        start_s, action = nexts[number]
-        assert action is not None, "one of the earliest micro-batches can always go on"
-        ranks[number].run(action, start_s, known)
-        left -= 1
-        nexts[number] = ranks[number].choose(known)
-        neighbour = action.stage + (1 if action.kind == "forward" else -1)
-        if action.kind != "weight" and 0 <= neighbour < len(task.ranks) and task.ranks[neighbour] != number:
-            other = task.ranks[neighbour]
-            nexts[other] = ranks[other].choose(known)
-    order = Order(task.ranks, task.micro_batches, tuple(tuple(rank.actions) for rank in ranks))
-    return order, max(rank.free_s for rank in ranks)
+    return Listing(task).list(choices)
 
 
-class _Known:
-    """When results exist; infinity while that is unknown.
+class Listing:
+    """List scheduling of one task, in different ways.
+
+    A search spends its time here, so passes are numbers: forward passes, then backward passes or those of inputs, then
+    those of parameters; in each of the three by stage and then by micro-batch.
 
     Args:
         task: What has to be ordered.
+
+    Attributes:
+        fits: Whether each rank can hold one micro-batch in all of its stages.
     """
 
     def __init__(self, task: Task) -> None:
-        self.forward_s = [[inf] * task.micro_batches for _ in task.ranks]
-        self.backward_s = [[inf] * task.micro_batches for _ in task.ranks]
+        self._task = task
+        self._tables = _Tables.of(task)
+        self.fits = all(room >= 0 for room in self._tables.room)
+
+    def list(self, choices: Choices = Choices(), faster_than_s: float = inf) -> tuple[Order, float] | None:
+        """Return an order and how long a step takes in it; None if it does not fit, or does not beat a time.
+
+        Args:
+            choices: How to decide.
+            faster_than_s: Seconds per step that the order has to beat.
+        """
+        if not self.fits:
+            return None
+        step = _Step(self._tables, choices, faster_than_s)
+        step_s = step.run()
+        if step_s >= faster_than_s:
+            return None
+        return Order(self._task.ranks, self._task.micro_batches, self._tables.actions(step.passes)), step_s
 
 
-class _Rank:
-    """One rank in the course of a step.
+@dataclass(frozen=True)
+class _Tables:
+    """A task in the form in which list scheduling needs it.
 
-    Args:
-        task: What has to be ordered.
-        rank: The rank.
-        choices: How to decide.
+    Attributes:
+        ranks: Rank of each stage.
+        stages: Stages of each rank.
+        split: Whether each stage computes the two parts of a backward pass one by one.
+        count: Number of micro-batches.
+        seconds: How long each pass takes.
+        held: What each stage holds of a micro-batch.
+        full: What each rank holds of a micro-batch in all of its stages.
+        room: How much each rank may have promised when another micro-batch enters.
+        work_s: Seconds of all passes of each rank.
+        transfer_s: Seconds until the result of a pass has reached another rank.
     """
 
-    def __init__(self, task: Task, rank: int, choices: Choices) -> None:
-        self._task, self._rank, self._choices = task, rank, choices
-        self._stages = task.stages_of(rank)
-        self._split = [task.is_split(stage) for stage in range(len(task.ranks))]
-        self.full = sum(task.held[stage] for stage in self._stages)
-        self._most = task.caps[rank] * (1 + 1e-9)
-        # A micro-batch that enters the first stage gets memory in all stages, so it can always go on.
-        self._promised = 0.0
-        self._forward = [0] * len(task.ranks)
-        self._backward = [0] * len(task.ranks)
-        self._open: list[tuple[int, int]] = []  # stages and micro-batches whose parameters wait for their gradients
-        self.left = task.micro_batches * sum(3 if self._split[stage] else 2 for stage in self._stages)
-        self.free_s = 0.0
-        self.actions: list[Action] = []
+    ranks: tuple[int, ...]
+    stages: list[list[int]]
+    split: list[bool]
+    count: int
+    seconds: list[float]
+    held: tuple[float, ...]
+    full: list[float]
+    room: list[float]
+    work_s: list[float]
+    transfer_s: float
 
-    def choose(self, known: _Known) -> tuple[float, Action | None]:
-        """Return when the next pass begins, and which it is; None while nothing is known to become ready."""
-        candidates = [(start_s, action) for start_s, _, action in sorted(self._ready(known))]
-        filler = self._filler(known)
+    @classmethod
+    def of(cls, task: Task) -> _Tables:
+        """Return the tables of a task."""
+        times, numbers = task.times, range(len(task.ranks))
+        stages = [task.stages_of(rank) for rank in range(max(task.ranks) + 1)]
+        split = [task.is_split(v) for v in numbers]
+        whole = [[a + b for a, b in zip(times.input_s[v], times.weight_s[v], strict=True)] for v in numbers]
+        kinds = (times.forward_s, [times.input_s[v] if split[v] else whole[v] for v in numbers], times.weight_s)
+        full = [sum(task.held[v] for v in own) for own in stages]
+        return cls(
+            ranks=task.ranks,
+            stages=stages,
+            split=split,
+            count=task.micro_batches,
+            seconds=[seconds for kind in kinds for row in kind for seconds in row],
+            held=task.held,
+            full=full,
+            # A micro-batch that enters the first stage gets memory in all stages, so it can always go on.
+            room=[cap * (1 + 1e-9) - needed for cap, needed in zip(task.caps, full, strict=True)],
+            work_s=[sum(sum(times.forward_s[v]) + sum(whole[v]) for v in own) for own in stages],
+            transfer_s=task.transfer_s,
+        )
+
+    def actions(self, passes: list[list[int]]) -> tuple[tuple[Action, ...], ...]:
+        """Return the passes of each rank that have these numbers."""
+        size = len(self.ranks) * self.count
+        names: list[tuple[Kind, Kind, Kind]] = [
+            ("forward", "input" if split else "backward", "weight") for split in self.split
+        ]
+        places = [[(number // size, *divmod(number % size, self.count)) for number in own] for own in passes]
+        return tuple(tuple(Action(names[stage][kind], stage, i) for kind, stage, i in own) for own in places)
+
+
+class _Step:
+    """The course of one step.
+
+    Args:
+        tables: What has to be ordered.
+        choices: How to decide.
+        faster_than_s: Seconds per step that the order has to beat.
+
+    Attributes:
+        passes: The passes of each rank so far.
+    """
+
+    def __init__(self, tables: _Tables, choices: Choices, faster_than_s: float) -> None:
+        self._tables, self._choices = tables, choices
+        last, count, world_size = len(tables.ranks) - 1, tables.count, len(tables.stages)
+        self._size = size = (last + 1) * count
+        # when the input and the gradient of a stage arrive, by stage and micro-batch; infinity while that is unknown
+        self._inputs_s = [0.0] * count + [inf] * (last * count)
+        self._gradients_s = [inf] * size
+        # of passes that are ready at the same time, the one with the lowest number goes first
+        self._of_forward = [(0 if choices.forward_first else 2) * size + last - v for v in range(last + 1)]
+        self._of_backward = [(1 if v else 3) * size + v for v in range(last + 1)]
+        self._forward, self._backward = [0] * (last + 1), [0] * (last + 1)  # passes that each stage has computed
+        self._promised, self._free_s = [0.0] * world_size, [0.0] * world_size
+        self._open: list[deque[int]] = [deque() for _ in range(world_size)]  # gradients of parameters
+        self._slack_s = [faster_than_s - work_s for work_s in tables.work_s]
+        self._next_s, self._next = [inf] * world_size, [-1] * world_size
+        self.passes: list[list[int]] = [[] for _ in range(world_size)]
+
+    def run(self) -> float:
+        """Return the seconds of the step; infinity as soon as a rank has waited for too long."""
+        tables, next_s = self._tables, self._next_s
+        for rank in range(len(tables.stages)):
+            self._choose(rank)
+        for _ in range(tables.count * sum(3 if split else 2 for split in tables.split)):
+            start_s = min(next_s)
+            rank = next_s.index(start_s)
+            if start_s > self._free_s[rank]:
+                self._slack_s[rank] -= start_s - self._free_s[rank]
+                if self._slack_s[rank] <= 0:
+                    return inf
+            other = self._compute(rank, self._next[rank], start_s)
+            self._choose(rank)
+            if other >= 0:
+                self._choose(other)
+        return max(self._free_s)
+
+    def _choose(self, rank: int) -> None:
+        """Say when the next pass of a rank begins, and which it is; infinity while nothing becomes ready."""
+        tables, now_s, size = self._tables, self._free_s[rank], self._size
+        candidates = []
+        filler = self._open[rank][0] if self._open[rank] else -1  # nobody waits for it
+        first = tables.stages[rank][0]
+        for stage in tables.stages[rank]:
+            i, j = self._forward[stage], self._backward[stage]
+            place = stage * tables.count
+            if i < tables.count and (stage != first or self._promised[rank] <= tables.room[rank]):
+                ready_s = self._inputs_s[place + i]
+                if ready_s < inf:
+                    candidates.append((max(ready_s, now_s), self._of_forward[stage], place + i))
+            if j < i and (ready_s := self._gradients_s[place + j]) < inf:
+                if stage or ready_s > now_s:
+                    candidates.append((max(ready_s, now_s), self._of_backward[stage], size + place + j))
+                else:
+                    filler = size + place + j  # neither does anybody for the backward pass of the first stage
+        start_s, _, number = min(candidates) if candidates else (inf, 0, -1)
         choices = self._choices
         if choices.random is not None and candidates:
-            if filler is not None and choices.random.random() < choices.noise:
-                return self.free_s, filler
-            if len(candidates) > 1 and choices.random.random() < choices.noise:
-                return choices.random.choice(candidates)
-        if filler is None:
-            return candidates[0] if candidates else (inf, None)
-        gap_s = candidates[0][0] - self.free_s if candidates else inf
-        is_filled = gap_s > 1e-12 and gap_s >= choices.fills * self._task.times.seconds(filler) - 1e-9
-        return (self.free_s, filler) if is_filled else candidates[0]
+            if filler >= 0 and choices.random.random() < choices.noise:
+                start_s, number, filler = now_s, filler, -1
+            elif len(candidates) > 1 and choices.random.random() < choices.noise:
+                start_s, _, number = choices.random.choice(sorted(candidates))
+                filler = -1
+        if filler >= 0:
+            gap_s = start_s - now_s
+            if gap_s > 1e-12 and gap_s >= choices.fills * tables.seconds[filler] - 1e-9:
+                start_s, number = now_s, filler
+        self._next_s[rank], self._next[rank] = start_s, number
 
-    def _ready(self, known: _Known) -> list[tuple[float, tuple[int, int], Action]]:
-        """Return passes for which others wait, when they can begin, and what decides between those of one time."""
-        task, found = self._task, []
-        for stage in self._stages:
-            i = self._forward[stage]
-            if i < task.micro_batches and self._has_room(stage):
-                ready_s = self._arrival(known.forward_s, stage - 1, i) if stage else 0.0
-                if ready_s < inf:
-                    key = (0 if self._choices.forward_first else 2, -stage)
-                    found.append((max(ready_s, self.free_s), key, Action("forward", stage, i)))
-            i = self._backward[stage]
-            if i < self._forward[stage]:
-                ready_s = self._gradient_arrival(known, stage, i)
-                # for the backward pass of the first stage nobody waits, so one that is ready only fills gaps
-                if ready_s < inf and (stage or ready_s > self.free_s):
-                    kind = Action("input" if self._split[stage] else "backward", stage, i)
-                    found.append((max(ready_s, self.free_s), (1 if stage else 3, stage), kind))
-        return found
-
-    def _has_room(self, stage: int) -> bool:
-        return stage != self._stages[0] or self._promised + self.full <= self._most
-
-    def _filler(self, known: _Known) -> Action | None:
-        """Return a pass that can begin at once and for which nobody waits."""
-        i = self._backward[0]
-        if self._stages[0] == 0 and i < self._forward[0] and self._gradient_arrival(known, 0, i) <= self.free_s:
-            return Action("backward", 0, i)
-        return Action("weight", *self._open[0]) if self._open else None
-
-    def _arrival(self, ends_s: list[list[float]], stage: int, i: int) -> float:
-        apart = self._task.ranks[stage] != self._rank
-        return ends_s[stage][i] + (self._task.transfer_s if apart else 0.0)
-
-    def _gradient_arrival(self, known: _Known, stage: int, i: int) -> float:
-        if stage == len(self._task.ranks) - 1:
-            return known.forward_s[stage][i]
-        return self._arrival(known.backward_s, stage + 1, i)
-
-    def run(self, action: Action, start_s: float, known: _Known) -> None:
-        """Compute a pass."""
-        kind, stage, i = action
-        end_s = start_s + self._task.times.seconds(action)
-        if kind == "forward":
+    def _compute(self, rank: int, number: int, start_s: float) -> int:
+        """Compute a pass of a rank, and return the rank that gets its result; -1 if none does."""
+        assert number >= 0, "one of the earliest micro-batches can always go on"
+        tables = self._tables
+        self._free_s[rank] = end_s = start_s + tables.seconds[number]
+        self.passes[rank].append(number)
+        kind, place = divmod(number, self._size)
+        stage = place // tables.count
+        if kind == 0:
             self._forward[stage] += 1
-            known.forward_s[stage][i] = end_s
-            if stage == self._stages[0]:
-                self._promised += self.full
-        elif kind == "weight":
-            self._open.pop(0)
-        else:
+            if stage == tables.stages[rank][0]:
+                self._promised[rank] += tables.full[rank]
+            if stage == len(tables.ranks) - 1:
+                self._gradients_s[place] = end_s
+                return -1
+            self._inputs_s[place + tables.count] = end_s + tables.transfer_s
+            return tables.ranks[stage + 1]
+        if kind == 1:
             self._backward[stage] += 1
-            known.backward_s[stage][i] = end_s
-            if kind == "input":
-                self._open.append((stage, i))
-        if kind in ("backward", "weight"):
-            self._promised -= self._task.held[stage]
-        self.actions.append(action)
-        self.free_s = end_s
+            if tables.split[stage]:
+                self._open[rank].append(self._size + number)
+            else:
+                self._promised[rank] -= tables.held[stage]
+            if stage:
+                self._gradients_s[place - tables.count] = end_s + tables.transfer_s
+                return tables.ranks[stage - 1]
+            return -1
+        self._open[rank].popleft()
+        self._promised[rank] -= tables.held[stage]
+        return -1
 
 
 def bound_s(task: Task) -> float:
@@ -216,30 +294,23 @@ def bound_s(task: Task) -> float:
     Args:
         task: What has to be ordered.
     """
-    times, last = task.times, task.micro_batches - 1
-    found = [0.0]
+    times, num_stages = task.times, len(task.ranks)
+    apart_s = [task.transfer_s if a != b else 0.0 for a, b in pairwise(task.ranks)] + [0.0]
+    head_s, heads_s = 0.0, []  # before the first pass of each stage
+    after_s, tails_s = list(times.weight_s[0]), []  # of each micro-batch after its last pass but one in a stage
+    for stage in range(num_stages):
+        heads_s.append(head_s)
+        tails_s.append(min(after_s) if stage else 0.0)
+        head_s += times.forward_s[stage][0] + apart_s[stage]
+        after_s = [a + b + apart_s[stage] for a, b in zip(after_s, times.input_s[stage], strict=True)]
+    found: list[float] = []
     for rank in range(max(task.ranks) + 1):
         stages = task.stages_of(rank)
-        head_s = sum(times.forward_s[u][0] + _apart_s(task, u) for u in range(stages[0]))
-        tail_s = (
-            min(
-                sum(times.input_s[u][i] + _apart_s(task, u) for u in range(stages[0])) + times.weight_s[0][i]
-                for i in range(last + 1)
-            )
-            if stages[0]
-            else 0.0
-        )
         passes_s = sum(sum(times.forward_s[v]) + sum(times.input_s[v]) for v in stages)
         weights_s = [sum(times.weight_s[v]) for v in stages]
         can_wait_s = sum(w for v, w in zip(stages, weights_s, strict=True) if task.is_split(v))
-        found += [head_s + passes_s + sum(weights_s), head_s + passes_s + sum(weights_s) - can_wait_s + tail_s]
-    apart_s = 2 * sum(_apart_s(task, u) for u in range(len(task.ranks) - 1))
-    for i in range(last + 1):
-        both_s = sum(times.forward_s[v][i] + times.input_s[v][i] for v in range(len(task.ranks)))
-        found.append(both_s + times.weight_s[0][i] + apart_s)
+        whole_s = heads_s[stages[0]] + passes_s + sum(weights_s)
+        found += [whole_s, whole_s - can_wait_s + tails_s[stages[0]]]
+    forward_s = [sum(column) for column in zip(*times.forward_s, strict=True)]
+    found += [sum(apart_s) + a + b for a, b in zip(forward_s, after_s, strict=True)]  # one micro-batch alone
     return max(found)
-
-
-def _apart_s(task: Task, stage: int) -> float:
-    """Return the time of a transfer between a stage and the next one."""
-    return task.transfer_s if task.ranks[stage] != task.ranks[stage + 1] else 0.0

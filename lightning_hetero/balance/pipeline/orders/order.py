@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule
@@ -97,6 +98,11 @@ def known_order(ranks: Sequence[int], micro_batches: int, schedule: Schedule) ->
         >>> [(a.kind, a.micro_batch) for a in known_order([0, 1], 3, "1f1b").actions[1]][:3]
         [('forward', 0), ('backward', 0), ('forward', 1)]
     """
+    return _known_order(tuple(ranks), micro_batches, schedule)
+
+
+@lru_cache(maxsize=4)
+def _known_order(ranks: tuple[int, ...], micro_batches: int, schedule: Schedule) -> Order:
     actions: list[tuple[Action, ...]] = [()] * len(ranks)
     for stage, rank in enumerate(ranks):
         ahead = micro_batches_in_flight(stage, len(ranks), micro_batches, schedule)
@@ -106,7 +112,7 @@ def known_order(ranks: Sequence[int], micro_batches: int, schedule: Schedule) ->
             own.append(Action("backward", stage, i))
             own += forward[ahead + i : ahead + i + 1]
         actions[rank] = tuple(own)
-    return Order(tuple(ranks), micro_batches, tuple(actions))
+    return Order(ranks, micro_batches, tuple(actions))
 
 
 def forward_order(ranks: Sequence[int], micro_batches: int) -> Order:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from random import Random
 
 from lightning_hetero.balance.pipeline.orders.borders import WHICH, ends_within, neighbours, plan_at
-from lightning_hetero.balance.pipeline.orders.listing import Choices, Task, bound_s, list_schedule
+from lightning_hetero.balance.pipeline.orders.listing import Choices, Listing, Task, bound_s
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import PassTimes
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 __all__ = ["OrderPlan", "OrderProblem", "plan_order", "straight_shapes", "v_shapes"]
-
-Rows = tuple[tuple[float, ...], ...]
 
 _EFFORT = 60_000  # passes that are scheduled in a search: some half a second
 _BISECTIONS = 40
@@ -73,15 +72,33 @@ class OrderProblem:
         caps = tuple(min(cap, most * whole) for cap, whole in zip(free, full, strict=True))
         if any(cap < 0 for cap in caps):
             return None
-        splits = self.split and bool(costs.weight_s)
-        inputs = costs.input_s if splits else costs.backward_s
+        stages = [self._times(plan, stage) for stage in range(plan.num_stages)]
+        forward, inputs, weights = ([row[kind] for row in stages] for kind in range(3))
+        return Task(plan.ranks, PassTimes(forward, inputs, weights), held, caps, self.transfer_s)
 
-        def seconds(of_layers: Rows) -> list[tuple[float, ...]]:
-            return [tuple(_sums(of_layers[rank], plan, stage, m)) for stage, rank in enumerate(plan.ranks)]
+    def _times(self, plan: StagePlan, stage: int) -> list[tuple[float, ...]]:
+        """Return the seconds of the passes of a stage for each micro-batch, one row per kind of pass."""
+        rank, whole = plan.ranks[stage], plan.layers(stage)
+        if not any(plan.lent[max(stage - 1, 0) : stage + 1]):
+            return [(seconds,) * self.micro_batches for seconds in self._sums(rank, whole.start, whole.stop)]
+        ranges = [plan.layers(stage, i) for i in range(self.micro_batches)]
+        return list(zip(*(self._sums(rank, layers.start, layers.stop) for layers in ranges), strict=True))
 
-        weights = seconds(costs.weight_s) if splits else [(0.0,) * m] * plan.num_stages
-        times = PassTimes(seconds(costs.forward_s), seconds(inputs), weights)
-        return Task(plan.ranks, times, held, caps, self.transfer_s)
+    def _sums(self, rank: int, start: int, end: int) -> tuple[float, float, float]:
+        """Return the seconds of a forward pass, and of both parts of a backward pass, of some layers."""
+        known = self._known_sums
+        if (rank, start, end) not in known:
+            costs = self.costs
+            splits = self.split and bool(costs.weight_s)
+            rows = (costs.forward_s, costs.input_s if splits else costs.backward_s)
+            weight_s = sum(costs.weight_s[rank][start:end]) if splits else 0.0
+            forward_s, input_s = (sum(of_layers[rank][start:end]) for of_layers in rows)
+            known[rank, start, end] = forward_s, input_s, weight_s
+        return known[rank, start, end]
+
+    @cached_property
+    def _known_sums(self) -> dict[tuple[int, int, int], tuple[float, float, float]]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -158,12 +175,12 @@ class _Search:
 
     def improve(self, plan: StagePlan) -> None:
         """Try a plan, and move single layers as long as it becomes faster."""
-        step_s = self._try(plan)
+        step_s = self._try(plan, inf)
         moved = True
         while moved and self._left > 0:
             moved = False
             for other in neighbours(plan, self._problem.micro_batches, self._problem.shared):
-                if other not in self._tried and (other_s := self._try(other)) < step_s * (1 - 1e-9):
+                if other not in self._tried and (other_s := self._try(other, step_s)) < step_s:
                     plan, step_s, moved = other, other_s, True
                     break
 
@@ -189,7 +206,7 @@ class _Search:
                 noise=random.choice(_NOISES),
                 random=random,
             )
-            self._keep(self.best.stages, task, self.best.bound_s, choices)
+            self._keep(Listing(task), self.best.stages, self.best.bound_s, choices, self.best.step_s)
 
     def _shift(self, random: Random, plan: StagePlan) -> None:
         """Move several borders at a time, and improve what comes of it."""
@@ -200,24 +217,27 @@ class _Search:
         if plan not in self._tried:
             self.improve(plan)
 
-    def _try(self, plan: StagePlan) -> float:
+    def _try(self, plan: StagePlan, step_s: float) -> float:
+        """Return the shortest step of a plan that was found; infinity if it is not shorter than ``step_s``."""
         self._tried.add(plan)
         self._left -= len(plan.ranks) * self._problem.micro_batches // 4  # for the bound
         task = self._problem.task(plan)
-        if task is None:
+        if task is None or not self.is_worth_it(least_s := bound_s(task)):
             return inf
-        least_s = bound_s(task)
-        return min(self._keep(plan, task, least_s, choices) for choices in _PLAIN) if self.is_worth_it(least_s) else inf
+        listing, found_s = Listing(task), inf
+        for choices in _PLAIN:
+            found_s = min(found_s, self._keep(listing, plan, least_s, choices, min(found_s, step_s)))
+        return found_s
 
-    def _keep(self, plan: StagePlan, task: Task, least_s: float, choices: Choices) -> float:
-        self._left -= 2 * len(task.ranks) * task.micro_batches
-        found = list_schedule(task, choices)
+    def _keep(self, listing: Listing, plan: StagePlan, least_s: float, choices: Choices, step_s: float) -> float:
+        self._left -= 2 * plan.num_stages * self._problem.micro_batches
+        found = listing.list(choices, step_s * (1 - 1e-9))
         if found is None:
             return inf
-        order, step_s = found
-        if self.best is None or step_s < self.best.step_s * (1 - 1e-9):
-            self.best = OrderPlan(plan, order, step_s, least_s)
-        return step_s
+        order, found_s = found
+        if self.best is None or found_s < self.best.step_s * (1 - 1e-9):
+            self.best = OrderPlan(plan, order, found_s, least_s)
+        return found_s
 
 
 def _starts(problem: OrderProblem, ranks: tuple[int, ...]) -> Iterator[StagePlan | None]:
@@ -236,13 +256,3 @@ def _starts(problem: OrderProblem, ranks: tuple[int, ...]) -> Iterator[StagePlan
         if found is not None:
             for which in WHICH:
                 yield plan_at(ranks, found, which, problem.micro_batches)
-
-
-def _sums(of_layers: Sequence[float], plan: StagePlan, stage: int, micro_batches: int) -> Iterator[float]:
-    """Yield the seconds of a stage for each micro-batch."""
-    known: dict[range, float] = {}
-    for i in range(micro_batches):
-        layers = plan.layers(stage, i)
-        if layers not in known:
-            known[layers] = sum(of_layers[n] for n in layers)
-        yield known[layers]
