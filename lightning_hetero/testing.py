@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
@@ -229,13 +230,18 @@ def _hooked(layer: nn.Module) -> nn.Module:
 
 
 class _Sleeper:
-    """Sleeps as long as it should on average: each sleep takes a little longer, for which the next one makes up."""
+    """Sleeps as long as it should on average: what takes a little longer, the next sleep makes up for.
+
+    That is the sleep itself, and the work between the sleeps of two layers of which one follows the other at once.
+    """
 
     def __init__(self) -> None:
         self._late_s = 0.0
+        self._output: tuple[weakref.ref[torch.Tensor], _SlowLayer, float] | None = None  # of a layer, when it ended
+        self._working: tuple[_SlowLayer, float] | None = None  # the layer whose backward pass comes next, and when
 
     def sleep(self, seconds: float) -> None:
-        """Sleep for some seconds, less those that earlier sleeps were too long."""
+        """Sleep for some seconds, less those that were too long before."""
         if seconds <= 0:
             return
         started_s, wanted_s = time.perf_counter(), seconds - self._late_s
@@ -243,54 +249,101 @@ class _Sleeper:
             time.sleep(wanted_s)
         self._late_s = min(time.perf_counter() - started_s - wanted_s, _MOST_LATE_S)
 
+    def begins_forward(self, inputs: Sequence[torch.Tensor]) -> _SlowLayer | None:
+        """Return the layer that has just computed the input of the next one; None if it is not known."""
+        if self._output is None or not inputs or self._output[0]() is not inputs[0]:
+            return None
+        _, before, ended_s = self._output
+        self._add(time.perf_counter() - ended_s)
+        return before
+
+    def ends_forward(self, layer: _SlowLayer, outputs: Sequence[torch.Tensor]) -> None:
+        """Note the output of a layer."""
+        self._output = (weakref.ref(outputs[0]), layer, time.perf_counter()) if outputs else None
+
+    def begins_backward(self, layer: _SlowLayer) -> None:
+        """Note that the backward pass of a layer begins."""
+        if self._working is not None and self._working[0] is layer:
+            self._add(time.perf_counter() - self._working[1])
+        self._working = None
+
+    def works_backward(self, before: _SlowLayer | None, work_s: float) -> None:
+        """Note that a layer computes its backward pass, for which some seconds are left, and which layer follows."""
+        self._working = None if before is None else (before, time.perf_counter() + work_s)
+
+    def _add(self, late_s: float) -> None:
+        self._late_s = min(self._late_s + late_s, _MOST_LATE_S)
+
 
 class _SlowLayer:
+    """The emulated device, for one layer.
+
+    Args:
+        layer: The layer.
+        factor: Function that returns how many times as long the layer takes.
+        seconds_per_sample: What it takes for one sample with factor 1; None to sleep in proportion to its work.
+        sleeper: What sleeps.
+    """
+
     def __init__(
         self, layer: nn.Module, factor: Callable[[], float], seconds_per_sample: float | None, sleeper: _Sleeper
     ) -> None:
-        self._sleeper = sleeper
-        self._layer = layer
+        self.layer = layer
+        self.sleeper = sleeper
         self._factor = factor
         self._seconds_per_sample = seconds_per_sample
+        self._before: _SlowLayer | None = None
         self._started = 0.0
         self._work_s = inf  # of a forward pass that nothing else has interrupted
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, _: Any, inputs: tuple[Any, ...]) -> None:
+        if self._seconds_per_sample is not None:
+            self._before = self.sleeper.begins_forward(flatten(inputs)[0])
         self._started = time.perf_counter()
 
     def end(self, _: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         passed_s = time.perf_counter() - self._started
+        tensors, structure = flatten(output)
+        work_s = 0.0  # of the backward pass
         if self._seconds_per_sample is None:
             pause_s = (self._factor() - 1) * passed_s
+            until_s = time.perf_counter() + pause_s
             pause_before_backward_s = 2 * pause_s
         else:
             whole_s = self._factor() * self._seconds_per_sample * len(flatten(inputs)[0][0])
-            pause_s = _FORWARD_PART * whole_s - passed_s
+            until_s = self._started + _FORWARD_PART * whole_s
             # the real backward pass takes some twice as long as the forward pass
             self._work_s = min(self._work_s, passed_s)
-            pause_before_backward_s = max((1 - _FORWARD_PART) * whole_s - 2 * self._work_s, 0.0)
-        self._sleeper.sleep(pause_s)
-        tensors, structure = flatten(output)
+            work_s = min(2 * self._work_s, (1 - _FORWARD_PART) * whole_s)
+            pause_before_backward_s = (1 - _FORWARD_PART) * whole_s - work_s
         first = next((i for i, tensor in enumerate(tensors) if tensor.requires_grad), None)
-        if first is None:
-            return output
-        tensors[first] = _SleepBeforeBackward.apply(tensors[first], pause_before_backward_s, self._layer, self._sleeper)  # type: ignore[no-untyped-call]
-        return unflatten(tensors, structure)
+        if first is not None:
+            arguments = (pause_before_backward_s, work_s, self, self._before)
+            tensors[first] = _SleepBeforeBackward.apply(tensors[first], *arguments)  # type: ignore[no-untyped-call]
+            output = unflatten(tensors, structure)
+        self.sleeper.sleep(until_s - time.perf_counter())
+        self.sleeper.ends_forward(self, tensors)
+        return output
 
 
 class _SleepBeforeBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, pause_s: float, layer: nn.Module, sleeper: _Sleeper) -> torch.Tensor:
-        ctx.pause_s, ctx.layer, ctx.sleeper = pause_s, layer, sleeper
+    def forward(
+        ctx: Any, tensor: torch.Tensor, pause_s: float, work_s: float, slow: _SlowLayer, before: _SlowLayer | None
+    ) -> torch.Tensor:
+        ctx.pause_s, ctx.work_s, ctx.slow, ctx.before = pause_s, work_s, slow, before
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        sleeper = ctx.slow.sleeper
+        sleeper.begins_backward(ctx.slow)
         # the gradients of parameters take as long as that of the input, and may be computed later
-        half_s = ctx.pause_s / 2
-        is_put_off = put_off_with(ctx.layer, partial(ctx.sleeper.sleep, half_s))
-        ctx.sleeper.sleep(half_s if is_put_off else ctx.pause_s)
-        return *gradients, None, None, None
+        is_put_off = put_off_with(ctx.slow.layer, partial(sleeper.sleep, ctx.pause_s / 2))
+        part = 0.5 if is_put_off else 1.0
+        sleeper.sleep(part * ctx.pause_s)
+        sleeper.works_backward(ctx.before, part * ctx.work_s)
+        return *gradients, None, None, None, None
 
 
 def _samples_in(batch: Any) -> int:

@@ -30,7 +30,7 @@ from lightning_hetero.plugin.pipeline.step import Example
 __all__ = ["PipelineFindings", "budget_bytes", "find_stages", "first_plan", "report_findings"]
 
 _MEMORY_FRACTION = 0.92
-_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or one more than there are ranks, if its memory is unknown
+_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _decision(
         last_rank = current.ranks[-1]
         choice = None
         if example.training and wanted in ("auto", "v"):
-            most = None if memory is not None else max(_HELD_UNKNOWN, len(profiles) + 1)
+            most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
             limits = (memory, most, bool(split_layers), shared)
             problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
