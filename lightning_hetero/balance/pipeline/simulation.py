@@ -13,7 +13,16 @@ from math import inf
 from lightning_hetero.balance.pipeline.orders.order import Action, Order, known_order
 from lightning_hetero.balance.pipeline.stages import Kind, Schedule, StageTimes
 
-__all__ = ["Pass", "PassTimes", "Timeline", "least_step_s", "pipeline_step_s", "simulate_order", "simulate_pipeline"]
+__all__ = [
+    "Pass",
+    "PassTimes",
+    "Timeline",
+    "least_step_s",
+    "order_step_s",
+    "pipeline_step_s",
+    "simulate_order",
+    "simulate_pipeline",
+]
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,13 @@ class PassTimes:
         input_s: Seconds of the part of the backward pass that computes the gradient of the input.
         weight_s: Seconds of the part of the backward pass that computes the gradients of parameters; 0 where the
             backward pass is computed whole.
+        backward_s: Seconds of a backward pass that is computed whole; empty if it takes as long as its parts.
     """
 
     forward_s: Sequence[Sequence[float]]
     input_s: Sequence[Sequence[float]]
     weight_s: Sequence[Sequence[float]]
+    backward_s: Sequence[Sequence[float]] = ()
 
     @classmethod
     def of_stages(cls, times: StageTimes, micro_batches: int) -> PassTimes:
@@ -79,8 +90,15 @@ class PassTimes:
             return self.forward_s[stage][i]
         if kind == "input":
             return self.input_s[stage][i]
-        whole = self.input_s[stage][i] if kind == "backward" else 0.0
-        return whole + self.weight_s[stage][i]
+        if kind == "weight":
+            return self.weight_s[stage][i]
+        return self.backward_s[stage][i] if self.backward_s else self.input_s[stage][i] + self.weight_s[stage][i]
+
+    def whole_s(self, stage: int) -> list[float]:
+        """Return how long a backward pass that is computed whole takes for each micro-batch."""
+        if self.backward_s:
+            return list(self.backward_s[stage])
+        return [a + b for a, b in zip(self.input_s[stage], self.weight_s[stage], strict=True)]
 
 
 def simulate_pipeline(
@@ -121,6 +139,11 @@ def pipeline_step_s(
     """Return the seconds of the step that :func:`simulate_pipeline` simulates, without its passes."""
     order = known_order(range(len(times.forward_s)), micro_batches, schedule)
     return _simulated(order, PassTimes.of_stages(times, micro_batches), transfer_s, None)
+
+
+def order_step_s(order: Order, times: PassTimes, transfer_s: float = 0.0) -> float:
+    """Return the seconds of the step that :func:`simulate_order` simulates, without its passes."""
+    return _simulated(order, times, transfer_s, None)
 
 
 def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> Timeline:

@@ -84,7 +84,8 @@ def test_plans_are_valid_and_keep_within_each_memory(
     rows = [[tuple(random.uniform(0.1, 2.0) for _ in range(layers)) for _ in range(world_size)] for _ in range(2)]
     forward, backward = map(tuple, rows)
     half = tuple(tuple(b / 2 for b in row) for row in backward)
-    costs = LayerCosts(forward, backward, half, half)
+    more = tuple(tuple(random.choice((1.0, 1.2)) * b for b in row) for row in half)  # what splitting costs
+    costs = LayerCosts(forward, backward, half, more)
     memory = StageMemory(
         weights_bytes=tuple(random.uniform(1, 9) for _ in range(layers)),
         activations_bytes=tuple(random.uniform(1, 9) for _ in range(layers)),

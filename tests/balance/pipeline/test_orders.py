@@ -14,9 +14,10 @@ from orders import random_order, random_ranks
 from profiles import drawn
 
 from lightning_hetero.balance.pipeline.orders.listing import Choices, Listing, Task, bound_s, list_schedule
+from lightning_hetero.balance.pipeline.orders.merging import with_whole_passes
 from lightning_hetero.balance.pipeline.orders.order import Action, Order, forward_order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held, most_micro_batches, verify_order
-from lightning_hetero.balance.pipeline.simulation import PassTimes, simulate_order
+from lightning_hetero.balance.pipeline.simulation import PassTimes, order_step_s, simulate_order
 from lightning_hetero.exceptions import ConfigurationError
 
 
@@ -228,6 +229,40 @@ def is_valid(order: Order) -> bool:
     except ConfigurationError:
         return False
     return True
+
+
+@settings(max_examples=drawn(50, 2_000), deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.floats(0.8, 1.5), st.floats(0, 0.5))
+def test_backward_passes_are_whole_where_nothing_is_lost(seed: int, count: int, cost: float, transfer_s: float) -> None:
+    random = Random(seed)
+    ranks = random_ranks(random)
+    order = random_order(random, ranks, count)
+    forward, inputs, weights = [
+        [tuple(random.uniform(0.1, 1.0) for _ in range(count)) for _ in ranks] for _ in range(3)
+    ]
+    whole = [tuple((a + b) / cost for a, b in zip(*two, strict=True)) for two in zip(inputs, weights, strict=True)]
+    times = PassTimes(forward, inputs, weights, whole)
+    before_s = simulate_order(order, times, transfer_s).step_s
+    joined, step_s = with_whole_passes(order, times, transfer_s)
+    verify_order(joined)
+    assert step_s == simulate_order(joined, times, transfer_s).step_s == order_step_s(joined, times, transfer_s)
+    assert step_s <= before_s
+    held = (1.0,) * len(ranks)
+    for most, most_before in zip(most_held(joined, held), most_held(order, held), strict=True):
+        assert most <= most_before
+
+
+def test_what_splitting_costs_is_paid_only_where_it_is_useful() -> None:
+    """Two ranks: the second one never waits, and the first one has no parts."""
+    rows = [[(seconds,) * 4] * 2 for seconds in (1.0, 1.2, 1.2, 2.0)]
+    task = Task((0, 1), PassTimes(*rows), (1.0, 1.0), (4.0, 4.0))
+    order, hoped_s = list_schedule(task) or pytest.fail("it fits")
+    assert bound_s(task) <= hoped_s
+    joined, step_s = with_whole_passes(order, task.times)
+    assert step_s < simulate_order(order, task.times).step_s
+    assert any(a.kind == "backward" for a in joined.actions[1])
+    alike = replace(task, times=PassTimes(*rows[:3]))
+    assert bound_s(alike) > bound_s(task), "where parts take longer than the whole, an order need not have them"
 
 
 def test_weight_gradients_fill_the_time_in_which_a_rank_would_wait() -> None:

@@ -54,6 +54,14 @@ class Task:
         """
         return stage > 0 and any(self.times.weight_s[stage])
 
+    def least_weight_s(self, stage: int) -> list[float]:
+        """Return the time of the second part of backward passes if what splitting costs does not count."""
+        times = self.times
+        if not times.backward_s:
+            return list(times.weight_s[stage])
+        rows = zip(times.whole_s(stage), times.input_s[stage], times.weight_s[stage], strict=True)
+        return [min(weight_s, max(whole_s - input_s, 0.0)) for whole_s, input_s, weight_s in rows]
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -150,8 +158,11 @@ class _Tables:
         times, numbers = task.times, range(len(task.ranks))
         stages = [task.stages_of(rank) for rank in range(max(task.ranks) + 1)]
         split = [task.is_split(v) for v in numbers]
-        whole = [[a + b for a, b in zip(times.input_s[v], times.weight_s[v], strict=True)] for v in numbers]
-        kinds = (times.forward_s, [times.input_s[v] if split[v] else whole[v] for v in numbers], times.weight_s)
+        whole = [times.whole_s(v) for v in numbers]
+        backward = [times.input_s[v] if split[v] else whole[v] for v in numbers]
+        weights = [task.least_weight_s(v) if split[v] else times.weight_s[v] for v in numbers]
+        kinds = (times.forward_s, backward, weights)
+        work_s = [sum(times.forward_s[v]) + sum(backward[v]) + (sum(weights[v]) if split[v] else 0.0) for v in numbers]
         full = [sum(task.held[v] for v in own) for own in stages]
         return cls(
             ranks=task.ranks,
@@ -163,7 +174,7 @@ class _Tables:
             full=full,
             # A micro-batch that enters the first stage gets memory in all stages, so it can always go on.
             room=[cap * (1 + 1e-9) - needed for cap, needed in zip(task.caps, full, strict=True)],
-            work_s=[sum(sum(times.forward_s[v]) + sum(whole[v]) for v in own) for own in stages],
+            work_s=[sum(work_s[v] for v in own) for own in stages],
             transfer_s=task.transfer_s,
         )
 
@@ -296,21 +307,31 @@ def bound_s(task: Task) -> float:
     """
     times, num_stages = task.times, len(task.ranks)
     apart_s = [task.transfer_s if a != b else 0.0 for a, b in pairwise(task.ranks)] + [0.0]
+    # of a backward pass, what others wait for and all of it; whether it is split is open
+    firsts_s: list[list[float]] = []
+    alls_s: list[list[float]] = []
+    for stage in range(num_stages):
+        whole_s, first_s = times.whole_s(stage), list(times.input_s[stage])
+        if task.is_split(stage):
+            rest_s = task.least_weight_s(stage)
+            firsts_s.append([min(a, b) for a, b in zip(whole_s, first_s, strict=True)])
+            alls_s.append([min(a, b + c) for a, b, c in zip(whole_s, first_s, rest_s, strict=True)])
+        else:
+            firsts_s.append(whole_s)
+            alls_s.append(whole_s)
     head_s, heads_s = 0.0, []  # before the first pass of each stage
-    after_s, tails_s = list(times.weight_s[0]), []  # of each micro-batch after its last pass but one in a stage
+    after_s, tails_s = [0.0] * task.micro_batches, []  # of each micro-batch after its last pass but one in a stage
     for stage in range(num_stages):
         heads_s.append(head_s)
-        tails_s.append(min(after_s) if stage else 0.0)
+        tails_s.append(min(after_s))
         head_s += times.forward_s[stage][0] + apart_s[stage]
-        after_s = [a + b + apart_s[stage] for a, b in zip(after_s, times.input_s[stage], strict=True)]
+        after_s = [a + b + apart_s[stage] for a, b in zip(after_s, firsts_s[stage], strict=True)]
     found: list[float] = []
     for rank in range(max(task.ranks) + 1):
         stages = task.stages_of(rank)
-        passes_s = sum(sum(times.forward_s[v]) + sum(times.input_s[v]) for v in stages)
-        weights_s = [sum(times.weight_s[v]) for v in stages]
-        can_wait_s = sum(w for v, w in zip(stages, weights_s, strict=True) if task.is_split(v))
-        whole_s = heads_s[stages[0]] + passes_s + sum(weights_s)
-        found += [whole_s, whole_s - can_wait_s + tails_s[stages[0]]]
+        head_s = heads_s[stages[0]] + sum(sum(times.forward_s[v]) for v in stages)
+        found.append(head_s + sum(sum(alls_s[v]) for v in stages))
+        found.append(head_s + sum(sum(firsts_s[v]) for v in stages) + tails_s[stages[0]])
     forward_s = [sum(column) for column in zip(*times.forward_s, strict=True)]
     found += [sum(apart_s) + a + b for a, b in zip(forward_s, after_s, strict=True)]  # one micro-batch alone
     return max(found)

@@ -10,13 +10,14 @@ two stages may share a layer, borders move by single micro-batches of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from random import Random
 
 from lightning_hetero.balance.pipeline.orders.borders import WHICH, ends_within, neighbours, plan_at
 from lightning_hetero.balance.pipeline.orders.listing import Choices, Listing, Task, bound_s
+from lightning_hetero.balance.pipeline.orders.merging import with_whole_passes
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import PassTimes
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
@@ -29,6 +30,7 @@ _BISECTIONS = 40
 _PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # of its work, that a rank with both ends has in its first stage
 _CLOSE = 1.001  # of the bound: nothing is to be gained
 _PLAIN = (Choices(), Choices(forward_first=True), Choices(fills=1.0))
+_KEPT = 2  # plans that were the best before: splitting may cost them less
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 
@@ -73,8 +75,9 @@ class OrderProblem:
         if any(cap < 0 for cap in caps):
             return None
         stages = [self._times(plan, stage) for stage in range(plan.num_stages)]
-        forward, inputs, weights = ([row[kind] for row in stages] for kind in range(3))
-        return Task(plan.ranks, PassTimes(forward, inputs, weights), held, caps, self.transfer_s)
+        forward, inputs, weights, whole = ([row[kind] for row in stages] for kind in range(4))
+        times = PassTimes(forward, inputs, weights, whole if self.splits else ())
+        return Task(plan.ranks, times, held, caps, self.transfer_s)
 
     def _times(self, plan: StagePlan, stage: int) -> list[tuple[float, ...]]:
         """Return the seconds of the passes of a stage for each micro-batch, one row per kind of pass."""
@@ -84,20 +87,23 @@ class OrderProblem:
         ranges = [plan.layers(stage, i) for i in range(self.micro_batches)]
         return list(zip(*(self._sums(rank, layers.start, layers.stop) for layers in ranges), strict=True))
 
-    def _sums(self, rank: int, start: int, end: int) -> tuple[float, float, float]:
-        """Return the seconds of a forward pass, and of both parts of a backward pass, of some layers."""
+    def _sums(self, rank: int, start: int, end: int) -> tuple[float, ...]:
+        """Return the seconds of a forward pass, of both parts of a backward pass and of a whole one, of some layers."""
         known = self._known_sums
         if (rank, start, end) not in known:
-            costs = self.costs
-            splits = self.split and bool(costs.weight_s)
-            rows = (costs.forward_s, costs.input_s if splits else costs.backward_s)
-            weight_s = sum(costs.weight_s[rank][start:end]) if splits else 0.0
-            forward_s, input_s = (sum(of_layers[rank][start:end]) for of_layers in rows)
-            known[rank, start, end] = forward_s, input_s, weight_s
+            costs, none = self.costs, ((0.0,) * self.costs.num_layers,) * self.costs.world_size
+            parts = (costs.input_s, costs.weight_s) if self.splits else (costs.backward_s, none)
+            rows = (costs.forward_s, *parts, costs.backward_s)
+            known[rank, start, end] = tuple(sum(of_layers[rank][start:end]) for of_layers in rows)
         return known[rank, start, end]
 
+    @property
+    def splits(self) -> bool:
+        """Whether backward passes are split."""
+        return self.split and bool(self.costs.weight_s)
+
     @cached_property
-    def _known_sums(self) -> dict[tuple[int, int, int], tuple[float, float, float]]:
+    def _known_sums(self) -> dict[tuple[int, int, int], tuple[float, ...]]:
         return {}
 
 
@@ -135,7 +141,7 @@ def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: i
         if search.is_worth_it(bounds[plan]):
             search.improve(plan)
     search.vary(Random(seed))
-    return search.best
+    return search.result()
 
 
 def straight_shapes(costs: LayerCosts, last_rank: int) -> list[tuple[int, ...]]:
@@ -168,6 +174,19 @@ class _Search:
         self._left = _EFFORT
         self._tried: set[StagePlan] = set()
         self.best: OrderPlan | None = None
+        self._before: list[OrderPlan] = []  # what was the best before, the latest first
+
+    def result(self) -> OrderPlan | None:
+        """Return the best plan if backward passes are split only where that is useful; until now it cost nothing."""
+        if self.best is None or not self._problem.splits:
+            return self.best
+        found = []
+        for plan in [self.best, *self._before]:
+            task = self._problem.task(plan.stages)
+            assert task is not None
+            order, step_s = with_whole_passes(plan.order, task.times, task.transfer_s)
+            found.append(replace(plan, order=order, step_s=step_s))
+        return min(found, key=lambda plan: plan.step_s)
 
     def is_worth_it(self, least_s: float) -> bool:
         """Return whether a plan with this bound may be better than the best, and effort is left."""
@@ -236,6 +255,8 @@ class _Search:
             return inf
         order, found_s = found
         if self.best is None or found_s < self.best.step_s * (1 - 1e-9):
+            if self.best is not None:
+                self._before = [self.best, *self._before][:_KEPT]
             self.best = OrderPlan(plan, order, found_s, least_s)
         return found_s
 
