@@ -13,7 +13,7 @@ import pytest
 import torch
 from harness import RankPools
 from orders import random_order, random_ranks
-from profiles import drawn
+from profiles import drawn, thorough
 from torch import Tensor, nn
 
 from lightning_hetero.balance.pipeline.orders.order import Order
@@ -241,11 +241,11 @@ def planned(
     return Case(found.stages, found.order, sizes)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=thorough)])
 def test_orders_on_real_ranks(ranks: RankPools, world_size: int) -> None:
     """Drawn ones, and a V with whole and with split backward passes, which hold no more than they were planned to."""
     v = [
-        planned([2.0, 1.0, 1.0][:world_size], 9, (2, 3, 1, 2, 2, 1), most, split=split, shares=split)
+        planned([2.0, 1.0, 1.0, 1.0][:world_size], 9, (2, 3, 1, 2, 2, 1), most, split=split, shares=split)
         for most, split in ((2, False), (4, True))
     ]
     assert v[1].plan.shared
