@@ -12,11 +12,11 @@ __all__ = ["LayerMove", "layer_moves", "moving_s"]
 
 @dataclass(frozen=True)
 class LayerMove:
-    """A layer that moves from one rank to another.
+    """A layer that moves from one rank to another, or that a second rank gets too.
 
     Attributes:
         layer: Index of the layer.
-        source: Rank that has the layer.
+        source: Rank that has the layer, the first one if two have it.
         target: Rank that gets it.
     """
 
@@ -32,8 +32,13 @@ def layer_moves(before: StagePlan, after: StagePlan) -> tuple[LayerMove, ...]:
         >>> layer_moves(StagePlan((1, 0), (2, 6)), StagePlan((1, 0), (3, 6)))
         (LayerMove(layer=2, source=0, target=1),)
     """
-    old, new = _rank_of_layers(before), _rank_of_layers(after)
-    return tuple(LayerMove(i, a, b) for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+    old, new = _ranks_of_layers(before), _ranks_of_layers(after)
+    return tuple(
+        LayerMove(i, had[0], rank)
+        for i, (had, has) in enumerate(zip(old, new, strict=True))
+        for rank in has
+        if rank not in had
+    )
 
 
 def moving_s(before: StagePlan, after: StagePlan, layers_s: Sequence[float]) -> float:
@@ -47,5 +52,10 @@ def moving_s(before: StagePlan, after: StagePlan, layers_s: Sequence[float]) -> 
     return sum(layers_s[move.layer] for move in layer_moves(before, after))
 
 
-def _rank_of_layers(plan: StagePlan) -> list[int]:
-    return [rank for stage, rank in enumerate(plan.ranks) for _ in plan.layers(stage)]
+def _ranks_of_layers(plan: StagePlan) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in range(plan.num_layers)]
+    for rank in range(plan.world_size):
+        for layer in plan.layers_of(rank):
+            if rank not in found[layer]:
+                found[layer].append(rank)
+    return found

@@ -22,6 +22,7 @@ from math import inf
 from statistics import fmean
 
 from lightning_hetero.balance.pipeline.moves import moving_s
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
@@ -82,8 +83,47 @@ class StageProblem:
         """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""
         times = self.costs.of_stages(plan)
         each = zip(times.forward_s, times.backward_s, strict=True)
-        by_stage = [max(self.micro_batches * (f + b), 1 / _UNITS_PER_S) for f, b in each]
+        by_stage = [max(self.micro_batches * (f + b), self.least_own_s) for f, b in each]
         return tuple(sum(by_stage[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size))
+
+    @property
+    def least_own_s(self) -> float:
+        """Seconds that every rank takes at least, so that its time can be compared with another one."""
+        return 1 / _UNITS_PER_S
+
+    def order_of(self, plan: StagePlan) -> Order | None:  # noqa: ARG002
+        """Return None: all plans run in the order of the pipeline schedule."""
+        return None
+
+    def use(self, plan: StagePlan, order: Order | None) -> None:
+        """Note the order that a plan is to have."""
+
+    def candidates(
+        self,
+        plan: StagePlan,
+        factors: Sequence[float],
+        min_gain: float,  # noqa: ARG002
+    ) -> tuple[StagePlan, ...]:
+        """Return stages of the same ranks that may be faster on devices that take ``factors`` times as long.
+
+        Args:
+            plan: The current stages.
+            factors: Factor of each rank, rank 0 first.
+            min_gain: Gain below which nothing is to be found.
+        """
+        costs = self.costs.times(factors)
+        starts = [plan]
+        try:
+            starts.append(solve_stages(costs, self.memory, plan.ranks[-1], plan.ranks))
+        except InfeasiblePlanError:  # as long as nothing moves, it is as it was
+            return ()
+        arguments = (self.micro_batches, self.schedule, self.memory, self.transfer_s)
+        refined = [refine_stages(costs, start, *arguments, swaps=False) for start in starts]
+        return (*starts, *refined)
+
+    def allows(self, plan: StagePlan) -> bool:
+        """Return whether stages that were current before fit into memory."""
+        return self.memory is None or self.memory.allows(plan)
 
 
 @dataclass(frozen=True)
@@ -99,6 +139,7 @@ class StageDecision:
             until every rank was measured.
         window: The steps to measure next.
         tuned: True, since the first stages are found before the first step.
+        order: The passes of each rank under ``plan``; None for the pipeline schedule.
     """
 
     plan: StagePlan
@@ -108,6 +149,7 @@ class StageDecision:
     factors: tuple[float, ...]
     window: Window
     tuned: bool = True
+    order: Order | None = None
 
 
 class StageRebalancer:
@@ -134,10 +176,10 @@ class StageRebalancer:
         self.moving_factor = 1.0
         self._min_gain = min_gain
         self._watch_steps = watch_steps
-        self._model = StepTimeModel(current.num_stages)
+        self._model = StepTimeModel(current.world_size)
         self._measured: StagePlan | None = None  # the plan of the latest window
-        self._speeds: tuple[float, ...] = (1.0,) * current.num_stages
-        self._bias: dict[StagePlan, tuple[float, ...]] = {current: (1.0,) * current.num_stages}
+        self._speeds: tuple[float, ...] = (1.0,) * current.world_size
+        self._bias: dict[StagePlan, tuple[float, ...]] = {current: (1.0,) * current.world_size}
         self._windows_since_change = COOL_DOWN_WINDOWS
         self._declined: dict[StagePlan, float] = {}
         self._solved: tuple[StagePlan, tuple[float, ...], tuple[StagePlan, ...]] | None = None
@@ -149,6 +191,7 @@ class StageRebalancer:
 
     def follow(self, other: StageRebalancer) -> None:
         """Take over everything but measurements from another rebalancer."""
+        self.problem = other.problem  # which knows the orders of all plans that were found
         self.current, self.exchange_s = other.current, other.exchange_s
         self.remaining_steps, self.moving_factor = other.remaining_steps, other.moving_factor
         self._declined = dict(other._declined)
@@ -163,7 +206,7 @@ class StageRebalancer:
         self._windows_since_change += 1
         if not self._model.ready:
             return self._kept(())
-        doubt = doubt_of(self.current.num_stages, self._model.freedom)
+        doubt = doubt_of(self.current.world_size, self._model.freedom)
         sizes = self._model.samples
         times, deviations = shrink(self._model, fmean(sizes), doubt)
         self._speeds = tuple(time.seconds(n) / n * _UNITS_PER_S for time, n in zip(times, sizes, strict=True))
@@ -182,7 +225,8 @@ class StageRebalancer:
             self.current, self._windows_since_change = target, 0
         else:
             self._declined[target] = gain
-        return replace(self._kept(self._speeds), plan=target, pays=pays, gain=gain, moving_s=takes_s)
+        kept, order = self._kept(self._speeds), self.problem.order_of(target)
+        return replace(kept, plan=target, pays=pays, gain=gain, moving_s=takes_s, order=order)
 
     def _worth_it(self, gain: float, sure: float) -> bool:
         if gain > LARGE_GAIN and sure > 0:
@@ -194,7 +238,7 @@ class StageRebalancer:
         skipped = SETTLE_STEPS
         if factors and not settles:
             step_s = self._step_s(self.current)
-            skipped = steps_between_windows(step_s, self._watch_steps, self.current.num_stages, self.exchange_s)
+            skipped = steps_between_windows(step_s, self._watch_steps, self.current.world_size, self.exchange_s)
         return StageDecision(self.current, True, 0.0, 0.0, factors, Window(skipped, self._watch_steps))
 
     # ---- times -----------------------------------------------------------------------------------------------------
@@ -227,11 +271,11 @@ class StageRebalancer:
 
     def _bias_of(self, plan: StagePlan) -> tuple[float, ...]:
         """Return how many times as long stages take as their layers alone; of unknown plans, as those of this one."""
-        return self._bias.get(plan) or self._bias.get(self.current) or (1.0,) * plan.num_stages
+        return self._bias.get(plan) or self._bias.get(self.current) or (1.0,) * plan.world_size
 
     def _step_s(self, plan: StagePlan, parts: Sequence[float] | None = None) -> float:
         """Return the predicted seconds of a step, where each rank takes only ``parts`` of its time."""
-        parts = parts or [1.0] * plan.num_stages
+        parts = parts or [1.0] * plan.world_size
         factors = [a * b * c for a, b, c in zip(self._speeds, self._bias_of(plan), parts, strict=True)]
         return self.problem.step_s(plan, factors)
 
@@ -266,13 +310,5 @@ class StageRebalancer:
     def _solve(self) -> tuple[StagePlan, ...]:
         problem, plan = self.problem, self.current
         factors = [a * b for a, b in zip(self._speeds, self._bias_of(plan), strict=True)]
-        costs = problem.costs.times(factors)
-        starts = [plan]
-        try:
-            starts.append(solve_stages(costs, problem.memory, plan.ranks[-1], plan.ranks))
-        except InfeasiblePlanError:  # as long as nothing moves, it is as it was
-            return ()
-        arguments = (problem.micro_batches, problem.schedule, problem.memory, problem.transfer_s)
-        refined = [refine_stages(costs, start, *arguments, swaps=False) for start in starts]
-        visited = [p for p in self._bias if problem.memory is None or problem.memory.allows(p)]
-        return tuple(dict.fromkeys((*starts, *refined, *visited)))
+        found = problem.candidates(plan, factors, self._min_gain)
+        return tuple(dict.fromkeys((*found, *(p for p in self._bias if problem.allows(p))))) if found else ()

@@ -123,10 +123,11 @@ class StageWatch:
             self._factors_at_last_change = decision.factors
         if decision.plan == self.plan:
             return None
-        ranks = BatchPlan((1,) * self.plan.num_stages)
+        ranks = BatchPlan((1,) * self.plan.world_size)
         times = [tuple(StepTime(0.0, factor) for factor in factors) for factors in (before, decision.factors)]
         reason = change_reason(decision.gain, ranks, *times)
         if decision.pays:
+            self._problem.use(decision.plan, decision.order)
             self.plan = self._rebalancer.current = decision.plan
             self._factors_at_last_change = decision.factors
         return reason

@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
-from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order
+from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
+from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order, problem_of_way
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
@@ -62,17 +63,21 @@ class PipelineFindings:
         """The passes of each rank; None for a known pipeline schedule."""
         return None if self.choice is None else self.choice.order
 
-    def changed(self, plan: StagePlan, factors: Sequence[float]) -> PipelineFindings:
+    def changed(self, plan: StagePlan, factors: Sequence[float], order: Order | None = None) -> PipelineFindings:
         """Return the findings for other stages, on devices that take ``factors`` times as long as when they were timed.
 
         Args:
             plan: The stages.
             factors: Factor of each rank, rank 0 first.
+            order: The passes of each rank; None for a known pipeline schedule.
         """
-        known = self.problem
+        known, choice, planned_s = self.problem, self.choice, None
         costs = known.costs.times(factors)
-        arguments = (known.micro_batches, known.schedule, known.transfer_s, known.samples, known.memory)
-        return replace(self, plan=plan, costs=costs, advice=advise_pipeline(costs, plan, *arguments))
+        if order is not None and choice is not None:
+            planned_s = known.step_s(plan, factors)
+            choice = replace(choice, stages=plan, order=order, step_s=planned_s)
+        arguments = (known.micro_batches, known.schedule, known.transfer_s, known.samples, known.memory, planned_s)
+        return replace(self, plan=plan, costs=costs, choice=choice, advice=advise_pipeline(costs, plan, *arguments))
 
 
 def find_stages(
@@ -138,14 +143,14 @@ def _decision(
             )
         transfer_s = profiles[0].transfer_s
         last_rank = current.ranks[-1]
-        choice = None
+        choice = problem = None
         if example.training and wanted in ("auto", "v"):
             most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
             limits = (memory, most, bool(split_layers), shared)
             problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
             choice = choose_order(problem, always_v=wanted == "v")
-            plan = choice.stages
+            plan, problem = choice.stages, problem_of_way(problem, choice.name)
         else:
             plan = plan_pipeline(costs, example.micro_batches, schedule, transfer_s, memory, last_rank)
         planned_s = None if choice is None or choice.order is None else choice.step_s
@@ -158,6 +163,8 @@ def _decision(
         moving_s = tuple(seconds * max(times, 1.0) for seconds, times in zip(copy_s, more, strict=True))
         known = (example.micro_batches, example.samples, schedule, transfer_s, memory, moving_s)
         watched = StageProblem(costs, *known)
+        if choice is not None and choice.order is not None and problem is not None:
+            watched = OrderedStageProblem(costs, *known, problem, {plan: choice.order})
         return PipelineFindings(plan, costs, transfer_s, advice, example.training, watched, choice, split_layers)
 
     return decide

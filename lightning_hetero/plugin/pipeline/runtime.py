@@ -20,6 +20,7 @@ from lightning_hetero.distributed.data import single_process
 from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.moving import digest_of_attributes
+from lightning_hetero.distributed.pipeline.passes.sharing import foreign_hook
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call
@@ -196,12 +197,19 @@ class Runtime:
         traces.equalise()
         moves = layer_moves(placement.plan, plan)
         parts = placement.modules_of_layers([move.layer for move in moves])
-        reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(parts)
+        reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(parts) or self._hook_on_shared(plan)
         gathered = all_gather((reason, [self._kept_beside(move.layer) for move in moves]))
         for number, move in enumerate(moves):
             if gathered[move.source][1][number] != gathered[move.target][1][number]:
                 reason = f"layer {move.layer}, which the model does not contain, keeps what it has computed"
         return next((found for found, _ in gathered if found is not None), reason)
+
+    def _hook_on_shared(self, plan: StagePlan) -> str | None:
+        for layer in plan.shared:
+            hook = foreign_hook(self.found.layers[layer])
+            if hook is not None:
+                return f"two ranks would share layer {layer}, on which the hook {hook!r} was registered"
+        return None
 
     def _kept_beside(self, layer: int) -> bytes:
         """Return a digest of what modules of a layer keep that are none of the model's, but made for the pipeline."""

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import inf
+from collections.abc import Sequence
 
 import pytest
 from profiles import drawn, thorough
+from simulation.watched_stages import simulate
 
 from lightning_hetero.balance.pipeline.moves import LayerMove, layer_moves, moving_s
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageProblem
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
-from lightning_hetero.balance.pipeline.stage_watch import StageReport, StageWatch
+from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.types import StepTiming, WindowTiming
-
-Factors = Callable[[int], Sequence[float]]
-Bias = Callable[[StagePlan, int], float]
 
 
 def problem_of(
@@ -32,78 +27,6 @@ def problem_of(
 ) -> StageProblem:
     costs = LayerCosts.of_speeds([(s / 3, s * 2 / 3) for s in layers], speeds)
     return StageProblem(costs, micro_batches, 32, "1f1b", 0.0001, memory, (moving_s,) * len(layers))
-
-
-@dataclass
-class Run:
-    """A simulated training."""
-
-    plans: list[StagePlan] = field(default_factory=list)  # of each step
-    reasons: list[tuple[int, str]] = field(default_factory=list)
-    measured: int = 0
-    exchanges: int = 0
-
-
-def unbiased(_: StagePlan, __: int) -> float:
-    return 1.0
-
-
-def simulate(
-    problem: StageProblem,
-    plan: StagePlan,
-    factors: Factors,
-    steps: int = 200,
-    jitter: float = 0.02,
-    *,
-    seed: int = 0,
-    bias: Bias = unbiased,
-    asynchronous: bool = False,
-    slack: float = 0.0,
-    remaining: float = inf,
-    exchange_s: float = 0.0005,
-) -> Run:
-    """Train with ranks that take ``factors(step)`` times as long as they did before the first step.
-
-    Args:
-        problem: What was known.
-        plan: The first stages.
-        factors: Factors of the ranks in a step.
-        steps: Number of steps.
-        jitter: Relative standard deviation of a rank's own time from step to step.
-        seed: Seed of the jitter.
-        bias: Factor of a rank under a plan besides.
-        asynchronous: Whether devices work asynchronously to their hosts.
-        slack: Part of its time that a rank that waits does not show while hosts do not wait for devices.
-        remaining: Number of steps that are left at the beginning.
-        exchange_s: Seconds of an exchange.
-    """
-    generator = random.Random(seed)
-    watch = StageWatch(problem, plan, 0.05, 10, asynchronous=asynchronous)
-    ranks = range(plan.num_stages)
-    timings: list[list[StepTiming]] = [[] for _ in ranks]
-    run = Run()
-    for step in range(steps):
-        if watch.is_due:
-            run.exchanges += 1
-            reports = [StageReport(watch.summary(timings[rank]), exchange_s, remaining - step) for rank in ranks]
-            reports = [StageReport.from_numbers(report.to_numbers()) for report in reports]
-            decision = watch.decide(reports)
-            reason = watch.follow(decision)
-            if reason is not None:
-                run.reasons.append((step, reason))
-            timings = [[] for _ in ranks]
-        run.plans.append(watch.plan)
-        if watch.measures:
-            run.measured += 1
-            own = [s * f for s, f in zip(problem.own_s(watch.plan), factors(step), strict=True)]
-            for rank in ranks:
-                waits = 1 - own[rank] / max(own)
-                hidden = 1 - slack * (waits > 0.02) if asynchronous and not watch.synchronised else 1.0
-                noise = max(generator.gauss(1.0, jitter), 0.1)
-                own_s = own[rank] * bias(watch.plan, rank) * noise * hidden
-                timings[rank].append(StepTiming(problem.samples, own_s))
-        watch.step_ended()
-    return run
 
 
 def optimum_s(problem: StageProblem, factors: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["PipelineChoice", "choose_order"]
+__all__ = ["PipelineChoice", "choose_order", "problem_of_way"]
 
 _NEARLY = 1.02  # times as long as the shortest step: worth being simpler
 _SHORT_PASS_S = 0.003  # what it takes to send more messages is then no longer small
@@ -119,10 +119,19 @@ def _planned_with_shared(problem: OrderProblem, shortest_s: float) -> Iterator[P
 
 def _plan(problem: OrderProblem, name: str) -> OrderPlan | None:
     """Return the best plan of a way to run a pipeline; None if there is none."""
+    shapes = (v_shapes if "v" in name.split() else straight_shapes)(problem.costs, problem.last_rank)
+    return plan_order(problem_of_way(problem, name), shapes) if shapes else None
+
+
+def problem_of_way(problem: OrderProblem, name: str) -> OrderProblem:
+    """Return what the search for a way to run a pipeline is about.
+
+    Args:
+        problem: What is known.
+        name: Name of the way, as in :class:`PipelineChoice`.
+    """
     parts = name.split()
-    shapes = (v_shapes if "v" in parts else straight_shapes)(problem.costs, problem.last_rank)
-    problem = replace(problem, split="split" in parts, shared=problem.shared if "shared" in parts else ())
-    return plan_order(problem, shapes) if shapes else None
+    return replace(problem, split="split" in parts, shared=problem.shared if "shared" in parts else ())
 
 
 def _shared_by(stages: StagePlan, micro_batches: int) -> str:

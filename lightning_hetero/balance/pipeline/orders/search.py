@@ -25,7 +25,7 @@ from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 __all__ = ["OrderPlan", "OrderProblem", "plan_order", "straight_shapes", "v_shapes"]
 
-_EFFORT = 60_000  # passes that are scheduled in a search: some half a second
+_EFFORT = 60_000  # passes that are scheduled in a search: a few tenths of a second
 _BISECTIONS = 40
 _PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # of its work, that a rank with both ends has in its first stage
 _CLOSE = 1.001  # of the bound: nothing is to be gained
@@ -124,7 +124,9 @@ class OrderPlan:
     bound_s: float
 
 
-def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> OrderPlan | None:
+def plan_order(
+    problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: int = 0, effort: int | None = None
+) -> OrderPlan | None:
     """Return the best stages and order that were found; None if nothing fits into memory.
 
     The same arguments give the same result, because the effort is counted and not timed.
@@ -133,8 +135,9 @@ def plan_order(problem: OrderProblem, shapes: Sequence[tuple[int, ...]], seed: i
         problem: What the search is about.
         shapes: Ranks of the stages, for each shape that is tried; see :func:`straight_shapes` and :func:`v_shapes`.
         seed: Seed of the random choices.
+        effort: Number of passes that may be scheduled; by default such that it takes less than half a second.
     """
-    search = _Search(problem)
+    search = _Search(problem, _EFFORT if effort is None else effort)
     starts = {plan for shape in shapes for plan in _starts(problem, shape) if plan is not None}
     bounds = {plan: bound_s(task) for plan in starts if (task := problem.task(plan)) is not None}
     for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends, plan.lent)):
@@ -167,11 +170,12 @@ class _Search:
 
     Args:
         problem: What the search is about.
+        effort: Number of passes that may be scheduled.
     """
 
-    def __init__(self, problem: OrderProblem) -> None:
+    def __init__(self, problem: OrderProblem, effort: int) -> None:
         self._problem = problem
-        self._left = _EFFORT
+        self._left = effort
         self._tried: set[StagePlan] = set()
         self.best: OrderPlan | None = None
         self._before: list[OrderPlan] = []  # what was the best before, the latest first

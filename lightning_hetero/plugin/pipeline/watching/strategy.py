@@ -108,8 +108,7 @@ class WatchingStrategy(SavingStrategy):
                 running.move(self.plan, self.optimizers)
             if self.verbose:
                 report_findings(module.trainer, self.findings)
-        # other stages would need another order
-        if training and self.watch_steps and self._watcher is None and self.findings.order is None:
+        if training and self.watch_steps and self._watcher is None:
             self._watcher = StageWatcher(
                 module.trainer, running, self.findings, self.min_gain, self.watch_steps, self.root_device,
                 verbose=self.verbose,

@@ -129,11 +129,13 @@ class StageWatcher:
         self, watch: StageWatch, decision: StageDecision, reason: str, optimizers: Sequence[Optimizer], step: int
     ) -> None:
         begun_s = time.perf_counter()
+        if decision.order is not None:
+            self._running.reorder(decision.order, self.findings.split_layers)
         self._running.move(decision.plan, optimizers)
         all_wait()
         seconds = time.perf_counter() - begun_s
         watch.moved_in(seconds, decision)
-        self.findings = self.findings.changed(decision.plan, decision.factors)
+        self.findings = self.findings.changed(decision.plan, decision.factors, decision.order)
         self.changes.append(StageChange(step, decision.plan, reason, seconds))
         if self._verbose:
             say(

@@ -1,0 +1,100 @@
+"""Stages in a planned order follow devices that change, and stay where nothing is to be gained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from profiles import drawn, thorough
+from simulation.watched_stages import simulate
+
+from lightning_hetero.balance.pipeline.moves import LayerMove, layer_moves
+from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
+from lightning_hetero.balance.pipeline.orders.proof import verify_order
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
+
+
+@cache
+def problem_of(speeds: tuple[float, ...], *, v: bool, shares: bool, in_example: int = 8) -> OrderedStageProblem:
+    costs = LayerCosts.of_speeds([(0.003, 0.006)] * 12, speeds)
+    costs = replace(costs, input_s=costs.forward_s, weight_s=costs.forward_s)
+    shared = tuple(range(12)) if shares else ()
+    searched = OrderProblem(costs, 8, 0, 0.0001, None, 6, split=shares, shared=shared)
+    found = plan_order(searched, (v_shapes if v else straight_shapes)(costs, 0), effort=12_000)
+    assert found is not None
+    known = (in_example, 32, "1f1b", 0.0001, None, (0.01,) * 12)
+    return OrderedStageProblem(costs, *known, searched, {found.stages: found.order})  # type: ignore[arg-type]
+
+
+def first_of(problem: OrderedStageProblem) -> StagePlan:
+    first, *_ = problem.orders
+    return first
+
+
+def fresh(problem: OrderedStageProblem) -> OrderedStageProblem:
+    first = first_of(problem)
+    return replace(problem, orders={first: problem.orders[first]})
+
+
+WAYS = [
+    pytest.param((2.0, 1.0), True, False),
+    pytest.param((2.0, 1.0, 1.0), True, True),
+    pytest.param((2.0, 1.0, 1.0), False, True, marks=thorough),
+]
+
+
+@pytest.mark.parametrize(("speeds", "v", "shares"), WAYS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_that_slows_down_is_relieved_and_gets_its_layers_back(
+    speeds: tuple[float, ...], v: bool, shares: bool, asynchronous: bool
+) -> None:
+    problem = fresh(problem_of(speeds, v=v, shares=shares))
+    first, usual = first_of(problem), [1.0] * len(speeds)
+    slowed = [*usual[:-1], 2.0]
+    run = simulate(
+        problem, first, lambda step: slowed if 60 <= step < 160 else usual, 400, 0.02, asynchronous=asynchronous
+    )
+    assert {*run.plans[:60]} == {first}
+    relieved, last = run.plans[120], run.plans[-1]
+    assert "takes 2.0" in run.reasons[0][1] or "takes 1.9" in run.reasons[0][1]
+    again = plan_order(replace(problem.searched, costs=problem.costs.times(slowed)), [first.ranks], effort=12_000)
+    assert again is not None
+    assert problem.step_s(relieved, slowed) <= 1.10 * again.step_s < problem.step_s(first, slowed)
+    assert problem.step_s(last, usual) <= 1.10 * problem.step_s(first, usual)
+    assert len(run.reasons) <= 4
+    for plan in {*run.plans}:
+        order = problem.order_of(plan)
+        assert order is not None
+        assert order.ranks == plan.ranks == first.ranks
+        verify_order(order)
+
+
+@pytest.mark.parametrize(("speeds", "v", "shares"), WAYS)
+def test_chance_moves_nothing_and_costs_no_search(speeds: tuple[float, ...], v: bool, shares: bool) -> None:
+    problem = fresh(problem_of(speeds, v=v, shares=shares))
+    for seed in range(drawn(2, 50)):
+        run = simulate(problem, first_of(problem), lambda _: [1.0] * len(speeds), 600, 0.03, seed=seed)
+        assert not run.reasons
+    assert len(problem.orders) <= 2
+
+
+def test_times_are_those_of_the_passes_in_their_order() -> None:
+    problem = problem_of((2.0, 1.0), v=True, shares=False)
+    first = first_of(problem)
+    layers = [sum(len(first.layers(stage)) for stage in first.stages_of(rank)) for rank in range(2)]
+    each = [8 * count * 0.009 / speed for count, speed in zip(layers, (2.0, 1.0), strict=True)]
+    assert problem.own_s(first) == pytest.approx(each)
+    assert max(each) <= problem.step_s(first, (1.0, 1.0)) <= 1.1 * max(each)
+    few = problem_of((2.0, 1.0), v=True, shares=False, in_example=4)
+    assert few.own_s(first) == pytest.approx([seconds / 2 for seconds in each]), "of a step with fewer micro-batches"
+
+
+def test_a_layer_that_a_second_rank_gets_too_moves() -> None:
+    before = StagePlan((0, 1, 0), (2, 4, 6))
+    after = StagePlan((0, 1, 0), (2, 4, 6), ((0,), ()))
+    assert layer_moves(before, after) == (LayerMove(2, 1, 0),)
+    assert layer_moves(after, before) == (), "whoever has it keeps it"
+    assert layer_moves(after, StagePlan((0, 1, 0), (3, 4, 6))) == ()
+    assert layer_moves(before, StagePlan((0, 1, 0), (1, 4, 6), ((), (0,)))) == (LayerMove(1, 0, 1), LayerMove(4, 0, 1))
