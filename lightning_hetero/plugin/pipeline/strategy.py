@@ -63,7 +63,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
             micro-batches, as far as memory allows, and each rank may compute gradients of parameters later than those
             that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
             and where `splits` or `speeds` give the stages. In such an order, two ranks may share the layer between
-            them: each runs it for some of the micro-batches. Layers do not move in a planned order.
+            them: each runs it for some of the micro-batches.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,

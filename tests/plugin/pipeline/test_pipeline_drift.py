@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,10 +21,15 @@ from training import assert_close, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
 from lightning_hetero.balance.pipeline import stage_rebalancer
+from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, v_shapes
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.balance.types import StepTiming, WindowTiming
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
+from lightning_hetero.plugin.pipeline import planning
+from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.testing import SlowLayers
 
 # ---- what cannot move ------------------------------------------------------------------------------------------------
@@ -140,9 +146,32 @@ class Drifted:
     parameters: list[float]
 
 
-def drift(folder: str, moving_s: float) -> Drifted:
+def choose_shared(problem: OrderProblem, *, always_v: bool) -> PipelineChoice:
+    """Choose a V with backward passes in two parts and shared layers, whatever is predicted."""
+    assert problem.split
+    assert problem.shared
+    problem = replace(problem, most_held=4)
+    plan = plan_order(problem, v_shapes(problem.costs, problem.last_rank), effort=8_000)
+    assert plan is not None
+    return PipelineChoice("shared split v", plan.stages, plan.order, plan.step_s, "")
+
+
+def steady(measured: LayerProfile) -> LayerProfile:
+    """Return the times of equal layers, whatever else ran on this machine when they were measured."""
+    split = [seconds > 0 for seconds in measured.weight_s]
+    return replace(
+        measured,
+        forward_s=(0.001,) * len(split),
+        backward_s=(0.002,) * len(split),
+        input_s=tuple(0.001 if is_split else 0.002 for is_split in split),
+        weight_s=tuple(0.001 if is_split else 0.0 for is_split in split),
+        transfer_s=0.00001,
+    )
+
+
+def drift(folder: str, moving_s: float, *, planned: bool = False) -> Drifted:
     world_size = dist.get_world_size()
-    strategy = HeteroPipelineStrategy(num_microbatches=4)
+    strategy = HeteroPipelineStrategy(num_microbatches=4, schedule="auto" if planned else "1f1b")
     recorder = PipelineRecorder(step=5, record=folder)
     slow = SlowLayers([1.0] * world_size, seconds_per_sample=0.0001)
     trainer = make_trainer(strategy, world_size, [slow, recorder], max_steps=110)
@@ -163,7 +192,10 @@ def drift(folder: str, moving_s: float) -> Drifted:
         ended(watch)
 
     begun = mock.patch.object(StageWatch, "step_ended", note)
-    with said, moving, begun, known_times(factors):
+    chosen = mock.patch.object(planning, "choose_order", choose_shared)
+    profile = LayerProfile.from_numbers
+    times = mock.patch.object(LayerProfile, "from_numbers", lambda numbers: steady(profile(numbers)))
+    with said, moving, begun, known_times(factors), chosen, times if planned else nullcontext():
         trainer.fit(module, data(40))
     assert strategy.findings is not None
     assert strategy.findings.plan == strategy.plan == plans[-1]
@@ -189,6 +221,51 @@ def test_a_slow_device_gets_fewer_layers_until_it_has_recovered(
     held = [StagePlan(stages.ranks, stages.ends) for stages in (*record.earlier_stages, record.stages)]
     assert held == [outcome.first, *(plan for _, plan in outcome.changes)]
     assert "layers have moved before step" in record.stages.sentences[0]
+
+
+def drift_in_order(folder: str) -> tuple[Drifted, list[Any]]:
+    """Return also the orders that the rank was told to run."""
+    used: list[Any] = []
+    reorder = Runtime.reorder
+
+    def note(runtime: Runtime, schedule: Any, split_layers: Any) -> None:
+        used.append(schedule)
+        reorder(runtime, schedule, split_layers)
+
+    with mock.patch.object(Runtime, "reorder", note):
+        return drift(folder, 0.0, planned=True), used
+
+
+def test_stages_in_a_planned_order_follow_devices_with_a_new_order(ranks: RankPools, tmp_path: Path) -> None:
+    expected = flat(alone("adamw", 110))
+    found = ranks.run(2, drift_in_order, str(tmp_path))
+    for outcome, used in found:
+        (slowed, relieved), *_ = outcome.changes
+        assert slowed <= 60
+        assert work_of(relieved)[-1] < work_of(outcome.first)[-1]
+        assert relieved.ranks == outcome.first.ranks == (0, 1, 0)
+        assert "rank 1 takes 3.00 times as long as before" in outcome.lines[0]
+        assert_close(outcome.parameters, expected)
+        assert used == found[0][1], "all ranks run the same orders"
+        assert len(used) == 1 + len(outcome.changes)
+    assert any(plan.shared for _, plan in (*found[0][0].changes, (0, found[0][0].first)))
+
+
+def work_of(plan: StagePlan) -> list[int]:
+    """Return how many layers each rank runs in four micro-batches."""
+    runs = [sum(len(plan.layers(stage, i)) for i in range(4)) for stage in range(plan.num_stages)]
+    return [sum(runs[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size)]
+
+
+def test_a_layer_with_a_hook_is_not_shared_later() -> None:
+    layers = [torch.nn.Linear(2, 2) for _ in range(4)]
+    runtime: Any = SimpleNamespace(found=SimpleNamespace(layers=layers))
+    plan = StagePlan((0, 1), (2, 4), ((1,),))
+    assert Runtime._hook_on_shared(runtime, plan) is None
+    layers[1].register_forward_hook(lambda *_: None)
+    assert Runtime._hook_on_shared(runtime, plan) is None
+    layers[2].register_forward_hook(lambda *_: None)
+    assert "share layer 2, on which the hook" in str(Runtime._hook_on_shared(runtime, plan))
 
 
 @thorough  # the rule itself is tested without ranks
