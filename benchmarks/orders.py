@@ -1,4 +1,7 @@
-"""Compare orders of passes through the Trainer, on devices of known speed, with each other and with the limit."""
+"""Compare orders of passes through the Trainer, on devices of known speed, with each other and with the limit.
+
+Torch's zero-bubble schedules, which know of no unequal devices, run in the same processes, in turn.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from statistics import median
 from typing import Any, get_args
 
 import torch.distributed as dist
-from pipeline import LAYERS, MICRO_BATCHES, STEPS, train
+from pipeline import FEATURES, LAYERS, MICRO_BATCHES, STEPS, train
 from scenarios import Scenario
+from zero_bubble import ZERO_BUBBLE, zero_bubble_s
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
@@ -17,9 +21,9 @@ ROUNDS = 3
 
 
 def measure_orders(scenario: Scenario) -> dict[str, Any]:
-    """Return for each schedule the measured and the predicted fraction of the limit, and what was chosen."""
+    """Return the measured fraction of the limit for each schedule, for ours the predicted one, and what was chosen."""
     limit_s = LAYERS * scenario.seconds_per_sample * scenario.batch_size / sum(1 / f for f in scenario.factors)
-    seconds: dict[str, list[float]] = {name: [] for name in SCHEDULES}
+    seconds: dict[str, list[float]] = {name: [] for name in (*SCHEDULES, *ZERO_BUBBLE)}
     predicted: dict[str, list[float]] = {name: [] for name in SCHEDULES}
     chosen: dict[str, list[str]] = {name: [] for name in SCHEDULES}
     for _ in range(ROUNDS):
@@ -33,6 +37,8 @@ def measure_orders(scenario: Scenario) -> dict[str, Any]:
             layers = ":".join(f"{layers_of(findings.plan, stage):g}" for stage in range(findings.plan.num_stages))
             chosen[name].append(f"{way} {layers}")
             dist.barrier()
+        for name in ZERO_BUBBLE:
+            seconds[name].append(zero_bubble_s(scenario, name, LAYERS, FEATURES, MICRO_BATCHES, STEPS))
     return {
         "limit_s": limit_s,
         "micro_batches": MICRO_BATCHES,

@@ -104,7 +104,8 @@ Twelve equal layers, {micro_batches} micro-batches, through the Trainer: the par
 reaches, measured and, in brackets, predicted; medians of {rounds} rounds of {steps} steps. The limit is the time in
 which the devices would compute all passes if none ever waited. Factors say how many times as long each device takes,
 rank 0 first; *chosen* is what `"auto"` has taken, with the layers of its stages. Two ranks may share a layer, so these
-may be fractions.
+may be fractions. The columns of torch are its own zero-bubble schedules with two equal stages per rank, in a plain loop
+without the Trainer.
 
 """
 DRIFT = """
@@ -242,9 +243,11 @@ def pipeline_text(of_splits: dict[str, dict[str, Any]], trainer: dict[str, Any])
 def orders_text(results: dict[str, dict[str, Any]]) -> str:
     """Describe what orders of passes reach."""
     names = orders.SCHEDULES
-    lines = f"| factors | {' | '.join(names)} | chosen |\n{'|---' * (len(names) + 2)}|\n"
+    columns = ["factors", *names, *orders.ZERO_BUBBLE, "chosen"]
+    lines = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
     for scenario, r in results.items():
-        values = " | ".join(f"{r['measured'][name]:.3f} ({r['predicted'][name]:.3f})" for name in names)
+        own = [f"{r['measured'][name]:.3f} ({r['predicted'][name]:.3f})" for name in names]
+        values = " | ".join([*own, *(f"{r['measured'][name]:.3f}" for name in orders.ZERO_BUBBLE)])
         chosen = " or ".join(r["chosen"]["auto"])
         lines += f"| {scenario.removeprefix('orders ')} | {values} | {chosen} |\n"
     text = ORDERS.format(micro_batches=pipeline.MICRO_BATCHES, rounds=orders.ROUNDS, steps=pipeline.STEPS - 1)
