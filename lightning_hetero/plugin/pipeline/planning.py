@@ -147,7 +147,9 @@ def _decision(
         if example.training and wanted in ("auto", "v"):
             most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
-            limits = (memory, most, bool(split_layers), shared)
+            # their gradients are added up, and after the optimiser's step one rank sends the other its parameters
+            sharing_s = tuple(2 * n * kept.byte_s for n in kept.parameter_bytes)
+            limits = (memory, most, bool(split_layers), shared, sharing_s)
             problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
             choice = choose_order(problem, always_v=wanted == "v")
             plan, problem = choice.stages, problem_of_way(problem, choice.name)
