@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection, R2Score
+from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
@@ -34,6 +34,7 @@ class Case:
     optimizer: str = "adamw"
     terms: bool = False
     epochs: int = 2
+    shuffle: bool = True
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -60,7 +61,7 @@ class Deep(LightningModule):
         self.register_buffer("shift", torch.rand(FEATURES, dtype=torch.float64))
         self.case = case
         self.error, self.mean = MeanAbsoluteError(), MeanMetric()
-        self.several = MetricCollection({"r2": R2Score(), "mae": MeanAbsoluteError()})
+        self.several = MetricCollection({"rms": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()})
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, weight = batch
@@ -155,7 +156,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
         )  # fmt: skip
     model = Deep(case)
     torch.manual_seed(11)
-    trainer.fit(model, loader_of(case), loader_of(case, 11), ckpt_path=resume)
+    trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if save is not None:
         trainer.save_checkpoint(save)

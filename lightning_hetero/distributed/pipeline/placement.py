@@ -250,7 +250,7 @@ class TensorPlacement:
             optimizers: The optimisers.
             layers: The layers in a new order; None if it is the same.
         """
-        tensors = list(self._tensors())
+        tensors, had_replicas = list(self._tensors()), self.has_replicas
         before = self._owners_of_tensors(self.plan)
         if layers is not None:
             self._layers = list(layers)
@@ -279,6 +279,9 @@ class TensorPlacement:
                     send(parcel, target)
                 elif self._rank == target:
                     self._take(tensor, receive(old[0], tensor), optimizers)
+        for tensor in tensors if self.has_replicas and not had_replicas else ():
+            if id(tensor) in self._everywhere:  # only one rank has run whole steps with them
+                equalise(tensor, self._owners[id(tensor)])
 
     def _take(self, tensor: Tensor, received: Unpacked, optimizers: Sequence[Optimizer]) -> None:
         swap(tensor, like(tensor, received.value.to(self._device)))

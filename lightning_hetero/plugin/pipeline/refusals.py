@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hetero.distributed.optimizer_check import why_whole_model
@@ -16,7 +17,15 @@ from lightning_hetero.distributed.torch_private import has_hooks
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.parts_of_model import why_not_with
 
-__all__ = ["refuse_backend", "refuse_divided_data", "refuse_optimizers", "refuse_tensor_hooks", "refuse_training"]
+__all__ = [
+    "refuse_backend",
+    "refuse_divided_data",
+    "refuse_foreign_parameters",
+    "refuse_optimizers",
+    "refuse_sparse_gradients",
+    "refuse_tensor_hooks",
+    "refuse_training",
+]
 
 
 def refuse_training(
@@ -85,6 +94,36 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
             raise UnsupportedFeatureError(
                 f"`hetero_pipeline` cannot train with {name}, which {reason}. Each stage steps the parameters of"
                 f" its own layers. Use another optimiser."
+            )
+
+
+def refuse_foreign_parameters(module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimisers of tensors that the module does not have, whose gradients replicas would not add up.
+
+    Raises:
+        UnsupportedFeatureError: One of them has such a tensor.
+    """
+    known = {id(parameter) for parameter in module.parameters()}
+    for optimizer in optimizers:
+        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+            raise UnsupportedFeatureError(
+                f"`hetero_pipeline` with `replicas` adds up the gradients of the parameters of the module, got a tensor"
+                f" in {type(optimizer).__name__} that is none of them. Assign it to the module as an nn.Parameter, or"
+                f" use `replicas=1`."
+            )
+
+
+def refuse_sparse_gradients(module: LightningModule) -> None:
+    """Refuse embeddings with sparse gradients, which replicas cannot add up.
+
+    Raises:
+        UnsupportedFeatureError: There is one.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and part.weight.requires_grad:
+            raise UnsupportedFeatureError(
+                f"`hetero_pipeline` with `replicas` cannot add up sparse gradients, got {name!r} with `sparse=True`."
+                f" Leave that out, or use `replicas=1`."
             )
 
 

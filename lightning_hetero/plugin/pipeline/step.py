@@ -58,6 +58,11 @@ _USED_BEFORE = (
     " got one that is on the last stage. Make the code that uses it the model's first layer."
 )
 
+_SETTINGS = (
+    "`hetero_pipeline` with `replicas` cannot train with a step that changes settings of an optimiser, or which"
+    " parameters are trained, to other values for each micro-batch. Change them in a hook, or use `replicas=1`."
+)
+
 
 class _Called(BaseException):
     """The model was called; the code after the call must not run."""
@@ -222,21 +227,19 @@ class PipelineStep:
     def _hear_replicas(self, own: StepRecord, log: LogCapture, sizes: Sequence[int], weights: Sequence[float]) -> None:
         """Add what the last ranks of the other replicas have recorded."""
         settings = self.traces.settings()
-        differs = False
+        refusal: str | None = None
         for source in self._seat.others:
             heard = StepRecord.received(source, self._module.device)
             first = len(own.outputs)
             these = slice(first, first + len(heard.outputs))
             own.outputs += heard.outputs
             repeat(heard, self._metrics, log, sizes[these], weights[these])
-            self._module.trainer.should_stop |= heard.settings[0]
-            differs |= bool(heard.outputs) and heard.settings[1:] != settings[1:]
-        if differs:
-            self._telling.refuse(
-                "`hetero_pipeline` with `replicas` cannot train with a step that changes settings of an optimiser, or"
-                " which parameters are trained, to other values for each micro-batch. Change them in a hook, or use"
-                " `replicas=1`."
-            )
+            refusal = refusal or heard.refusal
+            if heard.outputs:
+                self._module.trainer.should_stop |= heard.settings[0]
+                refusal = refusal or (_SETTINGS if heard.settings[1:] != settings[1:] else None)
+        if refusal is not None:
+            self._telling.refuse(refusal)
 
     def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
         """Run a step without gradients.

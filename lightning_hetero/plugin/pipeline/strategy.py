@@ -31,7 +31,13 @@ from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
-from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_tensor_hooks, refuse_training
+from lightning_hetero.plugin.pipeline.refusals import (
+    refuse_foreign_parameters,
+    refuse_optimizers,
+    refuse_sparse_gradients,
+    refuse_tensor_hooks,
+    refuse_training,
+)
 from lightning_hetero.plugin.pipeline.replicas.arguments import check_division, check_replicas
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.pipeline.watching.strategy import WatchingStrategy
@@ -243,6 +249,9 @@ class HeteroPipelineStrategy(WatchingStrategy):
         super().setup_optimizers(trainer)
         if self.world_size > 1:
             refuse_optimizers(self.optimizers)
+        if self.replica_plan is not None:
+            refuse_foreign_parameters(self._module, self.optimizers)
+            refuse_sparse_gradients(self._module)
 
     @override
     def setup_precision_plugin(self) -> None:

@@ -6,6 +6,7 @@ metrics, is repeated there in the order of the samples, as if all micro-batches 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from torchmetrics import Metric
 
 from lightning_hetero.distributed.pipeline.shared_value import receive, send
 from lightning_hetero.distributed.pipeline.structure import mapped, tensors_of
-from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden, overridden_method
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.step.log_capture import LogCapture
@@ -79,12 +79,14 @@ class StepRecord:
         events: What each micro-batch has logged and given to metrics, in this order.
         losses: Names of logged values that are the loss.
         settings: Settings of the Trainer and its optimisers after the step; see ``StepTraces.settings``.
+        refusal: Why the step cannot be trained with replicas; None if it can.
     """
 
     outputs: list[Any] = field(default_factory=list)
     events: list[list[_MetricCall | _Logged]] = field(default_factory=list)
     losses: set[str] = field(default_factory=set)
     settings: Any = None
+    refusal: str | None = None
 
     @classmethod
     def received(cls, source: int, device: torch.device) -> StepRecord:
@@ -94,18 +96,15 @@ class StepRecord:
         return found
 
     def sent(self, target: int, device: torch.device) -> None:
-        """Send the record to the last rank of the first replica.
-
-        Raises:
-            UnsupportedFeatureError: The step returns or logs what cannot be sent.
-        """
+        """Send the record to the last rank of the first replica, or why there is none."""
         try:
-            send(self, target, device)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise UnsupportedFeatureError(
+            send(self if self.refusal is None else StepRecord(refusal=self.refusal), target, device)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            refusal = (
                 f"`hetero_pipeline` with `replicas` sends what a training step returns and gives to metrics to rank 0,"
                 f" and cannot send this: {error}. Return tensors and plain values, or use `replicas=1`."
-            ) from error
+            )
+            send(StepRecord(refusal=refusal), target, device)
 
 
 class StepRecorder:
@@ -127,11 +126,7 @@ class StepRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what a step does in this context, and undo what it does to metrics.
-
-        Raises:
-            UnsupportedFeatureError: It updates a metric that the module does not have.
-        """
+        """Record what a step does in this context, and undo what it does to metrics."""
         numbers = {id(one): number for number, one in enumerate(self._objects)}
         with ExitStack() as stack:
             stack.enter_context(overridden(self._module, "log", self._log))
@@ -139,14 +134,14 @@ class StepRecorder:
                 for name in ("forward", "update"):
                     stack.enter_context(overridden_method(one, name, partial(self._call, one, numbers[id(one)], name)))
                 for name in ("compute", "reset"):
-                    stack.enter_context(overridden_method(one, name, partial(self._refuse, one, name)))
+                    stack.enter_context(overridden_method(one, name, partial(self._call_refused, one, name)))
             # ends first, since it restores the attributes that there were in this context
             updates = stack.enter_context(discarded_metrics(self._module))
             yield
             known = {id(part) for one in self._objects for part in one.modules()}
             unknown = [changed for changed in updates.changed if id(changed) not in known]
         if unknown:
-            raise UnsupportedFeatureError(_not_of_module(unknown[0]))
+            self._refuse(_not_of_module(unknown[0]))
 
     def next_micro_batch(self) -> None:
         """Note that the step runs for another micro-batch now."""
@@ -162,8 +157,8 @@ class StepRecorder:
         if isinstance(leaf, Metric):
             number = next((number for number, one in enumerate(self._objects) if one is leaf), None)
             if number is None:
-                raise UnsupportedFeatureError(_not_of_module(leaf))
-            return _Itself(number)
+                self._refuse(_not_of_module(leaf))
+            return _Itself(number or 0)
         tensor, returned = self._returned.get(id(leaf), (None, None))
         return returned if tensor is leaf and returned is not None else _copy(leaf)
 
@@ -183,13 +178,17 @@ class StepRecorder:
             self._returned[id(tensor)] = tensor, _Returned(len(events) - 1, position)
         return returned
 
-    def _refuse(self, one: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._depth:
-            return method(*args, **kwargs)
-        raise UnsupportedFeatureError(
-            f"`hetero_pipeline` with `replicas` cannot call `{name}` of {type(one).__name__} within a training step,"
-            f" because each replica has seen other samples. Call it in a hook, or use `replicas=1`."
-        )
+    def _call_refused(self, one: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._depth:
+            self._refuse(
+                f"`hetero_pipeline` with `replicas` cannot call `{name}` of {type(one).__name__} within a training"
+                f" step, because each replica has seen other samples. Call it in a hook, or use `replicas=1`."
+            )
+        return method(*args, **kwargs)
+
+    def _refuse(self, message: str) -> None:
+        """Refuse the step when it is over, on every rank."""
+        self.record.refusal = self.record.refusal or message
 
 
 def repeat(
