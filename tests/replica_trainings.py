@@ -161,7 +161,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
     if save is not None:
         trainer.save_checkpoint(save)
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
-    predictions: list[Any] = trainer.predict(model, loader_of(case, 11, shuffle=False)) or []
+    predictions: list[Any] = trainer.predict(model, loader_of(case, 2 * case.batch_size + 3, shuffle=False)) or []
     plan = None if strategy is None else strategy.replica_plan
     return Outcome(seen.losses, seen.found, metrics, parameters, predictions, plan)
 
