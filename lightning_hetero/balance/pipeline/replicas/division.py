@@ -3,8 +3,8 @@
 The time of a replica grows with its samples, but it need not be a line: the best stages change, a replica with few
 samples has fewer micro-batches, and memory sets a limit. So lines through two points near the latest division give the
 next one (``batch_solver``), until it stays the same. Then single samples move from the slowest replica to others as
-long as the slowest one gets faster. Where no such move helps, no other division is better: it would give another replica
-more samples than now, and that one would end no earlier than the slowest does now.
+long as the slowest one gets faster. Where no such move helps, no other division is better: it would give another
+replica more samples than now, and that one would end no earlier than the slowest does now.
 """
 
 from __future__ import annotations
