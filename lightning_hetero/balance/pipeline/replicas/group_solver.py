@@ -99,6 +99,40 @@ class GroupSolver:
             self._found[key] = self._solved(order, samples)
         return self._found[key]
 
+    def alternatives(
+        self, ranks: tuple[int, ...], plan: StagePlan, samples: int, within_s: float, most: int
+    ) -> list[tuple[StagePlan, tuple[float, ...]]]:
+        """Return the fastest stages of a group, and when the last pass of each stage ends.
+
+        Args:
+            ranks: The ranks of the group.
+            plan: Stages that the group has now, in the numbering of ``ranks``.
+            samples: Samples of the group per step.
+            within_s: Seconds within which the last pass must end.
+            most: How many to return at most.
+        """
+        if self._is_listed(ranks):
+            orders, ends = self._all_stages(ranks)
+        else:
+            orders, ends = _neighbours(np.array([ranks[own] for own in plan.ranks]), np.array(plan.ends))
+        fits = self._fits(orders, ends, samples)
+        orders, ends = orders[fits], ends[fits]
+        if not len(orders):
+            return []
+        of_stages = self._ends_s(orders, ends, samples)
+        times = of_stages.max(axis=1)
+        chosen = np.argsort(times, kind="stable")[:most]
+        return [
+            (self._stage_plan(ranks, orders[i], ends[i]), tuple(of_stages[i].tolist()))
+            for i in chosen
+            if times[i] < within_s
+        ]
+
+    def fits(self, ranks: Sequence[int], plan: StagePlan, samples: int) -> bool:
+        """Return whether stages fit into memory; ``plan`` numbers the ranks in the order given."""
+        memory = self._problem.memory_of(ranks, samples)
+        return memory is None or memory.allows(plan)
+
     def ends_s(self, ranks: Sequence[int], plan: StagePlan, samples: int) -> tuple[float, ...]:
         """Return when the last pass of each stage ends; ``plan`` numbers the ranks in the order given."""
         order = np.array([[ranks[own] for own in plan.ranks]])
@@ -107,23 +141,25 @@ class GroupSolver:
     # ---- all stages ------------------------------------------------------------------------------------------------
 
     def _solved(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
-        size, num_layers = len(ranks), self._problem.num_layers
-        if size > num_layers:
+        if len(ranks) > self._problem.num_layers:
             return None
-        labels = Counter(map(self.label, ranks))
-        orders = factorial(size) // prod(map(factorial, labels.values()))
-        if orders * comb(num_layers - 1, size - 1) <= _MAX_LISTED:
-            return self._listed(ranks, samples)
-        return self._searched(ranks, samples)
-
-    def _listed(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
-        """Return the best of all stages."""
-        orders = np.array([order for order in self._orders(ranks) if 0 not in order[:-1]])
-        ends = np.array([(*e, self._problem.num_layers) for e in _ends(self._problem.num_layers, len(ranks))])
-        all_orders = np.repeat(orders, len(ends), axis=0)
-        all_ends = np.tile(ends, (len(orders), 1))
-        found = self._best(ranks, all_orders, all_ends, samples)
+        if not self._is_listed(ranks):
+            return self._searched(ranks, samples)
+        found = self._best(ranks, *self._all_stages(ranks), samples)
         return None if found is None else Stages(*found)
+
+    def _is_listed(self, ranks: tuple[int, ...]) -> bool:
+        """Return whether there are few enough stages to time them all."""
+        alike = Counter(map(self.label, ranks)).values()
+        orders = factorial(len(ranks)) // prod(map(factorial, alike))
+        return orders * comb(self._problem.num_layers - 1, len(ranks) - 1) <= _MAX_LISTED
+
+    def _all_stages(self, ranks: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the ranks and the ends of all stages."""
+        num_layers = self._problem.num_layers
+        orders = np.array([order for order in self._orders(ranks) if 0 not in order[:-1]])
+        ends = np.array([(*inner, num_layers) for inner in combinations(range(1, num_layers), len(ranks) - 1)])
+        return np.repeat(orders, len(ends), axis=0), np.tile(ends, (len(orders), 1))
 
     def _orders(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Yield the orders of ranks, without those that differ only by ranks that are alike."""
@@ -192,12 +228,15 @@ class GroupSolver:
         if not len(orders):
             return None
         times = self._ends_s(orders, ends, samples).max(axis=1)
-        memory = self._problem.memory_of(ranks, samples)
         for i in np.argsort(times, kind="stable"):
-            plan = StagePlan(tuple(ranks.index(rank) for rank in orders[i]), tuple(map(int, ends[i])))
-            if memory is None or memory.allows(plan):
+            plan = self._stage_plan(ranks, orders[i], ends[i])
+            if self.fits(ranks, plan, samples):
                 return plan, float(times[i])
         return None
+
+    @staticmethod
+    def _stage_plan(ranks: tuple[int, ...], order: NDArray[np.int64], ends: NDArray[np.int64]) -> StagePlan:
+        return StagePlan(tuple(ranks.index(rank) for rank in order), tuple(map(int, ends)))
 
     def _costs(self, ranks: Sequence[int], samples: int) -> LayerCosts:
         """Return the costs of a group's ranks for one of its micro-batches."""
@@ -256,10 +295,6 @@ class GroupSolver:
 
 def _starts(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros((len(ends), 1), dtype=np.int64), ends[:, :-1]], axis=1)
-
-
-def _ends(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
-    return combinations(range(1, num_layers), num_stages - 1)
 
 
 def _neighbours(order: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
