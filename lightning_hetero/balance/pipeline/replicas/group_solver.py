@@ -1,8 +1,8 @@
 """Find the order and the borders of one replica's stages, for a group of ranks and a number of samples.
 
 Where there are few orders and borders, all of them are timed. Otherwise the slowest stage is made as fast as possible
-(``stage_solver``) in several orders, and then layers move from stage to stage, and neighbours swap, as long as the step
-becomes shorter.
+in several orders. Then, after :meth:`GroupSolver.refine`, layers move from stage to stage, and neighbours swap, as long
+as the step becomes shorter.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb, factorial, prod
+from itertools import combinations, permutations
+from math import comb, factorial, inf, prod
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lightning_hetero.balance.pipeline.replicas.group_times import GroupTimes, Ints
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
-from lightning_hetero.balance.pipeline.replicas.timing import Floats, stage_ends_s
-from lightning_hetero.balance.pipeline.stage_solver import solve_stages
-from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
-from lightning_hetero.exceptions import InfeasiblePlanError
+from lightning_hetero.balance.pipeline.stages import StagePlan
 
 __all__ = ["GroupKey", "GroupSolver", "Stages"]
 
 GroupKey = tuple[tuple[int, ...], ...]
 
-_MAX_LISTED = 12_000  # orders times borders that are timed one by one
-_SLACK = 1e-12  # of sums of bytes that are taken in different orders
+_FEW_RANKS = 8
+_MAX_LISTED = 60_000  # orders times borders that are timed one by one
+_MAX_LISTED_OF_MANY = 3_000  # if there are more than a few ranks, and so many groups
+_SIMILAR = 1.25  # stages are not searched again for a number of samples that differs by less than this factor
+_EFFORT = 200_000_000  # of moving layers: passes that are simulated, in units of what a pass of one plan takes
+_EFFORT_OF_PASS = 1_000  # a pass takes as long, however many plans, as this number of plans take in it
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,36 @@ class GroupSolver:
 
     Attributes:
         is_complete: Whether all stages of all groups so far were compared.
+        ways: Number of ways to order the ranks of any group.
     """
+
+    ways = 6
 
     def __init__(self, problem: ReplicaProblem) -> None:
         self.is_complete = True
-        self._problem = problem
-        costs, zero = problem.costs, LayerCosts(*[((0.0,) * problem.num_layers,) * problem.world_size] * 2)
-        overheads = problem.overheads or zero
-        rows = (costs.forward_s, costs.backward_s, overheads.forward_s, overheads.backward_s)
-        # sums over the layers before each one, of each rank
-        sums = [np.concatenate([np.zeros((problem.world_size, 1)), np.cumsum(row, axis=1)], axis=1) for row in rows]
-        self._forward, self._backward, self._forward_overhead, self._backward_overhead = sums
-        self._outputs = np.array([0.0, *(problem.output_bytes or (0.0,) * problem.num_layers)])
+        self._problem, self._times = problem, GroupTimes(problem)
+        self._refines, self._left = False, _EFFORT
+        few = problem.world_size <= _FEW_RANKS
+        self._max_listed = _MAX_LISTED if few else _MAX_LISTED_OF_MANY
+        costs, overheads = problem.costs, problem.overheads
+        of_ranks = [costs.forward_s, costs.backward_s]
+        of_ranks += [] if overheads is None else [overheads.forward_s, overheads.backward_s]
+        budgets = (0.0,) * problem.world_size if problem.memory is None else problem.memory.budgets_bytes
         kinds: dict[object, int] = {}
-        budgets = problem.memory.budgets_bytes if problem.memory is not None else (0.0,) * problem.world_size
         self._kinds = [
             # rank 0 is like no other: it must have the last stage
-            kinds.setdefault((r == 0, *(row[r] for row in rows), budgets[r]), len(kinds))
-            for r in range(problem.world_size)
+            kinds.setdefault((rank == 0, budgets[rank], *(rows[rank] for rows in of_ranks)), len(kinds))
+            for rank in range(problem.world_size)
         ]
-        self._found: dict[tuple[GroupKey, int], Stages | None] = {}
+        self._work = [sum(row) for row in costs.total_s]
+        self._node_work: dict[int, float] = {}
+        for rank, work in enumerate(self._work):
+            node = problem.node_of(rank)
+            self._node_work[node] = min(work, self._node_work.get(node, inf))
+        self._listed: dict[tuple[GroupKey, int], Stages | None] = {}
+        self._searched: dict[tuple[GroupKey, int], Stages | None] = {}
+        self._near: dict[GroupKey, list[tuple[int, StagePlan]]] = {}
+        self._too_many: dict[GroupKey, float] = {}  # samples that have not fitted
 
     def canonical(self, ranks: Iterable[int]) -> tuple[int, ...]:
         """Return the ranks of a group in an order in which equal groups have equal ranks one after another."""
@@ -91,13 +102,30 @@ class GroupSolver:
         """Return what ranks have in common that may be exchanged: node and kind."""
         return self._problem.node_of(rank), self._kinds[rank]
 
+    def refine(self) -> None:
+        """Search stages with more effort from now on."""
+        if not self._refines:
+            self._refines = True
+            self._searched.clear()
+            self._near.clear()
+
     def stages(self, ranks: Iterable[int], samples: int) -> Stages | None:
         """Return the best stages of a group that trains on some samples per step; None if they do not fit."""
         order = self.canonical(ranks)
-        key = self.key(order), samples
-        if key not in self._found:
-            self._found[key] = self._solved(order, samples)
-        return self._found[key]
+        if len(order) > self._problem.num_layers:
+            return None
+        is_listed = self._is_listed(order)
+        known, key = self._listed if is_listed else self._searched, (self.key(order), samples)
+        if key not in known:
+            known[key] = self._of_all(order, samples) if is_listed else self._of_some(order, samples)
+        return known[key]
+
+    def in_way(self, ranks: Iterable[int], samples: int, way: int) -> Stages | None:
+        """Return stages of a group in an order that is similar in all groups; None if they do not fit."""
+        own = self.canonical(ranks)
+        order = self._order(own, way)
+        ends = self._times.balanced_ends(order, samples)
+        return None if ends is None else self._best(own, np.array([order]), ends[np.newaxis], samples)
 
     def alternatives(
         self, ranks: tuple[int, ...], plan: StagePlan, samples: int, within_s: float, most: int
@@ -115,18 +143,15 @@ class GroupSolver:
             orders, ends = self._all_stages(ranks)
         else:
             orders, ends = _neighbours(np.array([ranks[own] for own in plan.ranks]), np.array(plan.ends))
-        fits = self._fits(orders, ends, samples)
+        fits = self._times.fits(orders, ends, samples)
         orders, ends = orders[fits], ends[fits]
         if not len(orders):
             return []
-        of_stages = self._ends_s(orders, ends, samples)
+        of_stages = self._times.ends_s(orders, ends, samples)
         times = of_stages.max(axis=1)
         chosen = np.argsort(times, kind="stable")[:most]
-        return [
-            (self._stage_plan(ranks, orders[i], ends[i]), tuple(of_stages[i].tolist()))
-            for i in chosen
-            if times[i] < within_s
-        ]
+        plans = ((self._stage_plan(ranks, orders[i], ends[i]), tuple(of_stages[i].tolist())) for i in chosen)
+        return [(found, ends_s) for found, ends_s in plans if max(ends_s) < within_s]
 
     def fits(self, ranks: Sequence[int], plan: StagePlan, samples: int) -> bool:
         """Return whether stages fit into memory; ``plan`` numbers the ranks in the order given."""
@@ -136,25 +161,21 @@ class GroupSolver:
     def ends_s(self, ranks: Sequence[int], plan: StagePlan, samples: int) -> tuple[float, ...]:
         """Return when the last pass of each stage ends; ``plan`` numbers the ranks in the order given."""
         order = np.array([[ranks[own] for own in plan.ranks]])
-        return tuple(self._ends_s(order, np.array([plan.ends]), samples)[0].tolist())
+        return tuple(self._times.ends_s(order, np.array([plan.ends]), samples)[0].tolist())
 
     # ---- all stages ------------------------------------------------------------------------------------------------
 
-    def _solved(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
-        if len(ranks) > self._problem.num_layers:
-            return None
-        if not self._is_listed(ranks):
-            return self._searched(ranks, samples)
-        found = self._best(ranks, *self._all_stages(ranks), samples)
-        return None if found is None else Stages(*found)
+    def _of_all(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
+        """Return the best of all stages."""
+        return self._best(ranks, *self._all_stages(ranks), samples)
 
     def _is_listed(self, ranks: tuple[int, ...]) -> bool:
         """Return whether there are few enough stages to time them all."""
         alike = Counter(map(self.label, ranks)).values()
         orders = factorial(len(ranks)) // prod(map(factorial, alike))
-        return orders * comb(self._problem.num_layers - 1, len(ranks) - 1) <= _MAX_LISTED
+        return orders * comb(self._problem.num_layers - 1, len(ranks) - 1) <= self._max_listed
 
-    def _all_stages(self, ranks: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _all_stages(self, ranks: tuple[int, ...]) -> tuple[Ints, Ints]:
         """Return the ranks and the ends of all stages."""
         num_layers = self._problem.num_layers
         orders = np.array([order for order in self._orders(ranks) if 0 not in order[:-1]])
@@ -173,151 +194,93 @@ class GroupSolver:
 
     # ---- some stages -----------------------------------------------------------------------------------------------
 
-    def _searched(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
-        """Return the best stages that were found from several orders."""
+    def _of_some(self, ranks: tuple[int, ...], samples: int) -> Stages | None:
+        """Return the best stages that were found from several orders, or those for a similar number of samples."""
         self.is_complete = False
-        problem = self._problem
-        costs, memory = self._costs(ranks, samples), problem.memory_of(ranks, samples)
-        best: tuple[StagePlan, float] | None = None
-        for order in self._good_orders(ranks):
-            own = [ranks.index(rank) for rank in order]
-            try:
-                plan = solve_stages(costs, memory, own[-1], own)
-            except InfeasiblePlanError:
-                continue
-            found = self._improved(ranks, plan, samples)
-            if found is not None and (best is None or found[1] < best[1]):
-                best = found
-        return None if best is None else Stages(*best)
+        key = self.key(ranks)
+        if samples >= self._too_many.get(key, inf):
+            return None
+        for other, plan in self._near.get(key, []):
+            alike = min(other, samples) >= self._problem.micro_batches and max(other, samples) <= _SIMILAR * min(
+                other, samples
+            )
+            if alike and self.fits(ranks, plan, samples):
+                return Stages(plan, max(self.ends_s(ranks, plan, samples)))
+        ways = dict.fromkeys(self._order(ranks, way) for way in range(self.ways))
+        starts = [(o, e) for o in ways if (e := self._times.balanced_ends(o, samples)) is not None]
+        best = None
+        if starts:
+            orders, ends = (np.array(values) for values in zip(*starts, strict=True))
+            best = self._best(ranks, orders, ends, samples)
+            if best is not None and self._refines:
+                best = self._refined(ranks, best, samples)
+        if best is None:
+            self._too_many[key] = samples
+        else:
+            self._near.setdefault(key, []).append((samples, best.plan))
+        return best
 
-    def _good_orders(self, ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return orders in which ranks of a node stay together, the fastest, the slowest or the largest first."""
-        work = np.array(self._problem.costs.total_s).sum(axis=1)
-        memory = self._problem.memory
-        ways = [work.tolist(), (-work).tolist()]
-        if memory is not None:
-            ways.append([-size for size in memory.budgets_bytes])
-        found = []
-        for way in ways:
-            by_node: dict[int, list[int]] = {}
-            for _, rank in sorted((way[rank], rank) for rank in ranks):
-                by_node.setdefault(self._problem.node_of(rank), []).append(rank)
-            nodes = sorted(by_node.values(), key=lambda node: 0 in node)
-            order = [rank for node in nodes for rank in node if rank != 0]
-            found.append((*order, 0) if 0 in ranks else tuple(order))
-        return list(dict.fromkeys(found))
+    def _order(self, ranks: tuple[int, ...], way: int) -> tuple[int, ...]:
+        """Return an order in which ranks of a node stay together: the fastest, the slowest, or the largest first.
 
-    def _improved(self, ranks: tuple[int, ...], plan: StagePlan, samples: int) -> tuple[StagePlan, float] | None:
-        best: tuple[StagePlan, float] | None = None
-        orders, ends = np.array([[ranks[own] for own in plan.ranks]]), np.array([plan.ends])
-        while True:
+        Nodes are in the same order, or in the opposite one, in all groups. The node of rank 0, which must be last, is
+        last in all of them.
+        """
+        sizes = self._work if self._problem.memory is None else self._problem.memory.budgets_bytes
+        nodes, signs = [self._problem.node_of(rank) for rank in range(self._problem.world_size)], (1, -1)
+        within = [self._work, [-work for work in self._work], [-size for size in sizes]][way % 3]
+        across = signs[way // 3]
+        order = sorted(
+            ranks, key=lambda r: (nodes[r] == nodes[0], across * self._node_work[nodes[r]], nodes[r], within[r])
+        )
+        return (*(rank for rank in order if rank), 0) if 0 in ranks else tuple(order)
+
+    def _refined(self, ranks: tuple[int, ...], best: Stages, samples: int) -> Stages:
+        passes = 2 * len(ranks) * min(self._problem.micro_batches, samples)
+        while self._left > 0:
+            orders, ends = _neighbours(np.array([ranks[own] for own in best.plan.ranks]), np.array(best.plan.ends))
+            self._left -= passes * (len(orders) + _EFFORT_OF_PASS)
             found = self._best(ranks, orders, ends, samples)
-            if found is None or (best is not None and found[1] >= best[1] * (1 - 1e-9)):
-                return best
+            if found is None or found.step_s >= best.step_s * (1 - 1e-9):
+                break
             best = found
-            orders, ends = _neighbours(np.array([ranks[own] for own in best[0].ranks]), np.array(best[0].ends))
+        return best
 
-    # ---- times -----------------------------------------------------------------------------------------------------
-
-    def _best(
-        self, ranks: tuple[int, ...], orders: NDArray[np.int64], ends: NDArray[np.int64], samples: int
-    ) -> tuple[StagePlan, float] | None:
-        """Return the fastest of some stages that fit into memory, and its time."""
-        fits = self._fits(orders, ends, samples)
+    def _best(self, ranks: tuple[int, ...], orders: Ints, ends: Ints, samples: int) -> Stages | None:
+        """Return the fastest of some stages that fit into memory."""
+        fits = self._times.fits(orders, ends, samples)
         orders, ends = orders[fits], ends[fits]
         if not len(orders):
             return None
-        times = self._ends_s(orders, ends, samples).max(axis=1)
+        times = self._times.ends_s(orders, ends, samples).max(axis=1)
         for i in np.argsort(times, kind="stable"):
             plan = self._stage_plan(ranks, orders[i], ends[i])
             if self.fits(ranks, plan, samples):
-                return plan, float(times[i])
+                return Stages(plan, float(times[i]))
         return None
 
     @staticmethod
-    def _stage_plan(ranks: tuple[int, ...], order: NDArray[np.int64], ends: NDArray[np.int64]) -> StagePlan:
+    def _stage_plan(ranks: tuple[int, ...], order: Ints, ends: Ints) -> StagePlan:
         return StagePlan(tuple(ranks.index(rank) for rank in order), tuple(map(int, ends)))
 
-    def _costs(self, ranks: Sequence[int], samples: int) -> LayerCosts:
-        """Return the costs of a group's ranks for one of its micro-batches."""
-        factor = self._factor(samples)
-        overheads = self._problem.overheads
-        rows = []
-        for name in ("forward_s", "backward_s"):
-            of_all = np.array(getattr(self._problem.costs, name))[list(ranks)] * factor
-            if overheads is not None:
-                of_all = of_all + np.array(getattr(overheads, name))[list(ranks)]
-            rows.append(tuple(tuple(row) for row in of_all.tolist()))
-        return LayerCosts(*rows)
 
-    def _factor(self, samples: int) -> float:
-        return samples / min(self._problem.micro_batches, samples) / self._problem.micro_batch_size
-
-    def _ends_s(self, orders: NDArray[np.int64], ends: NDArray[np.int64], samples: int) -> Floats:
-        """Return when the last pass of each stage ends, for stages with some ranks and ends, one per row."""
-        problem, factor = self._problem, self._factor(samples)
-        starts = _starts(ends)
-        forward, backward, forward_overhead, backward_overhead = (
-            sums[orders, ends] - sums[orders, starts]
-            for sums in (self._forward, self._backward, self._forward_overhead, self._backward_overhead)
-        )
-        transfer = factor * self._outputs[ends[:, :-1]]
-        nodes = np.array([problem.node_of(rank) for rank in range(problem.world_size)])[orders]
-        slow = problem.between if problem.between is not None else problem.within
-        transfer = np.where(
-            nodes[:, 1:] == nodes[:, :-1],
-            problem.within.latency_s + problem.within.seconds_per_byte * transfer,
-            slow.latency_s + slow.seconds_per_byte * transfer,
-        )
-        return stage_ends_s(
-            factor * forward + forward_overhead,
-            factor * backward + backward_overhead,
-            transfer,
-            min(problem.micro_batches, samples),
-            problem.schedule,
-        )
-
-    def _fits(self, orders: NDArray[np.int64], ends: NDArray[np.int64], samples: int) -> NDArray[np.bool_]:
-        memory = self._problem.memory_of(range(self._problem.world_size), samples)
-        if memory is None:
-            return np.ones(len(orders), dtype=np.bool_)
-        weights, activations = (
-            np.array([0.0, *np.cumsum(sizes)]) for sizes in (memory.weights_bytes, memory.activations_bytes)
-        )
-        starts = _starts(ends)
-        received = np.zeros(self._problem.num_layers + 1)
-        received[1 : len(memory.received_bytes)] = memory.received_bytes[:-1]
-        needed = weights[ends] - weights[starts] + received[starts] + received[ends]
-        needed += np.array(memory.held(ends.shape[1])) * (activations[ends] - activations[starts])
-        budgets = np.array(memory.budgets_bytes)[orders]
-        return np.asarray((needed <= budgets + _SLACK * (weights[-1] + activations[-1])).all(axis=1))
-
-
-def _starts(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros((len(ends), 1), dtype=np.int64), ends[:, :-1]], axis=1)
-
-
-def _neighbours(order: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _neighbours(order: Ints, ends: Ints) -> tuple[Ints, Ints]:
     """Return stages of which one has given a layer to another, or has changed places with the next one."""
     size = len(order)
     orders, all_ends = [], []
     sizes = np.diff(ends, prepend=0)
-    for giver in range(size):
-        for taker in range(size):
-            if giver != taker and sizes[giver] > 1:
-                moved = ends.copy()
-                if giver < taker:
-                    moved[giver:taker] -= 1
-                else:
-                    moved[taker:giver] += 1
-                orders.append(order)
-                all_ends.append(moved)
+    for giver, taker in permutations(range(size), 2):
+        if sizes[giver] > 1:
+            moved = ends.copy()
+            first, last = min(giver, taker), max(giver, taker)
+            moved[first:last] += 1 if taker < giver else -1
+            orders.append(order)
+            all_ends.append(moved)
     for stage in range(size - 1):
         if order[stage + 1] != 0:  # rank 0 stays last
-            swapped = order.copy()
+            swapped, sized = order.copy(), sizes.copy()
             swapped[[stage, stage + 1]] = order[[stage + 1, stage]]
-            sized = np.diff(ends, prepend=0)
-            sized[[stage, stage + 1]] = sized[[stage + 1, stage]]
+            sized[[stage, stage + 1]] = sizes[[stage + 1, stage]]
             orders += [swapped, swapped]
             all_ends += [ends, np.cumsum(sized)]
     if not orders:

@@ -22,14 +22,15 @@ times and sizes of its layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
 from lightning_hetero.balance.pipeline.replicas.division import divide_samples
-from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver
-from lightning_hetero.balance.pipeline.replicas.grouping import Groups, all_groupings, plain_groupings
+from lightning_hetero.balance.pipeline.replicas.estimate import Estimate
+from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver, Stages
+from lightning_hetero.balance.pipeline.replicas.grouping import Groups, all_groupings, good_groupings
 from lightning_hetero.balance.pipeline.replicas.improvement import improved_plan
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
@@ -38,6 +39,8 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = ["ReplicaSolution", "predict_replicas", "solve_replicas"]
 
+_MOST_DIVIDED = 16  # groupings of many ranks that are compared with real layers
+_REFINED = 5  # groupings of many ranks whose stages are refined
 _IMPROVED = 12  # groupings that are improved with the time for averages in view
 
 
@@ -126,13 +129,16 @@ class _Search:
     def best(self) -> ReplicaSolution:
         problem = self._problem
         groupings, is_complete = self._groupings()
-        divided = [(*found, groups) for groups in groupings if (found := self._divided(groups)) is not None]
-        divided.sort(key=lambda one: one[0])
+        if not is_complete:
+            divided = self._all_divided(groupings)
+            divided.sort(key=lambda one: self._solution(*one[1:]).step_s)
+            groupings = [groups for *_, groups in divided[:_REFINED]]
+        self._groups.refine()
         found: list[ReplicaSolution] = []
-        for passes_s, samples, groups in divided:
+        for passes_s, samples, groups in self._all_divided(groupings):
             if found and passes_s >= min(one.step_s for one in found):
                 break
-            found.append(_predicted(problem, self._groups, self._plan(groups, samples)))
+            found.append(self._solution(samples, groups))
         if not found:
             raise self._does_not_fit()
         found.sort(key=lambda one: one.step_s)
@@ -142,6 +148,15 @@ class _Search:
                 found.append(_predicted(problem, self._groups, plan))
         best = min(found, key=lambda one: one.step_s)
         return replace(best, is_complete=is_complete and self._groups.is_complete)
+
+    def _solution(self, samples: tuple[int, ...], groups: Groups) -> ReplicaSolution:
+        """Return the prediction for some groups, whose nodes are in one order if averages then end earlier."""
+        found = [self._plan(groups, samples, self._groups.stages)]
+        if self._problem.nodes and len(groups) > 1 and any(self._problem.parameter_bytes):
+            ways = (partial(self._groups.in_way, way=way) for way in range(self._groups.ways))
+            found += [self._plan(groups, samples, way) for way in ways]
+        plans = [plan for plan in found if plan is not None]
+        return min((_predicted(self._problem, self._groups, plan) for plan in plans), key=lambda one: one.step_s)
 
     def _groupings(self) -> tuple[list[Groups], bool]:
         problem, wanted = self._problem, self._problem.replicas
@@ -158,7 +173,13 @@ class _Search:
         found = all_groupings(range(problem.world_size), self._groups.label, counts, problem.num_layers)
         if found is not None:
             return found, True
-        return list(plain_groupings(problem, counts)), False
+        estimate = Estimate(problem, self._groups)
+        return good_groupings(problem, estimate, counts)[:_MOST_DIVIDED], False
+
+    def _all_divided(self, groupings: Sequence[Groups]) -> list[tuple[float, tuple[int, ...], Groups]]:
+        """Return when all passes end, and the samples of each group, for groupings that fit; the fastest first."""
+        divided = [(*found, groups) for groups in groupings if (found := self._divided(groups)) is not None]
+        return sorted(divided, key=lambda one: one[0])
 
     def _divided(self, groups: Groups) -> tuple[float, tuple[int, ...]] | None:
         """Return when all passes end, and the samples of each group; None if they do not fit."""
@@ -173,12 +194,15 @@ class _Search:
         stages = self._groups.stages(group, samples)
         return inf if stages is None else stages.step_s
 
-    def _plan(self, groups: Groups, samples: Sequence[int]) -> ReplicaPlan:
+    def _plan(
+        self, groups: Groups, samples: Sequence[int], solve: Callable[[tuple[int, ...], int], Stages | None]
+    ) -> ReplicaPlan | None:
         replicas = []
         # rank 0 must be in the first one
         for group, n in sorted(zip(groups, samples, strict=True), key=lambda one: min(one[0])):
-            stages = self._groups.stages(group, n)
-            assert stages is not None
+            stages = solve(group, n)
+            if stages is None:
+                return None
             replicas.append(Replica(self._groups.canonical(group), stages.plan, float(n)))
         return ReplicaPlan(tuple(replicas))
 
