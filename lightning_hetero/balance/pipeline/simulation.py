@@ -98,15 +98,17 @@ def simulate_pipeline(
     return simulate_order(order, PassTimes.of_stages(times, micro_batches), transfer_s)
 
 
-def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> Timeline:
+def simulate_order(order: Order, times: PassTimes, transfer_s: float | Sequence[float] = 0.0) -> Timeline:
     """Simulate one step.
 
     Args:
         order: The passes of each rank, in an order that ends.
         times: Time of each stage and micro-batch.
-        transfer_s: Seconds until the result of a pass has reached another rank.
+        transfer_s: Seconds until the result of a pass has reached another rank; one number, or one for each stage but
+            the last, between it and the next.
     """
     ranks, num_stages = order.ranks, order.num_stages
+    between_s = [transfer_s] * (num_stages - 1) if isinstance(transfer_s, int | float) else transfer_s
     waiting = [list(actions[::-1]) for actions in order.actions]
     free_at = [0.0] * len(waiting)
     forward = [[inf] * order.micro_batches for _ in ranks]  # when a result exists; infinity while it is unknown
@@ -121,7 +123,7 @@ def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> T
                 ready_at = 0.0  # the first stage has its input, and the last one its loss
                 if kind != "weight" and 0 <= neighbour < num_stages:
                     ready_at = (forward if kind == "forward" else backward)[neighbour][i]
-                    ready_at += transfer_s if ranks[neighbour] != rank else 0.0
+                    ready_at += between_s[min(stage, neighbour)] if ranks[neighbour] != rank else 0.0
                 if ready_at == inf:
                     break
                 queue.pop()

@@ -1,0 +1,217 @@
+"""Find replicas of a pipeline for unequal ranks: groups of ranks, stages in each, and their parts of the batch.
+
+Given the time of each layer on each rank, the memory that layers need and ranks have, and the links between ranks,
+divide the ranks into groups. Each group is a pipeline that holds the whole model and trains on its part of every batch;
+at the end of a step the groups average their gradients. One pipeline of all ranks waits long for its first and last
+micro-batches, one replica per rank needs memory for the whole model on each, and equal groups wait for the slowest.
+:func:`solve_replicas` minimises the time from the start of a step to the last average.
+
+1. Groups are listed without repeating what differs only by ranks that are alike (``grouping``): all of them, up to some
+   thousand.
+2. Each group gets its stages (``group_solver``), by trying all orders and borders where they are few. Groups that are
+   alike are solved once for each number of samples.
+3. The batch is divided so that all replicas end their passes together (``division``).
+4. The time of the averages is added (``reduction``), first for groupings whose passes end early, until the passes of no
+   other grouping end before the best step does.
+5. Where averages take longer than the last pass, other borders may let more of them overlap with it, so those of the
+   best groupings are moved, and samples with them (``improvement``).
+
+HexiScale (MLSys 2026) and FlagScale search unequal pipelines for transformers. Here nothing is known of a model but
+times and sizes of its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+
+from lightning_hetero.balance.pipeline.replicas.division import divide_samples
+from lightning_hetero.balance.pipeline.replicas.estimate import Estimate
+from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver, Stages
+from lightning_hetero.balance.pipeline.replicas.grouping import Groups, all_groupings, good_groupings
+from lightning_hetero.balance.pipeline.replicas.improvement import improved_plan
+from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
+from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
+from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
+
+__all__ = ["ReplicaSolution", "predict_replicas", "solve_replicas"]
+
+_MOST_DIVIDED = 16  # groupings of many ranks that are compared with real layers
+_REFINED = 5  # groupings of many ranks whose stages are refined
+_IMPROVED = 12  # groupings that are improved with the time for averages in view
+
+
+@dataclass(frozen=True)
+class ReplicaSolution:
+    """A plan of replicas and what is predicted for it.
+
+    Attributes:
+        plan: The replicas.
+        samples: Samples of each replica per step.
+        step_s: Seconds per step.
+        pipelines_s: Seconds until the last pass of each replica ends.
+        bound_s: Seconds per step if no rank ever waited and averages took no time; no plan can beat it.
+        is_complete: Whether every grouping was compared, with all stages of each group.
+    """
+
+    plan: ReplicaPlan
+    samples: tuple[int, ...]
+    step_s: float
+    pipelines_s: tuple[float, ...]
+    bound_s: float
+    is_complete: bool = False
+
+    @property
+    def reduction_s(self) -> float:
+        """Seconds for averages of gradients after the last pass has ended."""
+        return self.step_s - max(self.pipelines_s)
+
+    @property
+    def of_bound(self) -> float:
+        """How much of the speed that no plan can exceed is reached, at most 1."""
+        return self.bound_s / self.step_s if self.step_s else 1.0
+
+
+def solve_replicas(problem: ReplicaProblem) -> ReplicaSolution:
+    """Return the replicas with the shortest step that were found.
+
+    Args:
+        problem: The layers, the ranks, the links, and the batch.
+
+    Raises:
+        ConfigurationError: There are fewer layers than a replica has ranks.
+        InfeasiblePlanError: In no grouping do the layers fit into the memory of the ranks.
+
+    Example:
+        >>> from lightning_hetero.balance.pipeline.stages import LayerCosts
+        >>> costs = LayerCosts.of_speeds([(1.0, 2.0)] * 6, speeds=[3, 1, 1])
+        >>> found = solve_replicas(ReplicaProblem(costs, samples=16, micro_batches=4, replicas=2))
+        >>> [replica.ranks for replica in found.plan.replicas], found.samples
+        ([(0,), (1, 2)], (11, 5))
+    """
+    return _Search(problem).best()
+
+
+def predict_replicas(
+    problem: ReplicaProblem, plan: ReplicaPlan, samples: Sequence[int] | None = None
+) -> ReplicaSolution:
+    """Predict a step of known replicas.
+
+    Args:
+        problem: The layers, the ranks and the links.
+        plan: The replicas.
+        samples: Samples of each replica; None for those of ``plan``.
+    """
+    return _predicted(problem, GroupSolver(problem), plan, samples)
+
+
+def _predicted(
+    problem: ReplicaProblem, groups: GroupSolver, plan: ReplicaPlan, samples: Sequence[int] | None = None
+) -> ReplicaSolution:
+    samples = plan.samples(problem.samples) if samples is None else tuple(samples)
+    ends_s = [
+        groups.ends_s(replica.ranks, replica.stages, n) if n else (0.0,) * replica.stages.num_stages
+        for replica, n in zip(plan.replicas, samples, strict=True)
+    ]
+    step_s = reduced_s(problem, plan.replicas, ends_s)
+    return ReplicaSolution(plan, samples, step_s, tuple(map(max, ends_s)), problem.bound_s)
+
+
+class _Search:
+    def __init__(self, problem: ReplicaProblem) -> None:
+        self._problem = problem
+        self._groups = GroupSolver(problem)
+        self._speeds = [1 / max(sum(row), 1e-12) for row in problem.costs.total_s]
+
+    def best(self) -> ReplicaSolution:
+        problem = self._problem
+        groupings, is_complete = self._groupings()
+        if not is_complete:
+            divided = self._all_divided(groupings)
+            divided.sort(key=lambda one: self._solution(*one[1:]).step_s)
+            groupings = [groups for *_, groups in divided[:_REFINED]]
+        self._groups.refine()
+        found: list[ReplicaSolution] = []
+        for passes_s, samples, groups in self._all_divided(groupings):
+            if found and passes_s >= min(one.step_s for one in found):
+                break
+            found.append(self._solution(samples, groups))
+        if not found:
+            raise self._does_not_fit()
+        found.sort(key=lambda one: one.step_s)
+        for one in found[:_IMPROVED]:
+            if one.reduction_s > 0 and max(one.pipelines_s) < found[0].step_s:
+                plan = improved_plan(problem, self._groups, one.plan, one.samples)
+                found.append(_predicted(problem, self._groups, plan))
+        best = min(found, key=lambda one: one.step_s)
+        return replace(best, is_complete=is_complete and self._groups.is_complete)
+
+    def _solution(self, samples: tuple[int, ...], groups: Groups) -> ReplicaSolution:
+        """Return the prediction for some groups, whose nodes are in one order if averages then end earlier."""
+        found = [self._plan(groups, samples, self._groups.stages)]
+        if self._problem.nodes and len(groups) > 1 and any(self._problem.parameter_bytes):
+            ways = (partial(self._groups.in_way, way=way) for way in range(self._groups.ways))
+            found += [self._plan(groups, samples, way) for way in ways]
+        plans = [plan for plan in found if plan is not None]
+        return min((_predicted(self._problem, self._groups, plan) for plan in plans), key=lambda one: one.step_s)
+
+    def _groupings(self) -> tuple[list[Groups], bool]:
+        problem, wanted = self._problem, self._problem.replicas
+        if wanted is not None and not isinstance(wanted, int):
+            return [tuple(tuple(group) for group in wanted)], True
+        most = min(problem.world_size, problem.samples)
+        fewest = -(-problem.world_size // problem.num_layers)
+        counts = range(fewest, most + 1) if wanted is None else range(wanted, wanted + 1)
+        if not counts:
+            raise ConfigurationError(
+                f"`samples` must be at least one per replica, and replicas of at most {problem.num_layers} ranks, one"
+                f" per layer, are at least {fewest}; got {problem.samples}. Use a larger batch or fewer devices."
+            )
+        found = all_groupings(range(problem.world_size), self._groups.label, counts, problem.num_layers)
+        if found is not None:
+            return found, True
+        estimate = Estimate(problem, self._groups)
+        return good_groupings(problem, estimate, counts)[:_MOST_DIVIDED], False
+
+    def _all_divided(self, groupings: Sequence[Groups]) -> list[tuple[float, tuple[int, ...], Groups]]:
+        """Return when all passes end, and the samples of each group, for groupings that fit; the fastest first."""
+        divided = [(*found, groups) for groups in groupings if (found := self._divided(groups)) is not None]
+        return sorted(divided, key=lambda one: one[0])
+
+    def _divided(self, groups: Groups) -> tuple[float, tuple[int, ...]] | None:
+        """Return when all passes end, and the samples of each group; None if they do not fit."""
+        step_s = [partial(self._step_s, group) for group in groups]
+        start = [sum(self._speeds[rank] for rank in group) for group in groups]
+        samples = divide_samples(step_s, self._problem.samples, start)
+        if samples is None:
+            return None
+        return max(of_group(n) for of_group, n in zip(step_s, samples, strict=True)), samples
+
+    def _step_s(self, group: tuple[int, ...], samples: int) -> float:
+        stages = self._groups.stages(group, samples)
+        return inf if stages is None else stages.step_s
+
+    def _plan(
+        self, groups: Groups, samples: Sequence[int], solve: Callable[[tuple[int, ...], int], Stages | None]
+    ) -> ReplicaPlan | None:
+        replicas = []
+        # rank 0 must be in the first one
+        for group, n in sorted(zip(groups, samples, strict=True), key=lambda one: min(one[0])):
+            stages = solve(group, n)
+            if stages is None:
+                return None
+            replicas.append(Replica(self._groups.canonical(group), stages.plan, float(n)))
+        return ReplicaPlan(tuple(replicas))
+
+    def _does_not_fit(self) -> InfeasiblePlanError:
+        memory = self._problem.memory
+        assert memory is not None
+        held = sum(memory.weights_bytes)
+        return InfeasiblePlanError(
+            f"Each replica must hold all layers, got {held / 1e9:.3g} GB of parameters, gradients and optimiser state,"
+            f" in addition to activations, and budgets of {[float(f'{b / 1e9:.3g}') for b in memory.budgets_bytes]} GB"
+            f" per rank. Use fewer replicas, smaller micro-batches, or more devices."
+        )
