@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hetero.distributed.optimizer_check import why_whole_model
-from lightning_hetero.distributed.torch_private import has_hooks
+from lightning_hetero.distributed.torch_private import BatchNorm, has_hooks
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.parts_of_model import why_not_with
 
@@ -21,10 +21,11 @@ __all__ = [
     "refuse_backend",
     "refuse_divided_data",
     "refuse_foreign_parameters",
+    "refuse_one_pipeline",
     "refuse_optimizers",
-    "refuse_sparse_gradients",
     "refuse_tensor_hooks",
     "refuse_training",
+    "why_one_pipeline",
 ]
 
 
@@ -113,18 +114,27 @@ def refuse_foreign_parameters(module: LightningModule, optimizers: Sequence[Opti
             )
 
 
-def refuse_sparse_gradients(module: LightningModule) -> None:
-    """Refuse embeddings with sparse gradients, which replicas cannot add up.
-
-    Raises:
-        UnsupportedFeatureError: There is one.
-    """
+def why_one_pipeline(module: LightningModule) -> str | None:
+    """Return why several replicas cannot train a module; None if nothing is known that speaks against it."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and part.weight.requires_grad:
-            raise UnsupportedFeatureError(
-                f"`hetero_pipeline` with `replicas` cannot add up sparse gradients, got {name!r} with `sparse=True`."
-                f" Leave that out, or use `replicas=1`."
-            )
+            return f"sparse gradients cannot be added up over ranks, got {name!r} with `sparse=True`"
+        if isinstance(part, BatchNorm) and part.training:
+            return f"the statistics of batch normalisation would be those of each replica's samples, got {name!r}"
+    return None
+
+
+def refuse_one_pipeline(module: LightningModule) -> None:
+    """Refuse what only one pipeline can train.
+
+    Raises:
+        UnsupportedFeatureError: There is such a thing.
+    """
+    reason = why_one_pipeline(module)
+    if reason is not None:
+        raise UnsupportedFeatureError(
+            f"`hetero_pipeline` cannot train this with several replicas: {reason}. Do without it, or use `replicas=1`."
+        )
 
 
 def refuse_tensor_hooks(module: LightningModule) -> None:

@@ -159,7 +159,7 @@ class PipelineStep:
         self._wrappers = [p for layer in layers.layers for p in layer.modules() if id(p) not in known]
 
     def use(self, pipeline: Pipeline, seat: Seat, left_behind: LeftBehind | None) -> None:
-        """Run the layers with another pipeline from now on; the last ranks of replicas stay the same."""
+        """Run the layers with another pipeline from now on; the leader stays the same."""
         self._pipeline, self._seat, self._left_behind = pipeline, seat, left_behind
 
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
@@ -176,7 +176,7 @@ class PipelineStep:
         batch, *rest = args
         self._times_run += 1
         if self._left_behind is not None:
-            self._left_behind.refuse_normalisation()
+            self._left_behind.refuse_one_pipeline()
         self.traces.begin()
         sizes, own = self._seat.divided(samples_in(batch), self._micro_batches, self._fewest_samples)
         self.samples = sum(sizes)

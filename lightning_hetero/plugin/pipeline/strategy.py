@@ -34,7 +34,6 @@ from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.refusals import (
     refuse_foreign_parameters,
     refuse_optimizers,
-    refuse_sparse_gradients,
     refuse_tensor_hooks,
     refuse_training,
 )
@@ -251,7 +250,6 @@ class HeteroPipelineStrategy(WatchingStrategy):
             refuse_optimizers(self.optimizers)
         if self.replica_plan is not None:
             refuse_foreign_parameters(self._module, self.optimizers)
-            refuse_sparse_gradients(self._module)
 
     @override
     def setup_precision_plugin(self) -> None:

@@ -173,9 +173,9 @@ def test_one_pipeline_divides_as_ever() -> None:
         ({"replicas": []}, r"\[\[0, 3\], \[1, 2\]\]"),
         ({"replicas": [[0, 1], []]}, "ranks of each replica"),
         ({"replicas": [[0, 1], [1]]}, "each rank once"),
-        ({"replicas": [[1], [0]]}, "begin with rank 0"),
         ({"replicas": [[0], [1]], "splits": [3]}, "Leave out `splits`"),
         ({"replicas": 2, "schedule": "v"}, '"1f1b" or "gpipe"'),
+        ({"replicas": "auto", "speeds": [1, 2]}, "timed"),
         ({"replicas": "auto", "schedule": "auto"}, '"1f1b" or "gpipe"'),
     ],
 )

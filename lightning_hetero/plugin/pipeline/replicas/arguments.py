@@ -32,6 +32,10 @@ def check_division(splits: Any, speeds: Any, schedule: Any, replicas: Any) -> No
             f"`splits` divides the layers of one pipeline, and `replicas` asks for several, each with stages of its"
             f" own, got splits={splits!r} and replicas={replicas!r}. Leave out `splits`, or give `speeds` instead."
         )
+    if replicas == "auto" and speeds is not None:
+        raise ConfigurationError(
+            '`replicas="auto"` needs layers that are timed, got `speeds`. Leave them out, or say how many replicas.'
+        )
     if schedule not in ("1f1b", "gpipe"):
         raise ConfigurationError(
             f'`schedule` must be "1f1b" or "gpipe" with several `replicas`, whose passes are not planned, got'
@@ -63,11 +67,6 @@ def check_replicas(replicas: Any, world_size: int | None = None) -> None:
         raise ConfigurationError(
             f"`replicas` must have each rank{expected} once, got {replicas!r}. Add or remove ranks, or set `devices`"
             f" and `num_nodes` to match."
-        )
-    if ranks[0] != 0:
-        raise ConfigurationError(
-            f"`replicas` must begin with rank 0, which computes the losses of the first replica and logs, got"
-            f" {replicas!r}. The first rank of each replica has its last stage; the order is free otherwise."
         )
 
 

@@ -16,6 +16,7 @@ from lightning_hetero.distributed.module_state import ModuleState
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.torch_private import BatchNorm, version_of
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.pipeline.refusals import refuse_one_pipeline
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 __all__ = ["LeftBehind"]
@@ -61,20 +62,20 @@ class LeftBehind:
         )
         self._owns = placement.owns
         self._metrics = metrics
-        self._norms = [(name, part) for name, part in module.named_modules() if isinstance(part, BatchNorm)]
+        self._norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
 
-    def refuse_normalisation(self) -> None:
-        """Refuse batch normalisation that is trained; every rank raises the error.
+    def refuse_one_pipeline(self) -> None:
+        """Refuse what only one pipeline can train; every rank raises the error.
 
         Raises:
-            UnsupportedFeatureError: There is one.
+            UnsupportedFeatureError: There is such a thing.
         """
-        for name, part in self._norms:
-            if part.training:
-                raise UnsupportedFeatureError(
-                    f"`hetero_pipeline` with `replicas` cannot train batch normalisation, whose statistics would be"
-                    f" those of each replica's samples, got {name!r}. Use another normalisation, or `replicas=1`."
-                )
+        if self._is_due or any(part.training for part in self._norms):  # layers may be thawed later
+            refuse_one_pipeline(self._module)
+
+    @property
+    def _is_due(self) -> bool:
+        return self._steps < _FIRST_STEPS or self._steps % _EVERY == 0
 
     @contextmanager
     def compared(self, samples: Sequence[int]) -> Iterator[None]:
@@ -86,7 +87,7 @@ class LeftBehind:
         Raises:
             UnsupportedFeatureError: Something has changed; raised on every rank.
         """
-        due = self._steps < _FIRST_STEPS or self._steps % _EVERY == 0
+        due = self._is_due
         self._steps += 1
         if not due:
             yield

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_hetero.balance.pipeline.replicas.given import (
-    plan_of_groups,
-    replicas_of_speeds,
-    uniform_groups,
-    uniform_replicas,
-)
+from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds, uniform_groups, uniform_replicas
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
+from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedGroups
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links, timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.pipeline.step import Example
 
 __all__ = ["ReplicaFindings", "Wanted", "find_replicas", "first_replicas", "report_replicas"]
+
+_SAMPLES = 64  # per rank, for shares in proportion to given speeds
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,21 @@ class Wanted:
     micro_batches: int
     schedule: Schedule
 
-    def groups(self, world_size: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
-        """Return the ranks of each replica to begin with."""
+    @property
+    def of_solver(self) -> WantedGroups:
+        """The number of replicas or the ranks of each, or None, as the solver takes it."""
         if isinstance(self.replicas, str):
-            return uniform_groups(world_size, -(-world_size // num_layers))
-        if isinstance(self.replicas, int):
-            return uniform_groups(world_size, self.replicas)
-        return tuple(tuple(int(rank) for rank in group) for group in self.replicas)
+            return None
+        if isinstance(self.replicas, Sequence):
+            return tuple(tuple(int(rank) for rank in group) for group in self.replicas)
+        return int(self.replicas)
+
+    def groups(self, world_size: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """Return the ranks of each replica to begin with, in ascending order."""
+        given = self.of_solver
+        if isinstance(given, tuple):
+            return tuple(sorted(tuple(sorted(group)) for group in given))
+        return uniform_groups(world_size, -(-world_size // num_layers) if given is None else given)
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,13 @@ class ReplicaFindings:
 
     Attributes:
         plan: The replicas and their stages.
-        costs: Time that each rank takes for each layer and a micro-batch of equal shares.
-        transfer_s: Seconds that a transfer between two stages takes.
-        step_s: Predicted seconds of a step, without what adding up the gradients takes.
-        training: Whether the predictions are for training steps.
+        problem: The measurements.
+        solution: What is predicted for the plan.
     """
 
     plan: ReplicaPlan
-    costs: LayerCosts
-    transfer_s: float
-    step_s: float
-    training: bool
+    problem: ReplicaProblem
+    solution: ReplicaSolution
 
 
 def first_replicas(
@@ -84,6 +90,11 @@ def first_replicas(
         found: What an earlier run has found; None if there is nothing.
     """
     groups = wanted.groups(world_size, num_layers)
+    if speeds is not None and isinstance(wanted.of_solver, int):
+        costs = LayerCosts.of_speeds([(1.0, 2.0)] * num_layers, speeds)
+        samples = _SAMPLES * world_size
+        problem = ReplicaProblem(costs, samples, wanted.micro_batches, replicas=wanted.of_solver)
+        return solve_replicas(problem).plan
     if speeds is not None:
         return replicas_of_speeds(num_layers, groups, speeds, wanted.micro_batches, wanted.schedule)
     fits = found is not None and (found.world_size, found.num_layers) == (world_size, num_layers)
@@ -96,58 +107,104 @@ def find_replicas(
     example: Example,
     wanted: Wanted,
     device: torch.device,
+    nodes: Sequence[int],
     budget_bytes: float | None,
     state_per_parameter: float,
 ) -> ReplicaFindings:
-    """Return the replicas with the best stages; every rank must call this at the same point.
+    """Return the best replicas; every rank must call this at the same point.
 
     Args:
         placement: Current placement of the layers.
         calls: All layers of the model and how they are called.
-        example: A micro-batch to time the layers with, as large as each would be with equal shares.
+        example: A micro-batch of a training step to time the layers with.
         wanted: What the user has asked for.
         device: Device on which this rank computes.
+        nodes: Node of each rank.
         budget_bytes: Memory that this rank may use, in bytes; None if it is unknown.
         state_per_parameter: Number of values that the optimisers keep for each trained value.
 
     Raises:
+        ConfigurationError: The batch has fewer samples than there are replicas; raised on every rank.
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
     profile = profile_layers(placement, calls, example.call, example.loss_of, device)
-    numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    groups = wanted.groups(placement.plan.world_size, placement.plan.num_layers)
-    return decide_on_rank_zero(numbers, _decision(groups, example, wanted, state_per_parameter))
+    links = [seconds for pair in pairs_of_links(nodes) for seconds in timed_link(pair, device)]
+    budget = inf if budget_bytes is None else budget_bytes
+    numbers = [budget, float(example.loss_of is not None), *links, *profile.to_numbers()]
+    return decide_on_rank_zero(numbers, partial(_decided, nodes, example, wanted, state_per_parameter))
 
 
-def _decision(
-    groups: Sequence[Sequence[int]], example: Example, wanted: Wanted, state_per_parameter: float
-) -> Callable[[list[list[float]]], ReplicaFindings]:
-    def decide(rows: list[list[float]]) -> ReplicaFindings:
-        profiles = [LayerProfile.from_numbers(row[1:]) for row in rows]
-        backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
-        costs = LayerCosts(tuple(p.forward_s for p in profiles), tuple(backward))
-        budgets = tuple(row[0] for row in rows)
-        memory, kept = None, profiles[0]
-        if min(budgets) < inf:
-            of_layers = zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
-            memory = StageMemory(
-                # parameters, gradients, and once more while they are added up
-                weights_bytes=tuple(trained * (3 + state_per_parameter) + constant for trained, constant in of_layers),
-                activations_bytes=tuple(float(n) for n in kept.activations_bytes),
-                budgets_bytes=budgets,
-                micro_batches=wanted.micro_batches,
-                schedule=wanted.schedule,
-                received_bytes=tuple(float(wanted.micro_batches * n) for n in kept.boundary_bytes),
-            )
-        transfer_s = profiles[0].transfer_s
-        plan, step_s = plan_of_groups(groups, costs, wanted.micro_batches, wanted.schedule, transfer_s, memory)
-        return ReplicaFindings(plan, costs, transfer_s, step_s, example.training)
+def _decided(
+    nodes: Sequence[int],
+    example: Example,
+    wanted: Wanted,
+    state_per_parameter: float,
+    rows: list[list[float]],
+) -> ReplicaFindings:
+    profiles = [LayerProfile.from_numbers(row[6:]) for row in rows]
+    kept, budgets = profiles[0], tuple(row[0] for row in rows)
+    memory = None
+    if min(budgets) < inf:
+        of_layers = zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
+        memory = StageMemory(
+            # parameters, gradients, and once more while they are added up
+            weights_bytes=tuple(trained * (3 + state_per_parameter) + constant for trained, constant in of_layers),
+            activations_bytes=tuple(float(n) for n in kept.activations_bytes),
+            budgets_bytes=budgets,
+            micro_batches=wanted.micro_batches,
+            schedule=wanted.schedule,
+            received_bytes=tuple(float(wanted.micro_batches * n) for n in kept.boundary_bytes),
+        )
+    within, between = (None if pair is None else rows[pair[0]] for pair in pairs_of_links(nodes))
+    link = Link() if within is None else Link(*within[2:4])
+    problem = ReplicaProblem(
+        costs=_costs(profiles, [bool(row[1]) for row in rows]),
+        samples=example.samples,
+        micro_batches=wanted.micro_batches,
+        micro_batch_size=-(-example.samples // example.micro_batches),
+        schedule=wanted.schedule,
+        parameter_bytes=tuple(map(float, kept.parameter_bytes)),
+        output_bytes=tuple(map(float, kept.boundary_bytes)),
+        memory=memory,
+        within=link,
+        between=None if between is None else Link(*between[4:6]),
+        nodes=tuple(nodes) if len({*nodes}) > 1 else (),
+        replicas=wanted.of_solver,
+    )
+    solution = solve_replicas(problem)
+    return ReplicaFindings(solution.plan, problem, solution)
 
-    return decide
+
+def _costs(profiles: Sequence[LayerProfile], with_loss: Sequence[bool]) -> LayerCosts:
+    """Return the costs of the ranks, in which the last layer contains the loss, also where it was not timed."""
+    timed = next(profile for profile, has_loss in zip(profiles, with_loss, strict=True) if has_loss)
+
+    def row(profile: LayerProfile, name: str, *, has_loss: bool) -> tuple[float, ...]:
+        own, like = getattr(profile, name), getattr(timed, name)
+        others = sum(like[:-1])
+        if has_loss or not others:
+            return tuple(own)
+        # relative to the other layers, it takes as long as where it was timed
+        return (*own[:-1], max(own[-1], like[-1] * sum(own[:-1]) / others))
+
+    pairs = list(zip(profiles, with_loss, strict=True))
+    forward, backward = (
+        tuple(row(profile, name, has_loss=has_loss) for profile, has_loss in pairs)
+        for name in ("forward_s", "backward_s")
+    )
+    return LayerCosts(forward, backward)
 
 
-def report_replicas(trainer: Trainer, findings: ReplicaFindings) -> None:
-    """Print the replicas that were found, and the prediction for them."""
+def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | None) -> None:
+    """Print the replicas that were found, and the prediction for them.
+
+    Args:
+        trainer: The Trainer.
+        findings: What was found.
+        why_one: Why only one pipeline was considered; None if that is not so.
+    """
+    if why_one is not None:
+        say(trainer, f"hetero_pipeline: one pipeline, because {why_one}")
     total = sum(replica.share for replica in findings.plan.replicas)
     for number, replica in enumerate(findings.plan.replicas):
         order = [replica.ranks[rank] for rank in replica.stages.ranks]
@@ -157,8 +214,10 @@ def report_replicas(trainer: Trainer, findings: ReplicaFindings) -> None:
             f"hetero_pipeline: replica {number} has {layers} layers on ranks {order}, and {replica.share / total:.0%}"
             f" of the samples",
         )
+    found = findings.solution
     say(
         trainer,
-        f"hetero_pipeline: a step of {len(findings.plan.replicas)} replicas is predicted to take"
-        f" {findings.step_s:.3g} s, without what adding up their gradients takes",
+        f"hetero_pipeline: predicted {found.step_s * 1e3:.0f} ms per step, of which adding up gradients after the last"
+        f" pass takes {found.reduction_s * 1e3:.0f} ms; {found.of_bound:.0%} of the limit of"
+        f" {found.bound_s * 1e3:.0f} ms",
     )

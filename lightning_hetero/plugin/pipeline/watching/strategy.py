@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline.placement import Plan
 from lightning_hetero.hardware.memory import state_per_parameter
@@ -22,6 +24,7 @@ from lightning_hetero.plugin.pipeline.planning import (
     first_plan,
     report_findings,
 )
+from lightning_hetero.plugin.pipeline.refusals import why_one_pipeline
 from lightning_hetero.plugin.pipeline.replicas.arguments import wants_replicas
 from lightning_hetero.plugin.pipeline.replicas.planning import (
     ReplicaFindings,
@@ -162,7 +165,11 @@ class WatchingStrategy(SavingStrategy):
         assert isinstance(module, LightningModule)
         if self.replica_findings is not None or not training:
             return
-        # as large as the micro-batches of each would be with equal shares
+        wanted, reason = self._wanted, None
+        if self.replicas == "auto":
+            reason = why_one_pipeline(module)
+            wanted = wanted if reason is None else replace(wanted, replicas=1)
+        # as large as the micro-batches of each are with equal shares
         parts = self.num_microbatches * len(running.placement.plan.last_ranks)
         example = running.steps.example(step, args, training=True, parts=parts)
         aside = taken_aside(running.placement.parameters)
@@ -171,8 +178,9 @@ class WatchingStrategy(SavingStrategy):
                 running.placement,
                 running.found.calls,
                 example,
-                self._wanted,
+                wanted,
                 self.root_device,
+                all_gather(self.node_rank),
                 budget_bytes(self.max_memory_bytes, self.global_rank, self.root_device),
                 max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
             )
@@ -180,4 +188,4 @@ class WatchingStrategy(SavingStrategy):
         if found.plan != running.placement.plan:
             running.move(found.plan, self.optimizers)
         if self.verbose:
-            report_replicas(module.trainer, found)
+            report_replicas(module.trainer, found, reason)
