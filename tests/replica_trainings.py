@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Deep(LightningModule):
         self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
         self.register_buffer("shift", torch.rand(FEATURES, dtype=torch.float64))
         self.case = case
+        self.norms: list[float] = []
         self.error, self.mean = MeanAbsoluteError(), MeanMetric()
         self.several = MetricCollection({"rms": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()})
 
@@ -76,6 +77,13 @@ class Deep(LightningModule):
         self.log("largest", squares.max(), reduce_fx="max", on_step=False, on_epoch=True)
         self.log_dict(self.several(found[:, 1].detach(), x[:, 1]), on_step=True, on_epoch=False)
         return {"loss": loss, "found": found}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack(norms).norm()))
+
+    def on_train_epoch_end(self) -> None:
+        self.log("called", self.model(torch.ones_like(self.shift)[None]).sum())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, _ = batch
@@ -121,8 +129,8 @@ class Outcome:
     metrics: dict[str, float]
     parameters: dict[str, Tensor]
     predictions: list[Tensor]
+    norms: list[float]
     plan: Any = None
-    states: list[Any] = field(default_factory=list)
 
 
 def loader_of(case: Case, samples: int | None = None, *, shuffle: bool = True) -> Any:
@@ -163,7 +171,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     predictions: list[Any] = trainer.predict(model, loader_of(case, 2 * case.batch_size + 3, shuffle=False)) or []
     plan = None if strategy is None else strategy.replica_plan
-    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, plan)
+    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan)
 
 
 def largest_difference(found: Outcome, expected: Outcome) -> float:
@@ -172,7 +180,8 @@ def largest_difference(found: Outcome, expected: Outcome) -> float:
     assert list(found.parameters) == list(expected.parameters)
     assert found.metrics.keys() == expected.metrics.keys()
     pairs = [
-        (torch.tensor(found.losses), torch.tensor(expected.losses)),
+        (torch.tensor(found.losses, dtype=torch.float64), torch.tensor(expected.losses, dtype=torch.float64)),
+        (torch.tensor(found.norms, dtype=torch.float64), torch.tensor(expected.norms, dtype=torch.float64)),
         *zip(found.found, expected.found, strict=True),
         *((found.parameters[name], expected.parameters[name]) for name in expected.parameters),
         *zip(found.predictions, expected.predictions, strict=True),

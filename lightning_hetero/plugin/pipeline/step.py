@@ -95,6 +95,11 @@ class Example:
     micro_batches: int
     training: bool
 
+    @property
+    def size(self) -> int:
+        """Number of samples in this micro-batch."""
+        return -(-self.samples // self.micro_batches)
+
 
 class PipelineStep:
     """The steps of one rank.

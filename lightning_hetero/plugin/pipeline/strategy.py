@@ -80,10 +80,10 @@ class HeteroPipelineStrategy(WatchingStrategy):
             numbers after each window, at most about four times per second. 0 leaves layers where they are. Stages given
             by ``splits`` or ``speeds`` are not watched.
         verbose: Whether to print the stages that were found, the predictions for them, and what moves.
-        replicas: Pipelines that train the model side by side, each on its part of every batch. A list holds the ranks
-            of each, for example [[0, 3], [1, 2]]; the first rank of each has its last stage. Each finds its own stages,
-            and gets samples in proportion to its throughput. A number asks for that many pipelines, and "auto" for as
-            many as are predicted to be fastest. Needs the schedule "1f1b" or "gpipe".
+        replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
+            as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
+            [[0, 3], [1, 2]]. Each has stages of its own, and gets samples in proportion to its throughput. Several need
+            the schedule "1f1b" or "gpipe".
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.

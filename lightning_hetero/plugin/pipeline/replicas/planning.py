@@ -28,6 +28,9 @@ from lightning_hetero.plugin.pipeline.step import Example
 
 __all__ = ["ReplicaFindings", "Wanted", "find_replicas", "first_replicas", "report_replicas"]
 
+Rows = tuple[tuple[float, ...], ...]
+
+_BEFORE = 6  # numbers of a rank before those of its layers
 _SAMPLES = 64  # per rank, for shares in proportion to given speeds
 
 
@@ -104,7 +107,7 @@ def first_replicas(
 def find_replicas(
     placement: TensorPlacement,
     calls: LayerCalls,
-    example: Example,
+    examples: Sequence[Example],
     wanted: Wanted,
     device: torch.device,
     nodes: Sequence[int],
@@ -116,7 +119,8 @@ def find_replicas(
     Args:
         placement: Current placement of the layers.
         calls: All layers of the model and how they are called.
-        example: A micro-batch of a training step to time the layers with.
+        examples: A micro-batch of a training step to time the layers with, and a smaller one if there is one, which
+            tells what a pass takes whatever its size.
         wanted: What the user has asked for.
         device: Device on which this rank computes.
         nodes: Node of each rank.
@@ -127,21 +131,26 @@ def find_replicas(
         ConfigurationError: The batch has fewer samples than there are replicas; raised on every rank.
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
-    profile = profile_layers(placement, calls, example.call, example.loss_of, device)
+    profiles = [profile_layers(placement, calls, one.call, one.loss_of, device) for one in examples]
     links = [seconds for pair in pairs_of_links(nodes) for seconds in timed_link(pair, device)]
     budget = inf if budget_bytes is None else budget_bytes
-    numbers = [budget, float(example.loss_of is not None), *links, *profile.to_numbers()]
-    return decide_on_rank_zero(numbers, partial(_decided, nodes, example, wanted, state_per_parameter))
+    numbers = [budget, float(examples[0].loss_of is not None), *links, *(n for p in profiles for n in p.to_numbers())]
+    return decide_on_rank_zero(numbers, partial(_decided, nodes, examples, wanted, state_per_parameter))
 
 
 def _decided(
     nodes: Sequence[int],
-    example: Example,
+    examples: Sequence[Example],
     wanted: Wanted,
     state_per_parameter: float,
     rows: list[list[float]],
 ) -> ReplicaFindings:
-    profiles = [LayerProfile.from_numbers(row[6:]) for row in rows]
+    length = (len(rows[0]) - _BEFORE) // len(examples)
+    of_sizes = [
+        [LayerProfile.from_numbers(row[start : start + length]) for row in rows]
+        for start in range(_BEFORE, len(rows[0]), length)
+    ]
+    profiles = of_sizes[0]
     kept, budgets = profiles[0], tuple(row[0] for row in rows)
     memory = None
     if min(budgets) < inf:
@@ -157,12 +166,15 @@ def _decided(
         )
     within, between = (None if pair is None else rows[pair[0]] for pair in pairs_of_links(nodes))
     link = Link() if within is None else Link(*within[2:4])
+    with_loss = [bool(row[1]) for row in rows]
+    costs, overheads = _line([_costs(found, with_loss) for found in of_sizes], [one.size for one in examples])
     problem = ReplicaProblem(
-        costs=_costs(profiles, [bool(row[1]) for row in rows]),
-        samples=example.samples,
+        costs=costs,
+        samples=examples[0].samples,
         micro_batches=wanted.micro_batches,
-        micro_batch_size=-(-example.samples // example.micro_batches),
+        micro_batch_size=examples[0].size,
         schedule=wanted.schedule,
+        overheads=overheads,
         parameter_bytes=tuple(map(float, kept.parameter_bytes)),
         output_bytes=tuple(map(float, kept.boundary_bytes)),
         memory=memory,
@@ -173,6 +185,28 @@ def _decided(
     )
     solution = solve_replicas(problem)
     return ReplicaFindings(solution.plan, problem, solution)
+
+
+def _line(times: Sequence[LayerCosts], sizes: Sequence[int]) -> tuple[LayerCosts, LayerCosts | None]:
+    """Return the part of the times that grows with the size, for the first of the sizes, and the part that does not."""
+    if len(times) == 1:
+        return times[0], None
+
+    more = sizes[0] / (sizes[0] - sizes[1])
+
+    def overhead(large: float, small: float) -> float:
+        return min(max(large - (large - small) * more, 0.0), large, small)
+
+    def overheads(large: Rows, small: Rows) -> Rows:
+        return tuple(tuple(map(overhead, x, y)) for x, y in zip(large, small, strict=True))
+
+    def without(large: Rows, fixed: Rows) -> Rows:
+        return tuple(tuple(a - b for a, b in zip(x, y, strict=True)) for x, y in zip(large, fixed, strict=True))
+
+    large, small = times
+    forward, backward = overheads(large.forward_s, small.forward_s), overheads(large.backward_s, small.backward_s)
+    costs = LayerCosts(without(large.forward_s, forward), without(large.backward_s, backward))
+    return costs, LayerCosts(forward, backward)
 
 
 def _costs(profiles: Sequence[LayerProfile], with_loss: Sequence[bool]) -> LayerCosts:
