@@ -107,18 +107,26 @@ def _run(name: str, rank: int, ranks: int) -> None:
             return torch.optim.SGD(self.parameters(), lr=1e-4)
 
     class Wide(LightningModule):
-        """A stack of equal layers, whose activations are small beside what they take to compute."""
+        """A stack of equal layers that compute much for what crosses between two of them: sockets are slow."""
 
-        width = 6144
+        width, inner = 2048, 32768
 
         def __init__(self) -> None:
             super().__init__()
-            layers: list[nn.Module] = []
-            for _ in range(12):
-                linear = torch.nn.utils.skip_init(nn.Linear, self.width, self.width, bias=False)
-                layers.append(nn.Sequential(linear, nn.GELU()))
-                nn.init.uniform_(linear.weight, -0.02, 0.02)
-            self.model = nn.Sequential(*layers)
+            self.model = nn.Sequential(
+                *(
+                    nn.Sequential(self.linear(self.width, self.inner), nn.GELU(), self.linear(self.inner, self.width))
+                    for _ in range(12)
+                )
+            )
+
+        @staticmethod
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            layer: nn.Linear = torch.nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
+            rows = torch.empty(64, inputs).uniform_(-1, 1) * (3 / inputs) ** 0.5  # drawing all of them takes minutes
+            with torch.no_grad():
+                layer.weight.copy_(rows.repeat(outputs // 64, 1))
+            return layer
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             loss: Tensor = self.model(self.inputs(len(batch))).float().square().mean()
@@ -153,7 +161,7 @@ def _run(name: str, rank: int, ranks: int) -> None:
     clock = Clock()
     is_pipeline = kind == "hetero_pipeline"
     module = Wide() if is_pipeline else Convolutions()
-    batch_size = 4096 if is_pipeline else 64
+    batch_size = 8192 if is_pipeline else 64
     trainer = Trainer(
         accelerator="gpu", devices=1, num_nodes=ranks, strategy=strategy, callbacks=[*callbacks, clock],
         plugins=[LightningEnvironment()], precision="bf16-true" if is_pipeline else "bf16-mixed", max_steps=_STEPS,
@@ -169,6 +177,12 @@ def _run(name: str, rank: int, ranks: int) -> None:
             found["own_ms_after"] = [round(1e3 * window.own_s, 2) for window in balancer.windows_after]
         if is_pipeline:
             found["layers"] = str(strategy.plan)
+            if strategy.findings is not None:
+                advice = strategy.findings.advice
+                alone_s = [sum(layers) for layers in strategy.findings.costs.total_s]
+                bound_s = strategy.num_microbatches / sum(1 / seconds for seconds in alone_s)
+                found["predicted_ms"], found["bound_ms"] = round(1e3 * advice.step_s, 2), round(1e3 * bound_s, 2)
+                found["alone_ms"] = [round(1e3 * strategy.num_microbatches * seconds, 2) for seconds in alone_s]
         print(json.dumps(found), flush=True)
 
 
@@ -177,6 +191,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hetero_ddp": ("hetero_ddp", {}),
     "hetero_pipeline, equal stages": ("hetero_pipeline", {"splits": [6], "watch_steps": 0}),
     "hetero_pipeline": ("hetero_pipeline", {}),
+    "hetero_pipeline, planned order": ("hetero_pipeline", {"schedule": "auto"}),
 }
 
 if __name__ == "__main__":

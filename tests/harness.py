@@ -8,6 +8,7 @@ or runs out of time ends its pool, because its ranks may wait for each other; th
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import multiprocessing as mp
 import os
 import signal
@@ -77,7 +78,7 @@ class RankPool:
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """Call ``function(*args)``, a top-level function, on every rank and return the results in order of ranks."""
         for connection in self._connections:
-            connection.send((function, args))
+            connection.send((function, args, timeout_s))
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout_s
@@ -173,11 +174,14 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while True:
         try:
-            function, args = connection.recv()
+            function, args, timeout_s = connection.recv()
         except EOFError:
             return
+        # a signal would not do: at the end of a training Lightning resets the handlers that Python does not know
+        faulthandler.dump_traceback_later(max(timeout_s - 2, timeout_s / 2))
         with suppress(BrokenPipeError):  # nobody waits for the answer any more
             try:
                 connection.send((True, function(*args)))
             except BaseException:
                 connection.send((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()

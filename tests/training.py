@@ -108,7 +108,9 @@ def assert_close(
     difference = largest_difference(found, expected)
     if comparison:
         measured(comparison, difference)
-    assert difference < tolerance, f"the largest difference is {difference}"
+    if not difference < tolerance:
+        differ = [(i, *pair) for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
+        raise AssertionError(f"the largest difference is {difference}; at, found, expected: {differ[:12]}")
 
 
 def reference_parameters(size: int, global_batch: int, steps: int, *, drop_last: bool = False) -> list[float]:

@@ -23,7 +23,15 @@ def timed_call(call: Callable[[], Result], device: torch.device) -> tuple[Result
 
 
 def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+    """Wait for what was asked of the device in the current stream.
+
+    In another one, a message from a rank may be awaited that this rank has yet to do something for; waiting for the
+    whole device would then never end.
+    """
+    if device.type == "cpu":
+        return
+    module = torch.get_device_module(device)
+    if hasattr(module, "current_stream"):
+        module.current_stream(device).synchronize()
+    else:
+        module.synchronize()  # a device with one stream, such as MPS

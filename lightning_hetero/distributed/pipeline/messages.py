@@ -3,7 +3,8 @@
 Before the tensors of a micro-batch, their description goes through the host group, as a number if the receiver has seen
 it before.  So neither shapes nor structures have to be the same for all micro-batches, and the receiver allocates what
 it needs.  Two ranks exchange messages in the order in which the sender's order of passes makes them; a receiver that
-needs a later one first keeps the earlier ones.  Gradients, whose shapes are known, are received ahead of their use.
+needs a later one first keeps the earlier ones.  Processors receive gradients, whose shapes are known, ahead of their
+use.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Exchange:
         self._arriving: dict[Message, _Arriving] = {}
         self._sent: dict[tuple[int, int], Sent] = {}  # values whose gradients come back, by stage and micro-batch
         self._posted: list[_Posted] = []
+        self._ahead = _gradients_ahead(device)
 
     def begin(self, expected: Mapping[int, Sequence[Message]]) -> None:
         """Expect the messages of a step, or of an evaluation, by source and in its order."""
@@ -113,7 +115,7 @@ class Exchange:
             self._post_receive(source, expected.popleft())
         arriving = self._arriving.pop(message)
         ahead = 0
-        while expected and ahead < _GRADIENTS_AHEAD and self._is_known(expected[0]):
+        while expected and ahead < self._ahead and self._is_known(expected[0]):
             self._post_receive(source, expected.popleft())
             ahead += 1
         arriving.wait()
@@ -181,6 +183,16 @@ class Exchange:
                 heard.clear()
             heard.append(pickle.loads(packed.numpy().tobytes()))
         return heard[number]
+
+
+def _gradients_ahead(device: torch.device) -> int:
+    """Return how many gradients are received ahead.
+
+    None on an accelerator, where a receive is work of the device: what waits for all its streams, such as the user's
+    code or CUDA when it loads a kernel, would wait for a gradient that may depend on a later pass of this rank. The
+    host asks for passes before the device runs them, and so for their gradients.
+    """
+    return _GRADIENTS_AHEAD if device.type == "cpu" else 0
 
 
 class _Posted:
