@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate, combinations, pairwise
+from math import inf
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from profiles import drawn
 
+from lightning_hetero.balance.pipeline.replicas.division import divide_samples
+from lightning_hetero.balance.pipeline.replicas.plan import Replica
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
-from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
+from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, predict_replicas, solve_replicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
-from lightning_hetero.balance.pipeline.stages import LayerCosts
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 SLOW = Link(latency_s=5e-5, seconds_per_byte=8e-9)
@@ -19,7 +28,7 @@ FAST = Link(latency_s=1e-5, seconds_per_byte=1e-10)
 
 
 def problem_of(
-    speeds: list[float], budgets: list[float] | None = None, layers: int = 12, **changed: Any
+    speeds: Sequence[float], budgets: Sequence[float] | None = None, layers: int = 12, **changed: Any
 ) -> ReplicaProblem:
     """Return a problem with equal layers of a unit of memory and of 3 ms on a device of speed 1."""
     memory = None if budgets is None else StageMemory((1.0,) * layers, (0.0,) * layers, tuple(budgets))
@@ -83,6 +92,65 @@ def test_layers_are_averaged_within_a_node_if_gradients_are_large() -> None:
         assert {*solution.plan.owners_of(layer)} in ({0, 1}, {2, 3})
 
 
+def test_borders_move_so_that_averages_end_earlier() -> None:
+    costs = LayerCosts.of_speeds([(0.5, 1.0), (0.05, 0.1), (0.55, 1.1)], [1, 1, 1, 1])
+    memory = StageMemory((1.0,) * 3, (0.0,) * 3, (2.0,) * 4)
+    problem = ReplicaProblem(costs, 8, 4, memory=memory, replicas=2)
+    sent: dict[str, Any] = {"parameter_bytes": (4.0, 8.0, 0.5), "within": Link(seconds_per_byte=1.0)}
+    solution, without = solve_replicas(replace(problem, **sent)), solve_replicas(problem)
+    assert {replica.stages.ends for replica in without.plan.replicas} == {(2, 3)}
+    assert {replica.stages.ends for replica in solution.plan.replicas} == {(1, 3)}
+    assert solution.step_s < 0.9 * predict_replicas(replace(problem, **sent), without.plan).step_s
+
+
+def test_rings_wait_for_passes_ranks_and_the_link_of_a_node() -> None:
+    """Three replicas of one or two stages: layers 0 and 1 are of the same ranks, and layer 2 of others."""
+    stages = StagePlan((1, 0), (2, 3))
+    replicas = (
+        Replica((0, 1), stages, 1.0),
+        Replica((2, 3), stages, 1.0),
+        Replica((4,), StagePlan((0,), (3,)), 1.0),
+    )
+    ends_s = ((10.0, 7.0), (9.0, 6.0), (8.0,))
+    problem = problem_of([1] * 5, layers=3, parameter_bytes=(1.0, 2.0, 3.0), within=Link(0.5, 1.0))
+    # layer 2 from 8.0, when the whole model of rank 4 is done, for 4 messages of 1 byte; layers 0 and 1 after it
+    assert reduced_s(problem, replicas, ends_s) == 8.0 + 4 * 1.5 + 4 * 1.5
+    apart = (*replicas[:2], Replica((4, 5), stages, 1.0))
+    six = problem_of([1] * 6, layers=3, parameter_bytes=(1.0, 2.0, 3.0), within=Link(0.5, 1.0))
+    # layers 0 and 1 from 12.0, of ranks that are in no other ring
+    assert reduced_s(six, apart, (*ends_s[:2], (12.0, 8.0))) == 12.0 + 4 * 1.5
+    slow = replace(six, nodes=(0, 0, 0, 0, 1, 1), between=Link(1.0, 2.0))
+    # layer 2 from 8.0 through the link between the nodes, for 4 messages of 3 seconds, and the others after it
+    assert reduced_s(slow, apart, (*ends_s[:2], (12.0, 8.0))) == 8.0 + 4 * 3.0 + 4 * 3.0
+    assert reduced_s(six, apart[:1], ends_s[:1]) == 10.0
+    assert reduced_s(replace(six, parameter_bytes=()), apart, (*ends_s[:2], (12.0, 8.0))) == 12.0
+
+
+@settings(max_examples=drawn(200, 2000))
+@given(st.data(), st.integers(2, 4), st.integers(4, 9))
+def test_batches_are_divided_as_by_brute_force(data: st.DataObject, count: int, samples: int) -> None:
+    """Times that grow in any way, some of them without end because no more samples fit."""
+    rows = []
+    for _ in range(count):
+        steps = data.draw(st.lists(st.integers(0, 5), min_size=samples, max_size=samples))
+        row = [float(t) for t in accumulate(steps, initial=1)][1:]
+        most = data.draw(st.sampled_from([samples, samples, 3, 1, 0]))
+        rows.append([t if n < most else inf for n, t in enumerate(row)])
+    cuts = combinations(range(1, samples), count - 1)
+    all_divisions = ([b - a for a, b in pairwise((0, *cut, samples))] for cut in cuts)
+    best = min(max(row[n - 1] for row, n in zip(rows, ns, strict=True)) for ns in all_divisions)
+    found = divide_samples([partial(_time_of, row) for row in rows], samples, [1.0] * count)
+    if found is None:
+        assert best == inf
+    else:
+        assert sum(found) == samples
+        assert max(row[n - 1] for row, n in zip(rows, found, strict=True)) == best
+
+
+def _time_of(row: list[float], samples: int) -> float:
+    return row[samples - 1]
+
+
 def test_averages_overlap_with_the_last_passes() -> None:
     problem = problem_of([1, 1, 1, 1], [7.0] * 4, parameter_bytes=(1e7,) * 12, within=SLOW, replicas=2)
     solution = solve_replicas(problem)
@@ -97,7 +165,7 @@ def test_averages_overlap_with_the_last_passes() -> None:
 def test_64_ranks_of_four_kinds(nodes: tuple[int, ...]) -> None:
     speeds, sizes = ([value for value in kinds for _ in range(16)] for kinds in ([4, 3, 2, 1], [24, 12, 16, 8]))
     arguments: dict[str, Any] = {"nodes": nodes, "within": FAST, "between": SLOW, "output_bytes": (1e4,) * 32}
-    problem = problem_of(speeds, [1.0 * n for n in sizes], 32, samples=1024, parameter_bytes=(1e6,) * 32, **arguments)
+    problem = problem_of(speeds, sizes, 32, samples=1024, parameter_bytes=(1e6,) * 32, **arguments)
     solution = solve_replicas(problem)
     assert sum(solution.samples) == 1024
     for replica, n in zip(solution.plan.replicas, solution.samples, strict=True):

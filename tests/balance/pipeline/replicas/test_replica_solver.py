@@ -116,9 +116,8 @@ def test_many_stages_are_timed_as_in_the_simulation(
         return tuple(data.draw(st.lists(seconds, min_size=count, max_size=count)))
 
     forward, backward, transfer = row(num_stages), row(num_stages), row(num_stages - 1)
-    found = stage_ends_s(
-        *(np.array([values, values]) for values in (forward, backward, transfer)), micro_batches, schedule
-    )
+    two = [np.array([values, values]) for values in (forward, backward, transfer)]
+    found = stage_ends_s(two[0], two[1], two[2], micro_batches, schedule)
     order = known_order(range(num_stages), micro_batches, schedule)
     passes = simulate_order(order, PassTimes.of_stages(StageTimes(forward, backward), micro_batches), transfer).passes
     ends_s = [max(p.end_s for p in passes if p.stage == stage) for stage in range(num_stages)]
