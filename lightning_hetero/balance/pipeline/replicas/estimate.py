@@ -12,6 +12,7 @@ from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 
+from lightning_hetero.balance.pipeline.orders.order import micro_batches_in_flight
 from lightning_hetero.balance.pipeline.replicas.group_solver import GroupKey, GroupSolver
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 
@@ -39,6 +40,10 @@ class Estimate:
         self._speed = sum(1 / cost for cost in self._cost_s)
         self._sent = sum(problem.output_bytes) / layers / problem.micro_batch_size
         self.label = groups.label
+        memory = problem.memory
+        of_layers = [] if memory is None else [memory.weights_bytes, memory.activations_bytes, memory.received_bytes]
+        self._weights, self._activations, self._received = (sum(sizes) / layers for sizes in of_layers or [()] * 3)
+        self._average_held: dict[tuple[int, int], float] = {}
         self._rates: dict[GroupKey, tuple[float, float]] = {}
 
     def rate(self, ranks: Sequence[int]) -> float:
@@ -135,14 +140,21 @@ class Estimate:
 
     def _most_layers(self, ranks: Sequence[int], samples: int) -> list[int]:
         """Return how many layers each rank has memory for, with activations for an average place in the pipeline."""
-        problem = self._problem
-        memory = problem.memory_of(ranks, samples)
+        problem, memory, layers = self._problem, self._problem.memory, self._problem.num_layers
         if memory is None:
-            return [problem.num_layers] * len(ranks)
-        held = sum(memory.held(len(ranks))) / len(ranks)
-        layer = (sum(memory.weights_bytes) + held * sum(memory.activations_bytes)) / problem.num_layers
-        received = 2 * sum(memory.received_bytes) / problem.num_layers if len(ranks) > 1 else 0.0
-        return [
-            problem.num_layers if layer <= 0 else int(min(max(budget - received, 0) / layer, problem.num_layers))
-            for budget in memory.budgets_bytes
-        ]
+            return [layers] * len(ranks)
+        count = min(problem.micro_batches, samples)
+        factor = -(-samples // count) / problem.micro_batch_size
+        layer = self._weights + factor * self._held(len(ranks), count) * self._activations
+        received = 2 * factor * self._received if len(ranks) > 1 else 0.0
+        if layer <= 0:
+            return [layers] * len(ranks)
+        return [int(min(max(memory.budgets_bytes[r] - received, 0) / layer, layers)) for r in ranks]
+
+    def _held(self, num_stages: int, count: int) -> float:
+        """Return the micro-batches of which a stage holds activations, on average."""
+        key = num_stages, count
+        if key not in self._average_held:
+            held = (micro_batches_in_flight(s, num_stages, count, self._problem.schedule) for s in range(num_stages))
+            self._average_held[key] = sum(held) / num_stages
+        return self._average_held[key]

@@ -16,16 +16,17 @@ from typing import Any
 from lightning_hetero.balance.pipeline.replicas.estimate import Estimate
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 
-__all__ = ["Groups", "all_groupings", "good_groupings"]
+__all__ = ["Climb", "Groups", "all_groupings", "good_groupings"]
 
 Groups = tuple[tuple[int, ...], ...]
 
 _MAX_GROUPINGS = 1_000
 _SMALL = 24
 _STEP = 1.15  # larger numbers of groups that are tried differ by this factor at least
-_CLIMBED = 16  # groupings from which the search begins
-_CLIMBED_OF_NUMBER = 2  # of these, with the same number of groups
-_EFFORT = 4_000  # exchanges of ranks that are tried from each of them
+_CLIMBED = 10  # groupings from which the search begins
+_CLIMBED_RANKS = 480  # or as many as have so many ranks together
+_CLIMBED_OF_NUMBER = 2  # of these, with the same number of groups; of few ranks, twice as many
+_EFFORT = 1_500  # exchanges of ranks that are tried from each of them
 _LEAST = 1e-9  # part of the speed that an exchange must gain
 
 
@@ -81,12 +82,13 @@ def good_groupings(problem: ReplicaProblem, estimate: Estimate, counts: range) -
         for groups in _equal(problem, count)
     ]
     found = {estimate.key(groups): (step_s, groups) for step_s, groups in sorted(starts, reverse=True)}
+    most = _CLIMBED_OF_NUMBER * (1 + (problem.world_size * _CLIMBED < _CLIMBED_RANKS))
     random, climbed = Random(0), Counter[int]()
     for _, groups in sorted(found.values()):
-        if climbed.total() < _CLIMBED and climbed[len(groups)] < _CLIMBED_OF_NUMBER:
+        if climbed.total() < max(_CLIMBED, _CLIMBED_RANKS // problem.world_size) and climbed[len(groups)] < most:
             climbed[len(groups)] += 1
             for same_node in (False, True) if problem.nodes else (False,):
-                climb = _Climb(problem, estimate, counts, random, same_node=same_node)
+                climb = Climb(problem, estimate, counts, random, same_node=same_node)
                 better = climb.best(groups)
                 found.setdefault(estimate.key(better), (estimate.step_s(better), better))
     return [groups for _, groups in sorted(found.values())]
@@ -114,7 +116,7 @@ def _equal(problem: ReplicaProblem, count: int) -> Iterator[Groups]:
         yield tuple(tuple(order[i::count]) for i in range(count))
 
 
-class _Climb:
+class Climb:
     """Lets ranks change groups, change places, or leave for a group of their own, as long as all become faster.
 
     Args:
@@ -144,6 +146,17 @@ class _Climb:
                 break
         return tuple(sorted(tuple(sorted(group)) for group in now))
 
+    def neighbours(self, groups: Groups) -> Iterator[Groups]:
+        """Yield the groupings to which one exchange leads, in a random order."""
+        pairs = list(permutations(range(len(groups)), 2))
+        self._random.shuffle(pairs)
+        for giver, taker in pairs:
+            for one, other in self.exchanges(groups[giver], groups[taker], len(groups)):
+                less = (*(rank for rank in groups[giver] if rank != one), *other)
+                more = (*(rank for rank in groups[taker] if rank not in other), one)
+                rest = (group for i, group in enumerate(groups) if i not in (giver, taker))
+                yield (*rest, more, *([less] if less else []))
+
     def _exchange(self, groups: list[list[int]], rates: list[float], giver: int, taker: int) -> bool:
         """Make an exchange between two groups that adds speed; return whether there was one."""
         if giver >= len(groups) or taker > len(groups) or self._left <= 0:
@@ -152,7 +165,7 @@ class _Climb:
         if not taken and len(groups) + 1 not in self._counts:
             return False
         before += rates[giver]
-        for one, other in self._exchanges(groups[giver], taken, len(groups)):
+        for one, other in self.exchanges(groups[giver], taken, len(groups)):
             self._left -= 1
             less = [*groups[giver], *other]
             less.remove(one)
@@ -166,7 +179,9 @@ class _Climb:
                 return True
         return False
 
-    def _exchanges(self, giver: list[int], taker: list[int], count: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def exchanges(
+        self, giver: Sequence[int], taker: Sequence[int], count: int
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield a rank that one group gives to another, and what it gets for it: nothing, or a rank not alike."""
         label, node_of = self._estimate.label, self._problem.node_of
         gives, gets = ({label(rank): rank for rank in group} for group in (giver, taker))

@@ -26,11 +26,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
+from random import Random
 
 from lightning_hetero.balance.pipeline.replicas.division import divide_samples
 from lightning_hetero.balance.pipeline.replicas.estimate import Estimate
 from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver, Stages
-from lightning_hetero.balance.pipeline.replicas.grouping import Groups, all_groupings, good_groupings
+from lightning_hetero.balance.pipeline.replicas.grouping import Climb, Groups, all_groupings, good_groupings
 from lightning_hetero.balance.pipeline.replicas.improvement import improved_plan
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
@@ -39,7 +40,9 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = ["ReplicaSolution", "predict_replicas", "solve_replicas"]
 
-_MOST_DIVIDED = 16  # groupings of many ranks that are compared with real layers
+_MANY_RANKS = 48
+_DIVIDED = 16  # groupings of many ranks that are compared with real layers
+_EXCHANGES = 8  # exchanges of ranks between groups of many ranks that are tried at the end
 _REFINED = 5  # groupings of many ranks whose stages are refined
 _IMPROVED = 12  # groupings that are improved with the time for averages in view
 
@@ -127,12 +130,13 @@ class _Search:
         self._speeds = [1 / max(sum(row), 1e-12) for row in problem.costs.total_s]
 
     def best(self) -> ReplicaSolution:
-        problem = self._problem
         groupings, is_complete = self._groupings()
         if not is_complete:
             divided = self._all_divided(groupings)
             divided.sort(key=lambda one: self._solution(*one[1:]).step_s)
-            groupings = [groups for *_, groups in divided[:_REFINED]]
+            groupings = [groups for *_, groups in divided[: self._effort(_REFINED)]]
+            if alone := [groups for *_, groups in divided if len(groups) == 1]:
+                groupings.append(alone[0])  # it gains most by refining, having the most stages
         self._groups.refine()
         found: list[ReplicaSolution] = []
         for passes_s, samples, groups in self._all_divided(groupings):
@@ -143,11 +147,41 @@ class _Search:
             raise self._does_not_fit()
         found.sort(key=lambda one: one.step_s)
         for one in found[:_IMPROVED]:
-            if one.reduction_s > 0 and max(one.pipelines_s) < found[0].step_s:
-                plan = improved_plan(problem, self._groups, one.plan, one.samples)
-                found.append(_predicted(problem, self._groups, plan))
+            if max(one.pipelines_s) < found[0].step_s:
+                found.append(self._improved(one))
         best = min(found, key=lambda one: one.step_s)
+        if not is_complete:
+            best = self._exchanged(best)
         return replace(best, is_complete=is_complete and self._groups.is_complete)
+
+    def _improved(self, solution: ReplicaSolution) -> ReplicaSolution:
+        if solution.reduction_s <= 0:
+            return solution
+        plan = improved_plan(self._problem, self._groups, solution.plan, solution.samples)
+        return _predicted(self._problem, self._groups, plan)
+
+    def _exchanged(self, best: ReplicaSolution) -> ReplicaSolution:
+        """Exchange ranks between groups of a solution as long as it becomes better."""
+        climb = Climb(self._problem, Estimate(self._problem, self._groups), self._counts(), Random(0), same_node=False)
+        left, tried = self._effort(_EXCHANGES), set[object]()
+        found = True
+        while found and left > 0:
+            found = False
+            for groups in climb.neighbours(tuple(replica.ranks for replica in best.plan.replicas)):
+                key = tuple(sorted(map(self._groups.key, groups)))
+                if key in tried:
+                    continue
+                tried.add(key)
+                if (left := left - 1) < 0:
+                    break
+                divided = self._divided(groups)
+                if divided is None or divided[0] >= best.step_s:
+                    continue
+                solution = self._improved(self._solution(divided[1], groups))
+                if solution.step_s < best.step_s * (1 - 1e-9):
+                    best, found = solution, True
+                    break
+        return best
 
     def _solution(self, samples: tuple[int, ...], groups: Groups) -> ReplicaSolution:
         """Return the prediction for some groups, whose nodes are in one order if averages then end earlier."""
@@ -162,19 +196,30 @@ class _Search:
         problem, wanted = self._problem, self._problem.replicas
         if wanted is not None and not isinstance(wanted, int):
             return [tuple(tuple(group) for group in wanted)], True
-        most = min(problem.world_size, problem.samples)
-        fewest = -(-problem.world_size // problem.num_layers)
-        counts = range(fewest, most + 1) if wanted is None else range(wanted, wanted + 1)
-        if not counts:
-            raise ConfigurationError(
-                f"`samples` must be at least one per replica, and replicas of at most {problem.num_layers} ranks, one"
-                f" per layer, are at least {fewest}; got {problem.samples}. Use a larger batch or fewer devices."
-            )
+        counts = self._counts()
         found = all_groupings(range(problem.world_size), self._groups.label, counts, problem.num_layers)
         if found is not None:
             return found, True
         estimate = Estimate(problem, self._groups)
-        return good_groupings(problem, estimate, counts)[:_MOST_DIVIDED], False
+        return good_groupings(problem, estimate, counts)[: self._effort(_DIVIDED)], False
+
+    def _counts(self) -> range:
+        """Return the numbers of replicas that are allowed."""
+        problem, wanted = self._problem, self._problem.replicas
+        if wanted is not None:
+            count = wanted if isinstance(wanted, int) else len(wanted)
+            return range(count, count + 1)
+        fewest, most = -(-problem.world_size // problem.num_layers), min(problem.world_size, problem.samples)
+        if fewest > most:
+            raise ConfigurationError(
+                f"`samples` must be at least one per replica, and replicas of at most {problem.num_layers} ranks, one"
+                f" per layer, are at least {fewest}; got {problem.samples}. Use a larger batch or fewer devices."
+            )
+        return range(fewest, most + 1)
+
+    def _effort(self, least: int) -> int:
+        """Return how many groupings are looked at: of fewer ranks more."""
+        return max(least, least * _MANY_RANKS // self._problem.world_size)
 
     def _all_divided(self, groupings: Sequence[Groups]) -> list[tuple[float, tuple[int, ...], Groups]]:
         """Return when all passes end, and the samples of each group, for groupings that fit; the fastest first."""

@@ -20,6 +20,9 @@ __all__ = ["Floats", "stage_ends_s"]
 
 Floats = NDArray[np.float64]
 
+_PERIOD = 60  # micro-batches after which what they add repeats: exact for up to 6 stages, and nearly for more
+_BEFORE_OF_STAGE = 4  # micro-batches before that, per stage
+
 
 def stage_ends_s(
     forward_s: Floats, backward_s: Floats, transfer_s: Floats, micro_batches: int, schedule: Schedule
@@ -36,6 +39,20 @@ def stage_ends_s(
     num_stages = forward_s.shape[1]
     if num_stages == 1:
         return micro_batches * (forward_s + backward_s)
+    before = _PERIOD + _BEFORE_OF_STAGE * num_stages
+    if micro_batches <= before:
+        return _simulated_s(forward_s, backward_s, transfer_s, micro_batches, schedule)
+    # every further period adds the same time
+    periods, rest = divmod(micro_batches - before, _PERIOD)
+    counts = (before + rest - _PERIOD, before + rest)
+    fewer, more = (_simulated_s(forward_s, backward_s, transfer_s, count, schedule) for count in counts)
+    return np.asarray(more + periods * (more - fewer))
+
+
+def _simulated_s(
+    forward_s: Floats, backward_s: Floats, transfer_s: Floats, micro_batches: int, schedule: Schedule
+) -> Floats:
+    num_stages = forward_s.shape[1]
     seconds = {"forward": np.ascontiguousarray(forward_s.T), "backward": np.ascontiguousarray(backward_s.T)}
     between = np.ascontiguousarray(transfer_s.T)
     free_at = list(np.zeros_like(seconds["forward"]))
