@@ -23,7 +23,7 @@ FEATURES = 6
 class Case:
     """How a model is divided and trained."""
 
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]  # or of as many ranks, if `replicas` is given
     speeds: tuple[float, ...] | None = None
     micro_batches: int = 2
     schedule: str = "1f1b"
@@ -35,6 +35,8 @@ class Case:
     terms: bool = False
     epochs: int = 2
     shuffle: bool = True
+    replicas: Any = None
+    normalised: bool = False
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -55,9 +57,12 @@ class Deep(LightningModule):
         if case.tied is not None:
             layers[case.tied[1]] = layers[case.tied[0]]
         layers[-2].requires_grad_(False)
+        if case.normalised:
+            layers.append(nn.BatchNorm1d(FEATURES))
         self.model = nn.Sequential(*layers).double()
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
         self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.shift: Tensor
         self.register_buffer("shift", torch.rand(FEATURES, dtype=torch.float64))
         self.case = case
         self.norms: list[float] = []
@@ -83,7 +88,7 @@ class Deep(LightningModule):
         self.norms.append(float(torch.stack(norms).norm()))
 
     def on_train_epoch_end(self) -> None:
-        self.log("called", self.model(torch.ones_like(self.shift)[None]).sum())
+        self.log("called", self.model(torch.stack([self.shift, -self.shift])).sum())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, _ = batch
@@ -148,7 +153,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
     strategy: Any = None
     if "LOCAL_RANK" in os.environ:
         strategy = HeteroPipelineStrategy(
-            replicas=[list(ranks) for ranks in case.groups],
+            replicas=case.replicas or [list(ranks) for ranks in case.groups],
             speeds=None if case.speeds is None else list(case.speeds),
             num_microbatches=case.micro_batches,
             schedule=case.schedule,  # type: ignore[arg-type]

@@ -15,9 +15,12 @@ from replica_trainings import Case, Outcome, largest_difference, train
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.replicas.given import uniform_replicas
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
+from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.pipeline import runtime
+from lightning_hetero.plugin.pipeline.replicas.planning import _costs, _line
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 TOLERANCE = 1e-10
@@ -33,8 +36,10 @@ CASES = [
     Case(((0, 3), (1, 2)), (3.0, 1.0, 1.0, 3.0), layers=7, tied=(1, 5), trainer=(("gradient_clip_val", 0.1),)),
     # three stages beside one, and fewer samples than replicas in the last batch
     Case(((0, 1, 3), (2,)), (1.0, 1.0, 5.0, 2.0), samples=17, terms=True, epochs=1),
-    # stages that are found by timing
+    # stages that are found by timing, then replicas too
     Case(((0,), (3, 1), (2,)), None, batch_size=5, samples=21, micro_batches=1),
+    Case(((0, 1, 2),), replicas=2, tied=(0, 2), terms=True),
+    Case(((0, 1, 2),), replicas="auto"),
 ]
 
 
@@ -45,7 +50,7 @@ def check(found: list[Outcome], expected: Outcome) -> None:
         assert outcome.plan == found[0].plan
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.groups))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.replicas or case.groups))
 def test_replicas_train_as_one_device(ranks: RankPools, case: Case) -> None:
     check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
 
@@ -114,6 +119,13 @@ def test_the_comparison_notices_what_is_wrong(ranks: RankPools, what: str) -> No
         check([found], train(case))
 
 
+def test_one_pipeline_is_taken_where_several_could_not_train(ranks: RankPools) -> None:
+    case = Case(((0, 1),), replicas="auto", normalised=True, micro_batches=1)
+    for outcome in ranks.run(2, train, case, timeout_s=90):
+        assert len(outcome.plan.replicas) == 1
+        assert largest_difference(outcome, train(case)) < TOLERANCE
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +171,47 @@ def test_one_pipeline_divides_as_ever() -> None:
     seat = Seat(StagePlan((1, 0), (2, 4)), 1)
     assert seat.divided(7, 3) == ([3, 2, 2], range(3))
     assert (seat.leader, seat.others, seat.first_rank, seat.has_replicas) == (0, [], 1, False)
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+
+
+def profile_of(forward_s: tuple[float, ...], backward_s: tuple[float, ...]) -> LayerProfile:
+    zeros, none = (0,) * len(forward_s), (0.0,) * len(forward_s)
+    sizes = (zeros,) * 4
+    return LayerProfile(forward_s, backward_s, *sizes, none, none, (False,) * len(forward_s), none, 0.0)
+
+
+def test_a_loss_that_was_not_timed_costs_as_much_more() -> None:
+    with_loss, without = profile_of((1.0, 1.0, 3.0), (2.0, 2.0, 6.0)), profile_of((2.0, 2.0, 2.0), (4.0, 4.0, 4.0))
+    costs = _costs([with_loss, without], [True, False])
+    assert costs.forward_s == ((1.0, 1.0, 3.0), (2.0, 2.0, 6.0))
+    assert costs.backward_s == ((2.0, 2.0, 6.0), (4.0, 4.0, 12.0))
+
+
+def test_two_sizes_tell_what_a_pass_takes_whatever_its_size() -> None:
+    def of(size: int) -> LayerCosts:
+        return LayerCosts(((0.5 + 0.1 * size, 0.2 * size),), ((1.0 + 0.2 * size, 3.0),))
+
+    costs, overheads = _line([of(8), of(4)], [8, 4])
+    assert overheads is not None
+    assert overheads.forward_s[0] == pytest.approx((0.5, 0.0))
+    assert overheads.backward_s[0] == pytest.approx((1.0, 3.0))
+    assert costs.forward_s[0] == pytest.approx((0.8, 1.6))
+    assert costs.backward_s[0] == pytest.approx((1.6, 0.0))
+    assert _line([of(8)], [8]) == (of(8), None)
+    # noise: what takes longer for fewer samples
+    costs, overheads = _line([LayerCosts(((1.0,),), ((1.0,),)), LayerCosts(((2.0,),), ((1.0,),))], [8, 4])
+    assert overheads is not None
+    assert (overheads.forward_s, costs.forward_s) == (((1.0,),), ((0.0,),))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "pairs"),
+    [([0], (None, None)), ([0, 0, 0], ((0, 1), None)), ([0, 1], (None, (0, 1))), ([0, 1, 1], ((1, 2), (0, 1)))],
+)
+def test_links_within_and_between_nodes(nodes: list[int], pairs: Any) -> None:
+    assert pairs_of_links(nodes) == pairs
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
