@@ -7,7 +7,8 @@ micro-batches, one replica per rank needs memory for the whole model on each, an
 :func:`solve_replicas` minimises the time from the start of a step to the last average.
 
 1. Groups are listed without repeating what differs only by ranks that are alike (``grouping``): all of them, up to some
-   thousand.
+   thousand; of many ranks, those that a search finds.
+   Of many ranks, those that differ by a few per cent are alike (``kinds``).
 2. Each group gets its stages (``group_solver``), by trying all orders and borders where they are few. Groups that are
    alike are solved once for each number of samples.
 3. The batch is divided so that all replicas end their passes together (``division``).
@@ -33,6 +34,7 @@ from lightning_hetero.balance.pipeline.replicas.estimate import Estimate
 from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver, Stages
 from lightning_hetero.balance.pipeline.replicas.grouping import Climb, Groups, all_groupings, good_groupings
 from lightning_hetero.balance.pipeline.replicas.improvement import improved_plan
+from lightning_hetero.balance.pipeline.replicas.kinds import with_fewer_kinds
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
@@ -40,8 +42,10 @@ from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
 __all__ = ["ReplicaSolution", "predict_replicas", "solve_replicas"]
 
+_FEW_RANKS = 8  # of more ranks, those that differ by some per cent are alike while groups are searched
 _MANY_RANKS = 48
 _DIVIDED = 16  # groupings of many ranks that are compared with real layers
+_NEARLY = 1.1  # times the best step: moving borders may make it better
 _EXCHANGES = 8  # exchanges of ranks between groups of many ranks that are tried at the end
 _REFINED = 5  # groupings of many ranks whose stages are refined
 _IMPROVED = 12  # groupings that are improved with the time for averages in view
@@ -95,7 +99,22 @@ def solve_replicas(problem: ReplicaProblem) -> ReplicaSolution:
         >>> [replica.ranks for replica in found.plan.replicas], found.samples
         ([(0,), (1, 2)], (11, 5))
     """
+    if problem.world_size > _FEW_RANKS and not isinstance(problem.replicas, tuple):
+        alike = with_fewer_kinds(problem)
+        if alike != problem:
+            try:
+                return _adapted(problem, _Search(alike).best().plan)
+            except InfeasiblePlanError:
+                pass  # it may fit with all that each rank has
     return _Search(problem).best()
+
+
+def _adapted(problem: ReplicaProblem, plan: ReplicaPlan) -> ReplicaSolution:
+    """Return the better of a plan that was made for similar ranks, improved, and new stages of the same groups."""
+    groups = tuple(replica.ranks for replica in plan.replicas)
+    search = _Search(replace(problem, replicas=groups))
+    found = [search.improved(predict_replicas(problem, plan)), search.best()]
+    return replace(min(found, key=lambda one: one.step_s), is_complete=False)
 
 
 def predict_replicas(
@@ -147,16 +166,15 @@ class _Search:
             raise self._does_not_fit()
         found.sort(key=lambda one: one.step_s)
         for one in found[:_IMPROVED]:
-            if max(one.pipelines_s) < found[0].step_s:
-                found.append(self._improved(one))
+            if one.reduction_s > 0 and max(one.pipelines_s) < found[0].step_s:
+                found.append(self.improved(one))
         best = min(found, key=lambda one: one.step_s)
         if not is_complete:
             best = self._exchanged(best)
         return replace(best, is_complete=is_complete and self._groups.is_complete)
 
-    def _improved(self, solution: ReplicaSolution) -> ReplicaSolution:
-        if solution.reduction_s <= 0:
-            return solution
+    def improved(self, solution: ReplicaSolution) -> ReplicaSolution:
+        """Return a solution with the same groups whose averages end earlier, or the same one."""
         plan = improved_plan(self._problem, self._groups, solution.plan, solution.samples)
         return _predicted(self._problem, self._groups, plan)
 
@@ -177,7 +195,9 @@ class _Search:
                 divided = self._divided(groups)
                 if divided is None or divided[0] >= best.step_s:
                     continue
-                solution = self._improved(self._solution(divided[1], groups))
+                solution = self._solution(divided[1], groups)
+                if solution.step_s < best.step_s * _NEARLY:
+                    solution = self.improved(solution)
                 if solution.step_s < best.step_s * (1 - 1e-9):
                     best, found = solution, True
                     break

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import drawn
+from profiles import drawn, thorough
 
 from lightning_hetero.balance.pipeline.replicas.division import divide_samples
 from lightning_hetero.balance.pipeline.replicas.plan import Replica
@@ -161,7 +161,7 @@ def test_averages_overlap_with_the_last_passes() -> None:
     assert solution.step_s < pipelines.step_s + 2 * of_stage
 
 
-@pytest.mark.parametrize("nodes", [(), tuple(rank // 8 for rank in range(64))])
+@pytest.mark.parametrize("nodes", [(), pytest.param(tuple(rank // 8 for rank in range(64)), marks=thorough)])
 def test_64_ranks_of_four_kinds(nodes: tuple[int, ...]) -> None:
     speeds, sizes = ([value for value in kinds for _ in range(16)] for kinds in ([4, 3, 2, 1], [24, 12, 16, 8]))
     arguments: dict[str, Any] = {"nodes": nodes, "within": FAST, "between": SLOW, "output_bytes": (1e4,) * 32}
