@@ -64,7 +64,6 @@ class Runtime:
         metrics: The metrics of the module.
         seat: The place of this rank among the replicas.
         pipeline: The pipeline of this rank's replica, which runs the layers of its stage.
-        sums: The sums of the gradients of the latest step over replicas, which may still be on their way.
         hooks: The hooks of the module and of callbacks.
         steps: The user's steps on this rank.
         timer: Times this rank's passes, if the stages are watched.
@@ -100,7 +99,7 @@ class Runtime:
         self.seed = broadcast_from(torch.initial_seed(), 0)
         self.placement = TensorPlacement(module, self.found.layers, plan, device)
         self.seat = Seat(plan, rank)
-        self.sums: Sums | None = None
+        self._sums: Sums | None = None
         self.metrics = PipelineMetrics(module, self.seat.leader, is_last=rank == self.seat.leader)
         self._overrides.callback(self.metrics.restore)
         try:
@@ -138,7 +137,12 @@ class Runtime:
         return LeftBehind(self._module, self.placement, seat, self._rank, self._device) if seat.has_replicas else None
 
     def _begin_sums(self) -> None:
-        self.sums = begin_sums(self.placement)
+        self._sums = begin_sums(self.placement)
+
+    def take_sums(self) -> Sums | None:
+        """Return what waits for the sums of the latest step's gradients over replicas, once; None if there are none."""
+        sums, self._sums = self._sums, None
+        return sums
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(

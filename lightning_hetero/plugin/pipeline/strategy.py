@@ -78,7 +78,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
             device has become slower or faster; 0.05 is 5 % more samples/s.
         watch_steps: Number of training steps per window while watching for such changes. The ranks exchange a few
             numbers after each window, at most about four times per second. 0 leaves layers where they are. Stages given
-            by ``splits`` or ``speeds`` are not watched.
+            by ``splits`` or ``speeds``, and those of several replicas, are not watched.
         verbose: Whether to print the stages that were found, the predictions for them, and what moves.
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
@@ -310,7 +310,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         """Hand the optimisers the gradients that the stages have computed within the step."""
         loss = self.precision_plugin.pre_backward(closure_loss, self._module)
         gradients, self._step_gradients = self._step_gradients, []
-        put_back(with_tied_combined(gradients, self._running.placement, self._running.sums))
+        put_back(with_tied_combined(gradients, self._running.placement, self._running.take_sums()))
         return self.precision_plugin.post_backward(loss, self._module)
 
     @override
