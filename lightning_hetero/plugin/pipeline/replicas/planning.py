@@ -58,11 +58,24 @@ class Wanted:
         return int(self.replicas)
 
     def groups(self, world_size: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
-        """Return the ranks of each replica to begin with, in ascending order."""
+        """Return the ranks of each replica to begin with, in ascending order; as few as possible if they are not given.
+
+        Before anything is known, one pipeline needs the least memory on each rank.
+        """
         given = self.of_solver
         if isinstance(given, tuple):
             return tuple(sorted(tuple(sorted(group)) for group in given))
-        return uniform_groups(world_size, -(-world_size // num_layers) if given is None else given)
+        return uniform_groups(world_size, -(-world_size // num_layers))
+
+    def parts(self, world_size: int, num_layers: int) -> tuple[int, int]:
+        """Return into how many parts a batch is cut to time layers with one of them, for large parts and for small.
+
+        Large ones are what micro-batches would be with equal shares of as few replicas as there may be.
+        """
+        given = self.of_solver
+        count = given if isinstance(given, int) else len(self.groups(world_size, num_layers))
+        most = world_size if given is None else 2 * count
+        return self.micro_batches * count, self.micro_batches * max(most, 2 * count)
 
 
 @dataclass(frozen=True)

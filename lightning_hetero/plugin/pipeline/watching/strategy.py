@@ -169,10 +169,8 @@ class WatchingStrategy(SavingStrategy):
         if self.replicas == "auto":
             reason = why_one_pipeline(module)
             wanted = wanted if reason is None else replace(wanted, replicas=1)
-        # as large as the micro-batches of each are with equal shares, and half of that or as small as they may become
-        parts = self.num_microbatches * len(running.placement.plan.last_ranks)
-        fewer = 2 * parts if self.replicas != "auto" else max(self.num_microbatches * self.world_size, 2 * parts)
-        examples = [running.steps.example(step, args, training=True, parts=n) for n in (parts, fewer)]
+        parts = wanted.parts(self.world_size, running.placement.plan.num_layers)
+        examples = [running.steps.example(step, args, training=True, parts=n) for n in parts]
         if examples[0].size == examples[1].size:
             examples.pop()
         aside = taken_aside(running.placement.parameters)
