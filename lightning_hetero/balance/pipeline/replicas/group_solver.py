@@ -63,14 +63,15 @@ class GroupSolver:
         self._refines, self._left = False, _EFFORT
         few = problem.world_size <= _FEW_RANKS
         self._max_listed = _MAX_LISTED if few else _MAX_LISTED_OF_MANY
+        self._lasts = problem.last_ranks
         costs, overheads = problem.costs, problem.overheads
         of_ranks = [costs.forward_s, costs.backward_s]
         of_ranks += [] if overheads is None else [overheads.forward_s, overheads.backward_s]
         budgets = (0.0,) * problem.world_size if problem.memory is None else problem.memory.budgets_bytes
         kinds: dict[object, int] = {}
         self._kinds = [
-            # rank 0 is like no other: it must have the last stage
-            kinds.setdefault((rank == 0, budgets[rank], *(rows[rank] for rows in of_ranks)), len(kinds))
+            # those that must have the last stage are like no others
+            kinds.setdefault((rank in self._lasts, budgets[rank], *(rows[rank] for rows in of_ranks)), len(kinds))
             for rank in range(problem.world_size)
         ]
         self._work = [sum(row) for row in costs.total_s]
@@ -142,7 +143,7 @@ class GroupSolver:
         if self._is_listed(ranks):
             orders, ends = self._all_stages(ranks)
         else:
-            orders, ends = _neighbours(np.array([ranks[own] for own in plan.ranks]), np.array(plan.ends))
+            orders, ends = self._near_by(ranks, plan)
         fits = self._times.fits(orders, ends, samples)
         orders, ends = orders[fits], ends[fits]
         if not len(orders):
@@ -178,12 +179,12 @@ class GroupSolver:
     def _all_stages(self, ranks: tuple[int, ...]) -> tuple[Ints, Ints]:
         """Return the ranks and the ends of all stages."""
         num_layers = self._problem.num_layers
-        orders = np.array([order for order in self._orders(ranks) if 0 not in order[:-1]])
+        orders = np.array([order for order in self._orders(ranks[::-1]) if self._lasts.isdisjoint(order[:-1])])
         ends = np.array([(*inner, num_layers) for inner in combinations(range(1, num_layers), len(ranks) - 1)])
         return np.repeat(orders, len(ends), axis=0), np.tile(ends, (len(orders), 1))
 
     def _orders(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield the orders of ranks, without those that differ only by ranks that are alike."""
+        """Yield the orders of ranks, without those in which ranks that are alike are in another order than here."""
         if not ranks:
             yield ()
         seen = set()
@@ -223,28 +224,32 @@ class GroupSolver:
     def _order(self, ranks: tuple[int, ...], way: int) -> tuple[int, ...]:
         """Return an order in which ranks of a node stay together: the fastest, the slowest, or the largest first.
 
-        Nodes are in the same order, or in the opposite one, in all groups. The node of rank 0, which must be last, is
-        last in all of them.
+        Nodes are in the same order, or in the opposite one, in all groups. The node of rank 0, which has a last stage,
+        is last in all of them.
         """
         sizes = self._work if self._problem.memory is None else self._problem.memory.budgets_bytes
         nodes, signs = [self._problem.node_of(rank) for rank in range(self._problem.world_size)], (1, -1)
         within = [self._work, [-work for work in self._work], [-size for size in sizes]][way % 3]
         across = signs[way // 3]
         order = sorted(
-            ranks, key=lambda r: (nodes[r] == nodes[0], across * self._node_work[nodes[r]], nodes[r], within[r])
+            ranks, key=lambda r: (nodes[r] == nodes[0], across * self._node_work[nodes[r]], nodes[r], within[r], -r)
         )
-        return (*(rank for rank in order if rank), 0) if 0 in ranks else tuple(order)
+        return tuple(sorted(order, key=self._lasts.__contains__))
 
     def _refined(self, ranks: tuple[int, ...], best: Stages, samples: int) -> Stages:
         passes = 2 * len(ranks) * min(self._problem.micro_batches, samples)
         while self._left > 0:
-            orders, ends = _neighbours(np.array([ranks[own] for own in best.plan.ranks]), np.array(best.plan.ends))
+            orders, ends = self._near_by(ranks, best.plan)
             self._left -= passes * (len(orders) + _EFFORT_OF_PASS)
             found = self._best(ranks, orders, ends, samples)
             if found is None or found.step_s >= best.step_s * (1 - 1e-9):
                 break
             best = found
         return best
+
+    def _near_by(self, ranks: tuple[int, ...], plan: StagePlan) -> tuple[Ints, Ints]:
+        order = np.array([ranks[own] for own in plan.ranks])
+        return _neighbours(order, np.array(plan.ends), keep_last=not self._lasts.isdisjoint(ranks))
 
     def _best(self, ranks: tuple[int, ...], orders: Ints, ends: Ints, samples: int) -> Stages | None:
         """Return the fastest of some stages that fit into memory."""
@@ -264,8 +269,14 @@ class GroupSolver:
         return StagePlan(tuple(ranks.index(rank) for rank in order), tuple(map(int, ends)))
 
 
-def _neighbours(order: Ints, ends: Ints) -> tuple[Ints, Ints]:
-    """Return stages of which one has given a layer to another, or has changed places with the next one."""
+def _neighbours(order: Ints, ends: Ints, *, keep_last: bool) -> tuple[Ints, Ints]:
+    """Return stages of which one has given a layer to another, or has changed places with the next one.
+
+    Args:
+        order: Rank of each stage.
+        ends: Index of the layer after the last layer of each stage.
+        keep_last: Whether the last stage keeps its rank.
+    """
     size = len(order)
     orders, all_ends = [], []
     sizes = np.diff(ends, prepend=0)
@@ -276,13 +287,12 @@ def _neighbours(order: Ints, ends: Ints) -> tuple[Ints, Ints]:
             moved[first:last] += 1 if taker < giver else -1
             orders.append(order)
             all_ends.append(moved)
-    for stage in range(size - 1):
-        if order[stage + 1] != 0:  # rank 0 stays last
-            swapped, sized = order.copy(), sizes.copy()
-            swapped[[stage, stage + 1]] = order[[stage + 1, stage]]
-            sized[[stage, stage + 1]] = sizes[[stage + 1, stage]]
-            orders += [swapped, swapped]
-            all_ends += [ends, np.cumsum(sized)]
+    for stage in range(size - 1 - keep_last):
+        swapped, sized = order.copy(), sizes.copy()
+        swapped[[stage, stage + 1]] = order[[stage + 1, stage]]
+        sized[[stage, stage + 1]] = sizes[[stage + 1, stage]]
+        orders += [swapped, swapped]
+        all_ends += [ends, np.cumsum(sized)]
     if not orders:
         return np.empty((0, size), dtype=np.int64), np.empty((0, size), dtype=np.int64)
     return np.array(orders), np.array(all_ends)

@@ -69,7 +69,8 @@ class ReplicaProblem:
         within: Link between ranks of a node.
         between: Link between nodes; None if it is no different. A ring of ranks in several nodes runs at its speed.
         nodes: Node of each rank; empty if all are in one.
-        replicas: The number of replicas that is wanted, or the ranks of each; None for the best number.
+        replicas: The number of replicas that is wanted; or the ranks of each, first the one that has the last stage;
+            None for the best number.
     """
 
     costs: LayerCosts
@@ -129,6 +130,11 @@ class ReplicaProblem:
                 f"`replicas` must have each of {world_size} ranks once, and a rank in each replica, got"
                 f" {[list(group) for group in wanted]}."
             )
+        elif any(0 in group[1:] for group in wanted):
+            raise ConfigurationError(
+                f"`replicas` must have rank 0, which has a last stage, as the first of its replica, got"
+                f" {[list(group) for group in wanted]}."
+            )
         count = wanted if isinstance(wanted, int) else len(wanted)
         if count > self.samples:
             raise ConfigurationError(
@@ -151,6 +157,12 @@ class ReplicaProblem:
     def num_layers(self) -> int:
         """Number of layers."""
         return self.costs.num_layers
+
+    @property
+    def last_ranks(self) -> frozenset[int]:
+        """The ranks that must have the last stage of their replica; of other replicas, any rank may."""
+        wanted = self.replicas
+        return frozenset({0} if wanted is None or isinstance(wanted, int) else (group[0] for group in wanted))
 
     @property
     def bound_s(self) -> float:

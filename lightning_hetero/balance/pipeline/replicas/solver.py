@@ -7,8 +7,7 @@ micro-batches, one replica per rank needs memory for the whole model on each, an
 :func:`solve_replicas` minimises the time from the start of a step to the last average.
 
 1. Groups are listed without repeating what differs only by ranks that are alike (``grouping``): all of them, up to some
-   thousand; of many ranks, those that a search finds.
-   Of many ranks, those that differ by a few per cent are alike (``kinds``).
+   thousand, or else those that a search finds, in which ranks that differ by a few per cent are alike (``kinds``).
 2. Each group gets its stages (``group_solver``), by trying all orders and borders where they are few. Groups that are
    alike are solved once for each number of samples.
 3. The batch is divided so that all replicas end their passes together (``division``).
@@ -16,6 +15,7 @@ micro-batches, one replica per rank needs memory for the whole model on each, an
    other grouping end before the best step does.
 5. Where averages take longer than the last pass, other borders may let more of them overlap with it, so those of the
    best groupings are moved, and samples with them (``improvement``).
+6. If not all groups were compared, ranks change places between those of the best step, as long as it becomes shorter.
 
 HexiScale (MLSys 2026) and FlagScale search unequal pipelines for transformers. Here nothing is known of a model but
 times and sizes of its layers.
@@ -111,10 +111,17 @@ def solve_replicas(problem: ReplicaProblem) -> ReplicaSolution:
 
 def _adapted(problem: ReplicaProblem, plan: ReplicaPlan) -> ReplicaSolution:
     """Return the better of a plan that was made for similar ranks, improved, and new stages of the same groups."""
-    groups = tuple(replica.ranks for replica in plan.replicas)
+    groups = tuple(replica.ranks for replica in plan.replicas)  # the rank of the last stage is the first one
     search = _Search(replace(problem, replicas=groups))
-    found = [search.improved(predict_replicas(problem, plan)), search.best()]
-    return replace(min(found, key=lambda one: one.step_s), is_complete=False)
+    found = min(search.improved(predict_replicas(problem, plan)), search.best(), key=lambda one: one.step_s)
+    return replace(found, plan=ReplicaPlan(tuple(map(_in_order, found.plan.replicas))), is_complete=False)
+
+
+def _in_order(replica: Replica) -> Replica:
+    """Return a replica whose own rank 0 has the last stage, and its rank n stage n - 1, as in a single pipeline."""
+    *others, last = (replica.ranks[own] for own in replica.stages.ranks)
+    own = (*range(1, len(replica.ranks)), 0)
+    return Replica((last, *others), replace(replica.stages, ranks=own), replica.share)
 
 
 def predict_replicas(
@@ -124,9 +131,19 @@ def predict_replicas(
 
     Args:
         problem: The layers, the ranks and the links.
-        plan: The replicas.
+        plan: The replicas, each with one stage per rank.
         samples: Samples of each replica; None for those of ``plan``.
+
+    Raises:
+        ConfigurationError: A rank has several stages, or shares a layer, or the plan is of other ranks or layers.
     """
+    if any(replica.stages.num_stages > len(replica.ranks) or replica.stages.lent for replica in plan.replicas):
+        raise ConfigurationError("Only replicas with one stage per rank and without shared layers can be predicted.")
+    if (plan.world_size, plan.num_layers) != (problem.world_size, problem.num_layers):
+        raise ConfigurationError(
+            f"The plan must be of the {problem.world_size} ranks and {problem.num_layers} layers of the problem, got"
+            f" {plan.world_size} ranks and {plan.num_layers} layers."
+        )
     return _predicted(problem, GroupSolver(problem), plan, samples)
 
 
@@ -171,7 +188,8 @@ class _Search:
         best = min(found, key=lambda one: one.step_s)
         if not is_complete:
             best = self._exchanged(best)
-        return replace(best, is_complete=is_complete and self._groups.is_complete)
+        plan = ReplicaPlan(tuple(map(_in_order, best.plan.replicas)))
+        return replace(best, plan=plan, is_complete=is_complete and self._groups.is_complete)
 
     def improved(self, solution: ReplicaSolution) -> ReplicaSolution:
         """Return a solution with the same groups whose averages end earlier, or the same one."""

@@ -125,8 +125,13 @@ class AutoCluster:
 
     @property
     def of_replicas(self) -> ReplicaProblem:
-        """The training by several pipelines side by side; memory counts as in a single one."""
+        """The training by several pipelines side by side, with memory for gradients that are added up."""
         layers, ranks = self.model.layers, self.ranks
+        memory = replace(self, micro_batches=self.global_batch_size).of_stages.memory  # of one sample
+        if memory is not None:
+            added_up = (layer.parameter_bytes for layer in layers)
+            weights = tuple(map(sum, zip(memory.weights_bytes, added_up, strict=True)))
+            memory = replace(memory, weights_bytes=weights)
         speeds = [device.speed for device in ranks]
         link = Link(self.latency_s, 0.0 if self.bits_per_s is None else 8 / self.bits_per_s)
         return ReplicaProblem(
@@ -138,7 +143,7 @@ class AutoCluster:
             ),
             parameter_bytes=tuple(layer.parameter_bytes for layer in layers),
             output_bytes=tuple(layer.output_bytes for layer in layers),
-            memory=replace(self, micro_batches=self.global_batch_size).of_stages.memory,  # of one sample
+            memory=memory,
             within=link if self.node_bits_per_s is None else Link(self.latency_s, 8 / self.node_bits_per_s),
             between=link,
             nodes=() if self.devices_per_node is None else tuple(r // self.devices_per_node for r in range(len(ranks))),
@@ -335,7 +340,7 @@ def _replicas(cluster: AutoCluster, alone_s: float) -> Candidate | None:
         for own, needed_bytes in zip(replica.stages.ranks, of_stages, strict=False):
             kind = kinds[replica.ranks[own]]
             needed[kind] = max(needed[kind], needed_bytes)
-    groups = [sorted(replica.ranks) for replica in replicas]
+    groups = [[replica.last_rank, *sorted({*replica.ranks} - {replica.last_rank})] for replica in replicas]
     argument = f"HeteroPipelineStrategy(replicas={groups}, num_microbatches={cluster.micro_batches})"
     return Candidate("replicas", argument, solution.step_s, None if problem.memory is None else tuple(needed))
 

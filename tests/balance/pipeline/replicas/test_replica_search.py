@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from profiles import drawn, thorough
 
 from lightning_hetero.balance.pipeline.replicas.division import divide_samples
-from lightning_hetero.balance.pipeline.replicas.plan import Replica
+from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, predict_replicas, solve_replicas
@@ -63,9 +63,10 @@ def test_replicas_may_have_different_lengths() -> None:
 
 
 def test_groups_that_the_user_names_are_kept() -> None:
-    solution = solve_replicas(problem_of([3, 1, 1, 1], replicas=((1, 3), (2, 0))))
-    assert [sorted(replica.ranks) for replica in solution.plan.replicas] == [[0, 2], [1, 3]]
-    assert solution.plan.replicas[0].last_rank == 0
+    solution = solve_replicas(problem_of([3, 1, 1, 1], replicas=((3, 1), (0, 2))))
+    assert [replica.ranks for replica in solution.plan.replicas] == [(0, 2), (3, 1)]
+    assert solution.plan.last_ranks == (0, 3)
+    assert [replica.stages.ranks for replica in solution.plan.replicas] == [(1, 0), (1, 0)]
 
 
 def test_memory_limits_the_samples_of_a_replica() -> None:
@@ -196,6 +197,10 @@ def test_the_same_problem_has_the_same_solution() -> None:
         (lambda: problem_of([1, 1], overheads=LayerCosts.of_speeds([(0, 0)], [1, 1])), "`overheads` must be"),
         (lambda: problem_of([1, 1], replicas=3), "`replicas` must be at least 1 and at most the number of ranks, 2"),
         (lambda: problem_of([1, 1], replicas=((0,), (0, 1))), "`replicas` must have each of 2 ranks once"),
+        (
+            lambda: problem_of([1, 1], replicas=((1, 0),)),
+            "`replicas` must have rank 0, which has a last stage, as the f",
+        ),
         (lambda: problem_of([1, 1], replicas=((0, 1), ())), "`replicas` must have each of 2 ranks once"),
         (lambda: problem_of([1, 1], samples=1, replicas=2), r"at least one per replica \(2\), got 1"),
         (lambda: problem_of([1] * 5, layers=2, replicas=2), r"as many ranks as there are layers \(2\), got one with 3"),
@@ -206,6 +211,16 @@ def test_the_same_problem_has_the_same_solution() -> None:
 def test_what_cannot_be_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_what_is_not_simulated_is_refused() -> None:
+    problem = problem_of([1, 1])
+    both_ends = ReplicaPlan((Replica((0, 1), StagePlan((0, 1, 0), (2, 6, 12)), 1.0),))
+    with pytest.raises(ConfigurationError, match="one stage per rank"):
+        predict_replicas(problem, both_ends)
+    other = ReplicaPlan((Replica((0,), StagePlan((0,), (12,)), 1.0),))
+    with pytest.raises(ConfigurationError, match="of the 2 ranks and 12 layers of the problem, got 1 ranks"):
+        predict_replicas(problem, other)
 
 
 @pytest.mark.parametrize("count", [4, 12])

@@ -33,6 +33,7 @@ def check_plan(problem: ReplicaProblem, solution: Any) -> None:
     assert ReplicaPlan.from_dict(plan.to_dict()) == plan
     for replica, n, ends_s in zip(plan.replicas, solution.samples, solution.pipelines_s, strict=True):
         ranks = tuple(replica.ranks[own] for own in replica.stages.ranks)
+        assert ranks == (*replica.ranks[1:], replica.ranks[0]), "the first rank has the last stage"
         assert fits(problem, ranks, replica.stages.ends, n)
         assert ends_s == pytest.approx(simulated_s(problem, ranks, replica.stages.ends, n))
     assert solution.step_s >= max(solution.pipelines_s) >= 0.999999 * solution.bound_s
