@@ -82,8 +82,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
         verbose: Whether to print the stages that were found, the predictions for them, and what moves.
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
-            [[0, 3], [1, 2]]. Each has stages of its own, and gets samples in proportion to its throughput. Several need
-            the schedule "1f1b" or "gpipe".
+            [[0, 3], [1, 2]], first the one with its last stage. Each has stages of its own, and gets samples in
+            proportion to its throughput. Several need the schedule "1f1b" or "gpipe".
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.

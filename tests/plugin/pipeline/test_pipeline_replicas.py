@@ -37,7 +37,7 @@ CASES = [
     # three stages beside one, and fewer samples than replicas in the last batch
     Case(((0, 1, 3), (2,)), (1.0, 1.0, 5.0, 2.0), samples=17, terms=True, epochs=1),
     # stages that are found by timing, then replicas too
-    Case(((0,), (3, 1), (2,)), None, batch_size=5, samples=21, micro_batches=1),
+    Case(((3, 1), (2,), (0,)), None, batch_size=5, samples=21, micro_batches=1),
     Case(((0, 1, 2),), replicas=2, tied=(0, 2), terms=True),
     Case(((0, 1, 2),), replicas="auto"),
 ]
@@ -226,6 +226,7 @@ def test_links_within_and_between_nodes(nodes: list[int], pairs: Any) -> None:
         ({"replicas": []}, r"\[\[0, 3\], \[1, 2\]\]"),
         ({"replicas": [[0, 1], []]}, "ranks of each replica"),
         ({"replicas": [[0, 1], [1]]}, "each rank once"),
+        ({"replicas": [[1], [2, 0]]}, "first of its replica"),
         ({"replicas": [[0], [1]], "splits": [3]}, "Leave out `splits`"),
         ({"replicas": 2, "schedule": "v"}, '"1f1b" or "gpipe"'),
         ({"replicas": "auto", "speeds": [1, 2]}, "timed"),

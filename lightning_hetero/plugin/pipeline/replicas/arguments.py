@@ -68,6 +68,11 @@ def check_replicas(replicas: Any, world_size: int | None = None) -> None:
             f"`replicas` must have each rank{expected} once, got {replicas!r}. Add or remove ranks, or set `devices`"
             f" and `num_nodes` to match."
         )
+    if any(0 in group[1:] for group in replicas):
+        raise ConfigurationError(
+            f"`replicas` must have rank 0 as the first of its replica, because the first rank of each has its last"
+            f" stage, and rank 0 computes losses and logs, got {replicas!r}."
+        )
 
 
 def wants_replicas(replicas: Any) -> bool:

@@ -58,13 +58,14 @@ class Wanted:
         return int(self.replicas)
 
     def groups(self, world_size: int, num_layers: int) -> tuple[tuple[int, ...], ...]:
-        """Return the ranks of each replica to begin with, in ascending order; as few as possible if they are not given.
+        """Return the ranks of each replica to begin with, that of rank 0 first; as few as possible if not given.
 
-        Before anything is known, one pipeline needs the least memory on each rank.
+        The first rank of each has its last stage. Before anything is known, one pipeline needs the least memory on each
+        rank.
         """
         given = self.of_solver
         if isinstance(given, tuple):
-            return tuple(sorted(tuple(sorted(group)) for group in given))
+            return tuple(sorted(given, key=min))
         return uniform_groups(world_size, -(-world_size // num_layers))
 
     def parts(self, world_size: int, num_layers: int) -> tuple[int, int]:
