@@ -73,7 +73,7 @@ def module_of(variant: str) -> Any:
                 self.trainer.optimizers[0].param_groups[0]["lr"] = float(loss)
             if variant == "same settings":
                 self.trainer.optimizers[0].param_groups[0]["lr"] = 0.1 / (1 + self.global_step)
-            if variant == "stop" and float(batch[1][0]) == 3.5:
+            if variant == "stop" and dist.get_rank() == 1 and batch_idx == 1:
                 self.trainer.should_stop = True
             if variant == "output":
                 return {"loss": loss, "made": lambda: None}  # type: ignore[return-value]
@@ -145,7 +145,7 @@ def stopped(variant: str) -> int:
 
 
 def test_each_replica_can_end_the_training(ranks: RankPools) -> None:
-    assert len({*ranks.run(CASE.world_size, stopped, "stop", timeout_s=60)}) == 1
+    assert ranks.run(CASE.world_size, stopped, "stop", timeout_s=60) == [2, 2, 2]
 
 
 def fit_and_write(folder: str) -> None:

@@ -25,19 +25,25 @@ from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 TOLERANCE = 1e-10
 
-CASES = [
+
+def often(case: Case) -> Any:
+    """Return a case that is run in the thorough profile only."""
+    return pytest.param(case, marks=thorough)
+
+
+CASES: list[Any] = [
     # one rank against a slower one, ragged ends of two samples, of which the slower gets one
     Case(((0,), (1,)), (1.0, 3.0), optimizer="sgd", trainer=(("accumulate_grad_batches", 2),)),
     # unequal lengths, a loss that averages over weights, whole model clipped
     Case(((0, 2), (1,)), (1.0, 2.0, 1.0), terms=True, trainer=(("gradient_clip_val", 0.05),)),
     # a first replica of one rank, weights tied across the border of the other
-    Case(((0,), (2, 1)), (2.0, 1.0, 3.0), tied=(0, 2), micro_batches=3, schedule="gpipe"),
+    often(Case(((0,), (2, 1)), (2.0, 1.0, 3.0), tied=(0, 2), micro_batches=3, schedule="gpipe")),
     # two borders, which cross
     Case(((0, 3), (1, 2)), (3.0, 1.0, 1.0, 3.0), layers=7, tied=(1, 5), trainer=(("gradient_clip_val", 0.1),)),
     # three stages beside one, and fewer samples than replicas in the last batch
     Case(((0, 1, 3), (2,)), (1.0, 1.0, 5.0, 2.0), samples=17, terms=True, epochs=1),
     # stages that are found by timing, then replicas too
-    Case(((3, 1), (2,), (0,)), None, batch_size=5, samples=21, micro_batches=1),
+    often(Case(((3, 1), (2,), (0,)), None, batch_size=5, samples=21, micro_batches=1)),
     Case(((0, 1, 2),), replicas=2, tied=(0, 2), terms=True),
     Case(((0, 1, 2),), replicas="auto"),
 ]
