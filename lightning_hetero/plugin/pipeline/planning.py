@@ -109,12 +109,12 @@ def find_stages(
     shares = chooses and schedule == "auto"
     profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=shares)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    decide = _decision(placement.plan, example, schedule, micro_batches, state_per_parameter)
+    decide = _decision(placement.plan.last_ranks[0], example, schedule, micro_batches, state_per_parameter)
     return decide_on_rank_zero(numbers, decide)
 
 
 def _decision(
-    current: StagePlan, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
+    last_rank: int, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
 ) -> Callable[[list[list[float]]], PipelineFindings]:
     schedule: Schedule = "gpipe" if wanted == "gpipe" else "1f1b"
 
@@ -142,7 +142,6 @@ def _decision(
                 received_bytes=tuple(float(example.micro_batches * n) for n in kept.boundary_bytes),
             )
         transfer_s = profiles[0].transfer_s
-        last_rank = current.ranks[-1]
         choice = problem = None
         if example.training and wanted in ("auto", "v"):
             most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
