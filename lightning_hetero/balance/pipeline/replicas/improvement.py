@@ -3,14 +3,14 @@
 The stages that end a replica's passes first need not end the averages first: with borders at the same layers, or the
 layers with large gradients in stages that end early, more of them overlap with passes. So each replica in turn takes
 the best of its fast stages, all take borders that the longest one has, and samples move between replicas, as long as
-the step becomes shorter.
+the step becomes shorter. Few replicas then change all at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 
 from lightning_hetero.balance.pipeline.replicas.group_solver import GroupSolver
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
@@ -22,6 +22,8 @@ __all__ = ["improved_plan"]
 
 _ALTERNATIVES = 60  # stages of one replica that are tried
 _TO_ALIGN = 1_000  # stages of one replica among which those with some borders are looked for
+_FEW = 3  # replicas of which all may change at once
+_JOINT = 1_000  # states in which they do
 _EFFORT = 4_000  # rings that are timed for one plan
 
 
@@ -69,6 +71,8 @@ class _Improvement:
                 improved |= self._take(self._restaged(number))
             improved |= self._take(self._aligned())
             improved |= self._take(self._moved())
+            if not improved and len(self._state.replicas) <= _FEW:
+                improved |= self._take(self._joint())
         return ReplicaPlan(self._state.replicas)
 
     def _take(self, states: Iterator[_State]) -> bool:
@@ -106,9 +110,31 @@ class _Improvement:
             if None not in found:
                 yield state
 
+    def _joint(self) -> Iterator[_State]:
+        """Yield states of few replicas in which all of them, and the samples of two, change at once."""
+        count = len(self._state.replicas)
+        most = int(_JOINT ** (1 / count))
+        for giver, taker in ((0, 0), *permutations(range(count), 2)):
+            replicas = list(self._state.replicas)
+            if giver != taker:
+                one, other = replicas[giver], replicas[taker]
+                if one.share <= 1:
+                    continue
+                replicas[giver] = Replica(one.ranks, one.stages, one.share - 1)
+                replicas[taker] = Replica(other.ranks, other.stages, other.share + 1)
+            each = [self._fast_stages(replica, most) for replica in replicas]
+            for chosen in product(*each):
+                changed = [
+                    Replica(r, stages, replica.share) for (r, stages, _), replica in zip(chosen, replicas, strict=True)
+                ]
+                yield _State(tuple(changed), tuple(ends_s for *_, ends_s in chosen))
+
     def _alternatives(self, number: int, most: int) -> list[tuple[tuple[int, ...], StagePlan, tuple[float, ...]]]:
+        """Return fast stages of a replica of the current state."""
+        return self._fast_stages(self._state.replicas[number], most)
+
+    def _fast_stages(self, replica: Replica, most: int) -> list[tuple[tuple[int, ...], StagePlan, tuple[float, ...]]]:
         """Return fast stages of a replica, with its ranks, and when the last pass of each stage ends."""
-        replica = self._state.replicas[number]
         arguments = (replica.ranks, replica.stages, round(replica.share), self._step_s, most)
         return [(replica.ranks, *found) for found in self._groups.alternatives(*arguments)]
 
