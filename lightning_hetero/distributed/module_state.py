@@ -80,7 +80,7 @@ class ModuleState:
 
     def changes(self, names: frozenset[str] | None = None) -> Changes | None:
         """Return what has changed since :meth:`begin`, which was called with the same ``names``; None if nothing."""
-        changed, deleted = self._changed(names)
+        changed, deleted = self.changed(names)
         if not changed and not deleted:
             return None
         found = Changes(deleted=deleted)
@@ -102,7 +102,7 @@ class ModuleState:
 
         It is None for what is gone or cannot be sent.
         """
-        changed, deleted = self._changed(None)
+        changed, deleted = self.changed()
         found: dict[Place, bytes | None] = dict.fromkeys(deleted)
         for place in changed:
             value = _get(self._objects.modules[place[0]], place[1])
@@ -114,7 +114,8 @@ class ModuleState:
                 found[place] = None
         return found
 
-    def _changed(self, names: frozenset[str] | None) -> tuple[list[Place], list[Place]]:
+    def changed(self, names: frozenset[str] | None = None) -> tuple[list[Place], list[Place]]:
+        """Return the attributes that have changed since :meth:`begin`, and those that are gone."""
         now = self._digests(names)
         changed = [p for p, (digest, _) in now.items() if p not in self._before or self._before[p][0] != digest]
         return changed, [p for p in self._before if p not in now]

@@ -213,7 +213,7 @@ class PipelineStep:
                     return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
                 return loss * (weights[i] / accumulated_batches)
 
-            compared = nullcontext() if self._left_behind is None else self._left_behind.compared(own)
+            compared = nullcontext() if self._left_behind is None else self._left_behind.compared(own, recorder.refuse)
             with self.prepared(), compared:
                 self._pipeline.train(len(own), self._calls(step, parts, rest, own), loss_of_part)
                 self._passes_done()
@@ -232,7 +232,7 @@ class PipelineStep:
     def _hear_replicas(self, own: StepRecord, log: LogCapture, sizes: Sequence[int], weights: Sequence[float]) -> None:
         """Add what the last ranks of the other replicas have recorded."""
         settings = self.traces.settings()
-        refusal: str | None = None
+        refusal = own.refusal
         for source in self._seat.others:
             heard = StepRecord.received(source, self._module.device)
             first = len(own.outputs)

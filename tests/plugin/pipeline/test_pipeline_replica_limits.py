@@ -62,6 +62,8 @@ def module_of(variant: str) -> Any:
             loss: Tensor = (self.model(batch[0]) - batch[0]).square().mean()
             if variant == "attribute":
                 self.losses.append(float(loss))
+            if variant == "later" and self.global_step == 4:
+                self.losses = [float(loss)]
             if variant == "compute":
                 self.metric.update(loss.detach())
                 self.log("metric", self.metric.compute())
@@ -101,6 +103,8 @@ def fit(variant: str) -> tuple[str, str, float]:
     strategy = HeteroPipelineStrategy(replicas=[list(r) for r in CASE.groups], speeds=[1, 2, 1], num_microbatches=2)
     callbacks: list[Any] = [PipelineRecorder()] if variant == "recorder" else []
     trainer = make_trainer(strategy, dist.get_world_size(), callbacks, max_epochs=1, limit_val_batches=None)
+    if variant == "later":
+        trainer.fit_loop.max_epochs = 4
     try:
         trainer.fit(module_of(variant), loader_of(CASE), loader_of(CASE, 11))
     except (UnsupportedFeatureError, RankFailedError, ValueError) as error:
@@ -115,6 +119,7 @@ def fit(variant: str) -> tuple[str, str, float]:
         ("spectral", ["a buffer", "_u"]),
         ("layer", ["an attribute", "model.0.kept"]),
         ("attribute", ["an attribute", "'losses'", "on_train_batch_end"]),
+        ("later", ["an attribute", "'losses'"]),
         ("settings", ["settings of an optimiser"]),
         ("compute", ["`compute` of MeanMetric"]),
         ("elsewhere", ["attributes of the module", "MeanMetric"]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ _WAY_OUT = "Use `replicas=1`, or return it from the step and collect it in `on_t
 class LeftBehind:
     """Compares the attributes and buffers of the module before and after some of the training steps.
 
-    Those are the first ones, and later one of many, because comparing takes time.
+    Replicas compare with each other after the first steps, and later after one of many, because that takes time. After
+    the others, each rank that computes losses looks at the few modules that are in no layer.
 
     Args:
         module: The user's LightningModule.
@@ -52,13 +54,22 @@ class LeftBehind:
         metrics = {name for key, name in parts.items() if key in of_metrics}
         is_last = rank == (seat.leader, *seat.others)[seat.number]
         self._of_layers = of_layers
+        known = partial(_known, module)
         self._state = ModuleState(
             module,
             device,
-            lambda: {"trainer": module.trainer, "strategy": module.trainer.strategy},
+            known,
             _OF_LIGHTNING,
             lambda name: name not in metrics and (name in own if name in of_layers else is_last),
             lambda _: False,
+        )
+        self._outside = ModuleState(
+            module,
+            device,
+            known,
+            _OF_LIGHTNING,
+            lambda name: is_last and name not in metrics and name not in of_layers,
+            lambda _: is_last,
         )
         self._owns = placement.owns
         self._metrics = metrics
@@ -78,11 +89,12 @@ class LeftBehind:
         return self._steps < _FIRST_STEPS or self._steps % _EVERY == 0
 
     @contextmanager
-    def compared(self, samples: Sequence[int]) -> Iterator[None]:
+    def compared(self, samples: Sequence[int], refuse: Callable[[str], None]) -> Iterator[None]:
         """Compare what there is before and after the passes of a step in this context.
 
         Args:
             samples: Numbers of this replica's micro-batches; it has no samples if there are none.
+            refuse: Refuses the step on every rank when it is over, with a message.
 
         Raises:
             UnsupportedFeatureError: Something has changed; raised on every rank.
@@ -90,15 +102,21 @@ class LeftBehind:
         due = self._is_due
         self._steps += 1
         if not due:
+            self._outside.begin()
             yield
+            changed, gone = self._outside.changed()
+            if changed or gone:
+                refuse(_changes(_full_name((changed + gone)[0]), "an attribute"))
             return
         self._state.refresh()
         self._state.begin()
         buffers = self._buffers()
         yield
         now = self._buffers()
-        changed = [name for name, (_, version) in now.items() if name not in buffers or buffers[name][1] != version]
-        found = all_gather((bool(samples), self._seat.number, changed, self._state.digests_of_changes()))
+        other_buffers = [
+            name for name, (_, version) in now.items() if name not in buffers or buffers[name][1] != version
+        ]
+        found = all_gather((bool(samples), self._seat.number, other_buffers, self._state.digests_of_changes()))
         self._refuse(found)
 
     def _buffers(self) -> dict[str, tuple[Tensor, Any]]:
@@ -122,8 +140,15 @@ class LeftBehind:
             # a layer may keep what it has looked up, if it is the same everywhere
             alike = digests.keys() == trained and len({*digests.values()}) == 1 and None not in digests.values()
             if owner not in self._of_layers or not alike:
-                full = ".".join(part for part in (owner, name) if part)
-                raise UnsupportedFeatureError(_changes(full, "an attribute"))
+                raise UnsupportedFeatureError(_changes(_full_name((owner, name)), "an attribute"))
+
+
+def _known(module: LightningModule) -> dict[Any, Any]:
+    return {"trainer": module.trainer, "strategy": module.trainer.strategy}
+
+
+def _full_name(place: tuple[str, str]) -> str:
+    return ".".join(part for part in place if part)
 
 
 def _changes(name: str, what: str) -> str:

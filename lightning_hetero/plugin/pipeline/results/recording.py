@@ -141,7 +141,7 @@ class StepRecorder:
             known = {id(part) for one in self._objects for part in one.modules()}
             unknown = [changed for changed in updates.changed if id(changed) not in known]
         if unknown:
-            self._refuse(_not_of_module(unknown[0]))
+            self.refuse(_not_of_module(unknown[0]))
 
     def next_micro_batch(self) -> None:
         """Note that the step runs for another micro-batch now."""
@@ -157,7 +157,7 @@ class StepRecorder:
         if isinstance(leaf, Metric):
             number = next((number for number, one in enumerate(self._objects) if one is leaf), None)
             if number is None:
-                self._refuse(_not_of_module(leaf))
+                self.refuse(_not_of_module(leaf))
             return _Itself(number or 0)
         tensor, returned = self._returned.get(id(leaf), (None, None))
         return returned if tensor is leaf and returned is not None else _copy(leaf)
@@ -180,13 +180,13 @@ class StepRecorder:
 
     def _call_refused(self, one: Any, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._depth:
-            self._refuse(
+            self.refuse(
                 f"`hetero_pipeline` with `replicas` cannot call `{name}` of {type(one).__name__} within a training"
                 f" step, because each replica has seen other samples. Call it in a hook, or use `replicas=1`."
             )
         return method(*args, **kwargs)
 
-    def _refuse(self, message: str) -> None:
+    def refuse(self, message: str) -> None:
         """Refuse the step when it is over, on every rank."""
         self.record.refusal = self.record.refusal or message
 
