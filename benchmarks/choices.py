@@ -100,10 +100,10 @@ def main() -> None:
 def compare(number: int, case: Case) -> None:
     """Run all strategies that can train a case, and print them."""
     found = predict_all(case.cluster)
-    measured = {one.strategy: measure(number, case, one) for one in found.candidates if one.step_s is not None}
+    measured = {one.strategy: measure(number, case, one) for one in found.candidates if _is_run(one)}
     best = min(measured, key=lambda strategy: measured[strategy])
     for one in found.candidates:
-        if one.step_s is None:
+        if not _is_run(one):
             continue
         real_s = measured[one.strategy]
         marks = [f"{100 * (one.step_s / real_s - 1):+.1f} %"]
@@ -112,6 +112,10 @@ def compare(number: int, case: Case) -> None:
             f"| {case.name} | `{one.strategy}` | {1e3 * one.step_s:.0f} | {1e3 * real_s:.0f} | {', '.join(marks)} |",
             flush=True,
         )
+
+
+def _is_run(one: Candidate) -> bool:
+    return one.step_s is not None and one.strategy != "replicas"
 
 
 def measure(number: int, case: Case, one: Candidate) -> float:

@@ -23,6 +23,7 @@ import contention
 import link
 import orders
 import pipeline
+import replicas
 from scenarios import SCENARIOS, Scenario
 
 HERE = Path(__file__).parent
@@ -106,6 +107,14 @@ which the devices would compute all passes if none ever waited. Factors say how 
 rank 0 first; *chosen* is what `"auto"` has taken, with the layers of its stages. Two ranks may share a layer, so these
 may be fractions. The columns of torch are its own zero-bubble schedules with two equal stages per rank, in a plain loop
 without the Trainer.
+
+"""
+REPLICAS = """
+## Pipelines side by side
+
+Twelve equal layers of which three quarters fit into a rank, batches of {samples} samples, {micro_batches} micro-batches
+in each pipeline: the part of the limit that is reached, medians of {rounds} rounds of {steps} steps. *Equals* are two
+pipelines of a fast and a slow rank each, with equal numbers of layers and samples; *auto* is `replicas="auto"`.
 
 """
 DRIFT = """
@@ -254,6 +263,21 @@ def orders_text(results: dict[str, dict[str, Any]]) -> str:
     return text + lines
 
 
+def replicas_text(results: dict[str, dict[str, Any]]) -> str:
+    """Describe what several pipelines reach."""
+    names = list(next(iter(results.values()))["measured"])
+    lines = f"| factors | {' | '.join(names)} | auto: step ms (predicted) | found |\n{'|---' * (len(names) + 3)}|\n"
+    for scenario, r in results.items():
+        values = " | ".join(f"{value:.3f}" for value in r["measured"].values())
+        step = f"{r['step_ms']['auto']:.0f} ({r['predicted_ms']:.0f})"
+        lines += f"| {scenario.removeprefix('replicas ')} | {values} | {step} | {' or '.join(r['found'])} |\n"
+    samples = SCENARIOS[next(iter(results))].batch_size
+    text = REPLICAS.format(
+        samples=samples, micro_batches=replicas.MICRO_BATCHES, rounds=replicas.ROUNDS, steps=replicas.STEPS - 1
+    )
+    return text + lines
+
+
 def plot_timelines(result: dict[str, Any], path: Path) -> None:
     """Draw which stage computes which micro-batch when."""
     from matplotlib import pyplot as plt
@@ -326,6 +350,7 @@ def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: f
     (trainer,) = (r for n, r in results.items() if SCENARIOS[n].measures == "trainer")
     text += pipeline_text(of_splits, trainer)
     text += orders_text({n: r for n, r in results.items() if SCENARIOS[n].measures == "orders"})
+    text += replicas_text({n: r for n, r in results.items() if SCENARIOS[n].measures == "replicas"})
     text += DRIFT.format(
         slow=scenario.throttled_at,
         fast=scenario.recovered_at,

@@ -24,6 +24,7 @@ from typing import Any
 import contention
 import orders
 import pipeline
+import replicas
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -288,6 +289,7 @@ MEASURES = {
     "cost": measure_cost,
     "pipeline": pipeline.measure_splits,
     "orders": orders.measure_orders,
+    "replicas": replicas.measure_replicas,
     "trainer": pipeline.measure_trainer,
 }
 

@@ -6,6 +6,7 @@ number of its changes, so that no tensor is read.  What every rank has, such as 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -79,9 +80,7 @@ class ModuleState:
 
     def changes(self, names: frozenset[str] | None = None) -> Changes | None:
         """Return what has changed since :meth:`begin`, which was called with the same ``names``; None if nothing."""
-        now = self._digests(names)
-        changed = [p for p, (digest, _) in now.items() if p not in self._before or self._before[p][0] != digest]
-        deleted = [p for p in self._before if p not in now]
+        changed, deleted = self.changed(names)
         if not changed and not deleted:
             return None
         found = Changes(deleted=deleted)
@@ -97,6 +96,29 @@ class ModuleState:
                     del values[place]
             found.values, found.tensors = _pickled(values, known, self._leaves_of(values), self._device)
         return found
+
+    def digests_of_changes(self) -> dict[Place, bytes | None]:
+        """Return a digest of each attribute that has changed since :meth:`begin`, of which values count on any rank.
+
+        It is None for what is gone or cannot be sent.
+        """
+        changed, deleted = self.changed()
+        found: dict[Place, bytes | None] = dict.fromkeys(deleted)
+        for place in changed:
+            value = _get(self._objects.modules[place[0]], place[1])
+            try:
+                pickled, tensors = _pickled(value, self._objects.names, self._leaves_of([place]), self._device)
+                contents = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t, _ in tensors)
+                found[place] = hashlib.blake2b(pickled + contents, digest_size=16).digest()
+            except Exception:  # objects raise whatever they like when they are pickled
+                found[place] = None
+        return found
+
+    def changed(self, names: frozenset[str] | None = None) -> tuple[list[Place], list[Place]]:
+        """Return the attributes that have changed since :meth:`begin`, and those that are gone."""
+        now = self._digests(names)
+        changed = [p for p, (digest, _) in now.items() if p not in self._before or self._before[p][0] != digest]
+        return changed, [p for p in self._before if p not in now]
 
     def apply(self, changes: Changes) -> None:
         """Take over what has changed on another rank."""

@@ -318,6 +318,7 @@ CASES = {
     "pipeline": Case("hetero_pipeline", {"splits": [3]}, {"gradient_clip_val": 0.5}),
     "hooks of a pipeline": Case("hetero_pipeline", {"splits": [3]}, looks=True),
     "found stages": Case("hetero_pipeline"),
+    "replicas": Case("hetero_pipeline", {"replicas": [[0], [1]], "speeds": [1, 3]}, {"gradient_clip_val": 0.5}),
 }
 
 
@@ -396,6 +397,21 @@ def test_an_ordinary_step_of_a_pipeline_makes_nobody_wait(accelerated: RankPools
             carried = Counter(carried_at(outcome, step))
             # activations and their gradients, the step's output, the norm of the gradients
             assert carried == {("send", 24): 4, ("recv", 24): 4, ("broadcast", 2): 1, ("allreduce", 1): 1}
+
+
+def test_an_ordinary_step_of_replicas_makes_nobody_wait(accelerated: RankPools, tmp_path: Path) -> None:
+    case = Case("hetero_pipeline", {"replicas": [[0], [1]], "speeds": [1, 3]}, {"gradient_clip_val": 0.5})
+    for rank, outcome in enumerate(accelerated.run(2, partial(trained, accelerated=True), case, str(tmp_path))):
+        per_epoch = len(outcome.calls) // case.epochs
+        for step in range(3, len(outcome.calls)):  # the first ones are looked at
+            if (step + 1) % per_epoch:
+                assert waits_at(outcome, step) == []
+            carried = carried_at(outcome, step)
+            # what the other replica has returned and given to metrics, in one message for each type
+            assert {name for name, _ in carried} == {"allreduce", "broadcast", "send" if rank else "recv"}
+            # gradients, the norm of the gradients; the step's output
+            collectives = Counter(call for call in carried if call[0] in ("allreduce", "broadcast"))
+            assert collectives == {("allreduce", PARAMETERS): 1, ("allreduce", 1): 1, ("broadcast", 2): 1}
 
 
 PARAMETERS = 303

@@ -146,22 +146,24 @@ def order_step_s(order: Order, times: PassTimes, transfer_s: float = 0.0) -> flo
     return _simulated(order, times, transfer_s, None)
 
 
-def simulate_order(order: Order, times: PassTimes, transfer_s: float = 0.0) -> Timeline:
+def simulate_order(order: Order, times: PassTimes, transfer_s: float | Sequence[float] = 0.0) -> Timeline:
     """Simulate one step.
 
     Args:
         order: The passes of each rank, in an order that ends.
         times: Time of each stage and micro-batch.
-        transfer_s: Seconds until the result of a pass has reached another rank.
+        transfer_s: Seconds until the result of a pass has reached another rank; one number, or one for each stage but
+            the last, between it and the next.
     """
     passes: list[Pass] = []
     _simulated(order, times, transfer_s, passes)
     return Timeline(tuple(sorted(passes, key=lambda p: (p.end_s, p.stage))))
 
 
-def _simulated(order: Order, times: PassTimes, transfer_s: float, passes: list[Pass] | None) -> float:
+def _simulated(order: Order, times: PassTimes, transfer_s: float | Sequence[float], passes: list[Pass] | None) -> float:
     """Return the seconds of a step, and append its passes if they are wanted."""
     ranks, num_stages = order.ranks, order.num_stages
+    between_s = [transfer_s] * (num_stages - 1) if isinstance(transfer_s, int | float) else transfer_s
     waiting = [list(actions[::-1]) for actions in order.actions]
     free_at = [0.0] * len(waiting)
     forward = [[inf] * order.micro_batches for _ in ranks]  # when a result exists; infinity while it is unknown
@@ -181,7 +183,7 @@ def _simulated(order: Order, times: PassTimes, transfer_s: float, passes: list[P
                     if ready_at == inf:
                         break
                     if ranks[neighbour] != rank:
-                        ready_at += transfer_s
+                        ready_at += between_s[min(stage, neighbour)]
                     if ready_at > now_s:
                         start_s = ready_at
                 queue.pop()

@@ -64,7 +64,7 @@ class StageMemory:
             sum(self.weights_bytes[i] + held * self.activations_bytes[i] for i in plan.layers(stage))
             + self._received(ends[stage])
             + self._received(ends[stage + 1])
-            for stage, held in enumerate(self._held(plan.num_stages))
+            for stage, held in enumerate(self.held(plan.num_stages))
         )
 
     def _received(self, boundary: int) -> float:
@@ -94,7 +94,8 @@ class StageMemory:
         needed = sum(self.weights_bytes) + self.micro_batches * sum(self.activations_bytes)
         return needed <= self.budgets_bytes[rank]
 
-    def _held(self, num_stages: int) -> list[int]:
+    def held(self, num_stages: int) -> list[int]:
+        """Return the number of micro-batches whose activations each of ``num_stages`` stages holds at a time."""
         return [micro_batches_in_flight(s, num_stages, self.micro_batches, self.schedule) for s in range(num_stages)]
 
     def furthest_ends(self, num_stages: int, stage: int, budget_bytes: float) -> list[int]:
@@ -103,7 +104,7 @@ class StageMemory:
         The stage ends before the layer returned. It could go further where the memory for what it receives falls
         faster than that for its layers grows, which is not considered.
         """
-        held = self._held(num_stages)[stage]
+        held = self.held(num_stages)[stage]
         layers = zip(self.weights_bytes, self.activations_bytes, strict=True)
         prefix = np.array([0.0, *accumulate(w + held * a for w, a in layers)])
         received = np.array([self._received(boundary) for boundary in range(len(prefix))])

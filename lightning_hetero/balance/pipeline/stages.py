@@ -101,6 +101,19 @@ class StagePlan:
         """Return the indices of the layers of a rank, with those that it shares."""
         return tuple(i for stage in self.stages_of(rank) for i in self.held(stage))
 
+    def owners_of(self, layer: int) -> tuple[int, ...]:
+        """Return the ranks that hold a layer, in ascending order."""
+        return tuple(sorted({rank for stage, rank in enumerate(self.ranks) if layer in self.held(stage)}))
+
+    def runner_of(self, layer: int) -> int:
+        """Return the rank that runs a layer, for most of the micro-batches if two share it."""
+        return next(rank for stage, rank in enumerate(self.ranks) if layer in self.layers(stage))
+
+    @property
+    def last_ranks(self) -> tuple[int, ...]:
+        """The ranks that compute losses."""
+        return self.ranks[-1:]
+
     @property
     def layers_of_ranks(self) -> tuple[int, ...]:
         """Number of layers of each rank, rank 0 first."""

@@ -29,6 +29,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from lightning_hetero.balance.pipeline.replicas.problem import Link
 from lightning_hetero.exceptions import ConfigurationError
 
 __all__ = ["AllReduce", "bucket_bytes", "bucket_bytes_of_parameters", "ring_s"]
@@ -45,8 +46,7 @@ def ring_s(size_bytes: float, world_size: int, bits_per_s: float, latency_s: flo
         >>> ring_s(125e6, world_size=2, bits_per_s=1e9)
         1.0
     """
-    rounds = 2 * (world_size - 1)
-    return rounds / world_size * 8 * size_bytes / bits_per_s + rounds * latency_s
+    return Link(latency_s, 8 / bits_per_s).ring_s(size_bytes, world_size)
 
 
 def bucket_bytes(gradient_bytes: float) -> tuple[float, ...]:

@@ -44,10 +44,12 @@ class Pipeline:
         plan: Stages of all ranks.
         schedule: Order of the passes: the name of a known one, or an order for as many micro-batches as a step has at
             most.
-        rank: This rank.
+        rank: This rank, in the numbering of the plan.
         device: Device of this rank's layers.
         timer: Timer of this rank's passes in training; None if they are never timed.
         split_layers: Numbers of the layers whose backward pass an order may split; None for all.
+        members: The ranks of the run that belong to this pipeline. The plan and ``rank`` number them from 0. None if
+            all ranks do.
 
     Raises:
         ConfigurationError: The ranks would wait for each other for ever in the order that is given.
@@ -62,6 +64,7 @@ class Pipeline:
         device: torch.device,
         timer: PassTimer | None = None,
         split_layers: Collection[int] | None = None,
+        members: Sequence[int] | None = None,
     ) -> None:
         if isinstance(schedule, Order):
             verify_order(schedule)
@@ -72,9 +75,11 @@ class Pipeline:
         self._stages = plan.stages_of(rank)
         self._device = device
         self._timer = timer
+        self._members = range(plan.world_size) if members is None else members
+        self._rank_of_stage = [self._members[of_stage] for of_stage in plan.ranks]
         if plan.num_stages > 1:
-            open_channels(plan.ranks, device)
-        self._exchange = Exchange(rank, device)
+            open_channels(self._rank_of_stage, device)
+        self._exchange = Exchange(self._members[rank], device)
         self._parts: dict[tuple[int, bool], _Part] = {}
         self._deferred = DeferredGradients(
             calls.layers[number] for number in plan.layers_of(rank) if split_layers is None or number in split_layers
@@ -101,13 +106,13 @@ class Pipeline:
 
     @property
     def first_rank(self) -> int:
-        """The rank of the first stage."""
-        return self._plan.ranks[0]
+        """The rank of the run that has the first stage."""
+        return self._rank_of_stage[0]
 
     @property
     def last_rank(self) -> int:
-        """The rank of the last stage."""
-        return self._plan.ranks[-1]
+        """The rank of the run that has the last stage."""
+        return self._rank_of_stage[-1]
 
     @property
     def is_last(self) -> bool:
@@ -157,7 +162,7 @@ class Pipeline:
         """Return this rank's part of a step or an evaluation; nearly all of them have the same number."""
         key = count, training
         if key not in self._parts:
-            self._parts[key] = _Part.of(self._order(count, training=training), self._rank)
+            self._parts[key] = _Part.of(self._order(count, training=training), self._rank, self._members)
         return self._parts[key]
 
     def _order(self, count: int, *, training: bool) -> Order:
@@ -174,7 +179,7 @@ class Pipeline:
         call = calls[i] if calls else None
         one: _Running = self._observed(action, lambda: self._forward(stage, i, received, call, loss_of))
         if not self._is_last(stage):
-            target = self._plan.ranks[stage + 1]
+            target = self._rank_of_stage[stage + 1]
             one.sent = self._exchange.send(target, Message(False, stage + 1, i), one.output, with_graph=True)
             one.output = one.sent.wanted
         return one
@@ -184,13 +189,13 @@ class Pipeline:
         gradients = None
         if one.sent is not None:
             message = Message(True, stage, i)
-            gradients = self._exchange.receive_gradients(self._plan.ranks[stage + 1], message)
+            gradients = self._exchange.receive_gradients(self._rank_of_stage[stage + 1], message)
         self._observed(action, lambda: self._backward(one, gradients))
         if one.received is not None:
-            self._exchange.send_gradients(self._plan.ranks[stage - 1], one.received)
+            self._exchange.send_gradients(self._rank_of_stage[stage - 1], one.received)
 
     def _received(self, stage: int, i: int) -> Received | None:
-        return self._exchange.receive(self._plan.ranks[stage - 1], Message(False, stage, i)) if stage else None
+        return self._exchange.receive(self._rank_of_stage[stage - 1], Message(False, stage, i)) if stage else None
 
     def _is_last(self, stage: int) -> bool:
         return stage == self._plan.num_stages - 1
@@ -229,7 +234,7 @@ class Pipeline:
             if self._is_last(stage):
                 outputs.append(output)
             else:
-                target = self._plan.ranks[stage + 1]
+                target = self._rank_of_stage[stage + 1]
                 self._exchange.send(target, Message(False, stage + 1, i), output, with_graph=False)
         self._exchange.finish()
         return outputs
@@ -275,10 +280,10 @@ class _Part:
     is_split: bool
 
     @classmethod
-    def of(cls, order: Order, rank: int) -> _Part:
-        """Return the part of a rank."""
+    def of(cls, order: Order, rank: int, members: Sequence[int]) -> _Part:
+        """Return the part of a rank, given the ranks of the run that the order numbers."""
         actions = order.actions[rank]
-        expected = {source: order.messages(source, rank) for source in range(len(order.actions))}
+        expected = {members[source]: order.messages(source, rank) for source in range(len(order.actions))}
         return cls(actions, expected, any(action.kind == "weight" for action in actions))
 
 

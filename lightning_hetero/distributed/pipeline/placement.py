@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_gather, all_wait
-from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.host_group import host_group, host_timeout
 from lightning_hetero.distributed.in_place import like, set_value, swap
 from lightning_hetero.distributed.pipeline.moving import (
     Parcel,
@@ -30,8 +31,11 @@ from lightning_hetero.distributed.pipeline.moving import (
     why_not_moved,
 )
 from lightning_hetero.distributed.pipeline.passes.copies import Copies
+from lightning_hetero.distributed.pipeline.passes.values import copy_on_host, empty_on_host, equalise
 
-__all__ = ["TensorPlacement", "gather_on_rank_zero"]
+__all__ = ["Plan", "TensorPlacement", "gather_on_rank_zero"]
+
+Plan = StagePlan | ReplicaPlan
 
 
 class TensorPlacement:
@@ -39,21 +43,22 @@ class TensorPlacement:
 
     Parameters that are in no layer belong to the last stage, where losses are computed. Every rank has the buffers that
     are in no layer. A tensor that several layers share lives on every rank that has one of these layers, and those of a
-    layer that two stages share live on both ranks.
+    layer that two stages or several replicas share live on all their ranks.
 
     Args:
         module: The whole model; at first every rank has all of it.
         layers: Layers of the model, in order.
-        plan: The stages.
+        plan: The stages, or the replicas and their stages.
         device: Device on which this rank computes.
 
     Attributes:
-        plan: The stages.
+        plan: The stages, or the replicas and their stages.
         tied: Parameters of this rank that several layers have on several ranks, and the groups of these ranks.
         copies: Parameters of this rank in layers that two stages share.
+        replicated: With replicas, all parameters of this rank that other ranks have too, in the place of the above.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], plan: StagePlan, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], plan: Plan, device: torch.device) -> None:
         self._module = module
         self._layers = list(layers)
         self._device = device
@@ -63,6 +68,7 @@ class TensorPlacement:
         self._is_complete = False
         self.tied: list[tuple[nn.Parameter, Any]] = []
         self.copies: list[Copies] = []
+        self.replicated: list[Copies] = []
         self._groups: dict[tuple[int, ...], Any] = {}
         self._set_owners(plan)
         foreign = []
@@ -76,9 +82,12 @@ class TensorPlacement:
         module.to(device)
         for tensor, without_memory in foreign:
             swap(tensor, without_memory)
-        self._equalise_tied()
+        for tensor in self._tensors():  # without a seed, ranks begin with different values
+            owners = self._owners[id(tensor)]
+            if len(owners) > 1 and (self.has_replicas or isinstance(tensor, nn.Parameter)):
+                equalise(tensor, owners)
 
-    def _set_owners(self, plan: StagePlan) -> None:
+    def _set_owners(self, plan: Plan) -> None:
         self.plan = plan
         self._owners = self._owners_of_tensors(plan)
         self.tied = []
@@ -88,39 +97,34 @@ class TensorPlacement:
             owners = self._owners[id(tensor)]
             if isinstance(tensor, nn.Parameter) and len(owners) > 1:
                 if owners not in self._groups:
-                    self._groups[owners] = dist.new_group(list(owners))  # every rank must call this
-                if id(tensor) in shared:
+                    # every rank must call this
+                    self._groups[owners] = dist.new_group(list(owners), timeout=host_timeout())
+                if id(tensor) in shared or self.has_replicas:
                     copied.setdefault(owners, []).append(tensor)
                 elif self._rank in owners:
                     self.tied.append((tensor, self._groups[owners]))
-        self.copies = [
+        copies = [
             Copies(parameters, owners, self._groups[owners])
             for owners, parameters in copied.items()
             if self._rank in owners
         ]
+        self.copies, self.replicated = ([], copies) if self.has_replicas else (copies, [])
 
-    def _owners_of_tensors(self, plan: StagePlan) -> dict[int, tuple[int, ...]]:
+    def _owners_of_tensors(self, plan: Plan) -> dict[int, tuple[int, ...]]:
         """Return the ranks of each tensor that the module has now, by its identity: a step may replace a buffer."""
         ranks_of: dict[int, set[int]] = {}
-        for stage, owner in enumerate(plan.ranks):
-            for i in plan.held(stage):
-                for tensor in (*self._layers[i].parameters(), *self._layers[i].buffers()):
-                    ranks_of.setdefault(id(tensor), set()).add(owner)
-        unused = {plan.ranks[-1]}
+        for i, layer in enumerate(self._layers):
+            owners = plan.owners_of(i)
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                ranks_of.setdefault(id(tensor), set()).update(owners)
         self._everywhere = {id(buffer) for buffer in self._module.buffers()} - ranks_of.keys()
-        ranks_of |= {key: {*plan.ranks} for key in self._everywhere}
-        return {id(t): tuple(sorted(ranks_of.get(id(t), unused))) for t in self._tensors()}
+        ranks_of |= {key: {*range(plan.world_size)} for key in self._everywhere}
+        return {id(t): tuple(sorted(ranks_of.get(id(t), plan.last_ranks))) for t in self._tensors()}
 
-    def _equalise_tied(self) -> None:
-        # without a seed, ranks begin with different values
-        copied = [parameter for copies in self.copies for parameter in copies.parameters]
-        for parameter in (*(parameter for parameter, _ in self.tied), *copied):
-            source, *others = self._owners[id(parameter)]
-            if self._rank == source:
-                for target in others:
-                    _send_value(parameter, target)
-            else:
-                parameter.data.copy_(_received_value(parameter, source))
+    @property
+    def has_replicas(self) -> bool:
+        """Whether several pipelines have the layers."""
+        return len(self.plan.last_ranks) > 1
 
     @property
     def own_layers(self) -> list[nn.Module]:
@@ -149,12 +153,14 @@ class TensorPlacement:
         return all(parameter is not own for layer in self._layers for own in layer.parameters())
 
     def ranks_of_modules(self) -> dict[str, int]:
-        """Return the rank that runs each submodule of the layers, by the submodule's name in the module."""
+        """Return the rank that runs each submodule of the layers, by the submodule's name in the module.
+
+        Of replicas, it is a rank of the first one.
+        """
         rank_of: dict[int, int] = {}
-        for stage, owner in enumerate(self.plan.ranks):
-            for i in self.plan.layers(stage):
-                for part in self._layers[i].modules():
-                    rank_of.setdefault(id(part), owner)
+        for i, layer in enumerate(self._layers):
+            for part in layer.modules():
+                rank_of.setdefault(id(part), self.plan.runner_of(i))
         return {name: rank_of[id(part)] for name, part in self._module.named_modules() if id(part) in rank_of}
 
     @contextmanager
@@ -181,7 +187,7 @@ class TensorPlacement:
                     swap(tensor, like(tensor, copy.to(device)))
                     foreign.append(tensor)
                 if has_gradient[source][number]:
-                    gradient = _empty_on_host(tensor) if is_foreign else _copy_on_host(_gradient_of(tensor))
+                    gradient = empty_on_host(tensor) if is_foreign else copy_on_host(_gradient_of(tensor))
                     dist.broadcast(gradient, src=source, group=host_group())
                     if is_foreign:
                         tensor.grad = gradient.to(device)
@@ -219,7 +225,7 @@ class TensorPlacement:
             del copy
         return {name: copies[id(tensor)] for name, tensor in _named(self._module)} if self._rank == rank else {}
 
-    def why_not_moved(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> str | None:
+    def why_not_moved(self, plan: Plan, optimizers: Sequence[Optimizer]) -> str | None:
         """Return why this rank cannot change to other stages during a training without a trace; None if it can."""
         before, after = self._owners_of_tensors(self.plan), self._owners_of_tensors(plan)
         moved = [
@@ -234,7 +240,7 @@ class TensorPlacement:
         parts = {id(part) for i in layers for part in self._layers[i].modules()}
         return {name for name, part in self._module.named_modules() if id(part) in parts}
 
-    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer], layers: Sequence[nn.Module] | None = None) -> None:
+    def move(self, plan: Plan, optimizers: Sequence[Optimizer], layers: Sequence[nn.Module] | None = None) -> None:
         """Change to other stages: values and the state that optimisers keep for them move to their new ranks.
 
         Every rank must call this at the same point, between two steps.
@@ -244,7 +250,7 @@ class TensorPlacement:
             optimizers: The optimisers.
             layers: The layers in a new order; None if it is the same.
         """
-        tensors = list(self._tensors())
+        tensors, had_replicas = list(self._tensors()), self.has_replicas
         before = self._owners_of_tensors(self.plan)
         if layers is not None:
             self._layers = list(layers)
@@ -273,6 +279,9 @@ class TensorPlacement:
                     send(parcel, target)
                 elif self._rank == target:
                     self._take(tensor, receive(old[0], tensor), optimizers)
+        for tensor in tensors if self.has_replicas and not had_replicas else ():
+            if id(tensor) in self._everywhere:  # only one rank has run whole steps with them
+                equalise(tensor, self._owners[id(tensor)])
 
     def _take(self, tensor: Tensor, received: Unpacked, optimizers: Sequence[Optimizer]) -> None:
         swap(tensor, like(tensor, received.value.to(self._device)))
@@ -286,12 +295,18 @@ class TensorPlacement:
         """Return the state of the whole module on rank 0, and an empty dict elsewhere; every rank must call this."""
         if self._is_complete:
             return {name: _on_cpu(value) for name, value in self._module.state_dict().items()}
-        own = {name: _on_cpu(value) for name, value in self._module.state_dict().items() if not _is_meta(value)}
+        others = {name for name, tensor in _named(self._module) if not self._is_told(tensor)}
+        state = self._module.state_dict()
+        own = {n: _on_cpu(value) for n, value in state.items() if n not in others and not _is_meta(value)}
         parts = gather_on_rank_zero(own)
         if parts is None:
             return {}
         merged = {name: value for part in reversed(parts) for name, value in part.items()}
         return {name: merged[name] for name in self._module.state_dict()}
+
+    def _is_told(self, tensor: Tensor) -> bool:
+        """Return whether this rank tells rank 0 the values of a tensor: with replicas, one of its owners does."""
+        return not self.has_replicas or self._source(tensor) == self._rank
 
     def load(self, state_dict: dict[str, Any], *, strict: bool) -> None:
         """Load the tensors that live on this rank, and compare the names of all tensors.
@@ -328,7 +343,7 @@ class TensorPlacement:
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor of the module in the memory of every rank's host."""
-        copy = _empty_on_host(tensor) if tensor.is_meta else _copy_on_host(tensor)
+        copy = empty_on_host(tensor) if tensor.is_meta else copy_on_host(tensor)
         dist.broadcast(copy, src=self._source(tensor), group=host_group())
         return copy
 
@@ -337,7 +352,7 @@ class TensorPlacement:
 
     def _owners_of(self, tensor: Tensor) -> tuple[int, ...]:
         # An optimiser may train a tensor that is registered nowhere; only the loss can depend on it.
-        return self._owners.get(id(tensor), self.plan.ranks[-1:])
+        return self._owners.get(id(tensor), self.plan.last_ranks)
 
     def _tensors(self) -> Iterator[Tensor]:
         """Yield each parameter and buffer once, in the same order on all ranks."""
@@ -352,28 +367,9 @@ def gather_on_rank_zero(value: Any) -> list[Any] | None:
     return parts
 
 
-def _send_value(tensor: Tensor, target: int) -> None:
-    dist.send(_copy_on_host(tensor), dst=target, group=host_group())
-
-
-def _received_value(tensor: Tensor, source: int) -> Tensor:
-    """Return the value of a tensor of the module that its rank sends, in the memory of the host."""
-    value = _empty_on_host(tensor)
-    dist.recv(value, src=source, group=host_group())
-    return value
-
-
-def _copy_on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
 def _gradient_of(tensor: Tensor) -> Tensor:
     assert tensor.grad is not None
     return tensor.grad
-
-
-def _empty_on_host(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

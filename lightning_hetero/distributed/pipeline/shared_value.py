@@ -12,10 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_hetero.distributed.collectives import broadcast_from
+from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.distributed.pipeline.passes.channels import channel
 
-__all__ = ["share"]
+__all__ = ["receive", "send", "share"]
 
 _Layout = tuple[tuple[int, ...], torch.dtype]
+
+_TAG = 4  # of messages between hosts, other than those of micro-batches and of copies
 
 
 def share(value: Any, source: int, device: torch.device) -> Any:
@@ -41,15 +45,57 @@ def share(value: Any, source: int, device: torch.device) -> Any:
     return value if is_source else _Unpickler(description, tensors).load()
 
 
+def send(value: Any, target: int, device: torch.device) -> None:
+    """Send a picklable value to one rank, which must call :func:`receive`.
+
+    Tensors of the device pass through the channel between the two ranks, which must be open.
+
+    Raises:
+        Exception: If the value cannot be pickled; nothing is sent then.
+    """
+    description, tensors = _taken_apart(value, device)
+    layouts = [_layout(tensor) for tensor in tensors]
+    packed = torch.frombuffer(bytearray(pickle.dumps((layouts, description))), dtype=torch.uint8)
+    dist.send(torch.tensor([packed.numel()]), target, group=host_group(), tag=_TAG)
+    dist.send(packed, target, group=host_group(), tag=_TAG)
+    for numbers in _of_one_type(layouts):
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in numbers])
+        if len(flat):
+            dist.send(_as_numbers(flat), target, group=channel(dist.get_rank(), target))
+
+
+def receive(source: int, device: torch.device) -> Any:
+    """Return the value that another rank sends to this one, with tensors without gradients."""
+    size = torch.empty(1, dtype=torch.int64)
+    dist.recv(size, source, group=host_group(), tag=_TAG)
+    packed = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(packed, source, group=host_group(), tag=_TAG)
+    layouts, description = pickle.loads(packed.numpy().tobytes())
+    tensors: list[Any] = [None] * len(layouts)
+    for numbers in _of_one_type(layouts):
+        sizes = [torch.Size(layouts[i][0]).numel() for i in numbers]
+        flat = torch.empty(sum(sizes), dtype=layouts[numbers[0]][1], device=device)
+        if len(flat):
+            dist.recv(_as_numbers(flat), source, group=channel(source, dist.get_rank()))
+        for i, part in zip(numbers, flat.split(sizes), strict=True):
+            tensors[i] = part.view(layouts[i][0])
+    return _Unpickler(description, tensors).load()
+
+
+def _of_one_type(layouts: Sequence[_Layout]) -> list[list[int]]:
+    """Return the numbers of the tensors of each type, in the same order on all ranks."""
+    types = sorted({dtype for _, dtype in layouts}, key=str)
+    return [[i for i, (_, dtype) in enumerate(layouts) if dtype == wanted] for wanted in types]
+
+
 def _exchanged(
     own: Sequence[Tensor] | None, layouts: Sequence[_Layout], source: int, device: torch.device
 ) -> list[Tensor]:
     tensors: list[Any] = [None] * len(layouts)
-    for dtype in sorted({dtype for _, dtype in layouts}, key=str):
-        numbers = [i for i, layout in enumerate(layouts) if layout[1] == dtype]
+    for numbers in _of_one_type(layouts):
         sizes = [torch.Size(layouts[i][0]).numel() for i in numbers]
         if own is None:
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            flat = torch.empty(sum(sizes), dtype=layouts[numbers[0]][1], device=device)
         else:
             flat = torch.cat([own[i].detach().reshape(-1) for i in numbers])
         if len(flat):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -60,7 +61,7 @@ class SavingStrategy(MeetingStrategy):
 def gathered_state(optimizer: Optimizer, placement: TensorPlacement) -> dict[str, Any]:
     """Return the state of an optimiser for the parameters of all ranks; empty on all ranks but zero."""
     state = optimizer.state_dict()
-    parts = gather_on_rank_zero(_owned(optimizer, state, placement))
+    parts = gather_on_rank_zero(_those(optimizer, state, placement.counts))
     if parts is None:
         return {}
     merged = {i: value for part in reversed(parts) for i, value in part.items()}
@@ -73,9 +74,9 @@ def own_state(optimizer: Optimizer, saved: dict[str, Any], placement: TensorPlac
     torch puts the state of a parameter on the parameter's device. The state of another rank's parameter has no device
     here.
     """
-    return {**saved, "state": _owned(optimizer, saved, placement)}
+    return {**saved, "state": _those(optimizer, saved, placement.owns)}
 
 
-def _owned(optimizer: Optimizer, state: dict[str, Any], placement: TensorPlacement) -> dict[int, Any]:
+def _those(optimizer: Optimizer, state: dict[str, Any], wanted: Callable[[Any], bool]) -> dict[int, Any]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {i: value for i, value in state["state"].items() if placement.owns(parameters[i])}
+    return {i: value for i, value in state["state"].items() if wanted(parameters[i])}

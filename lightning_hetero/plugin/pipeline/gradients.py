@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,13 +12,35 @@ from torch.optim import Optimizer
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.step.gradients import Gradients
 
-__all__ = ["clip_by_norm", "with_tied_combined"]
+__all__ = ["begin_sums", "clip_by_norm", "with_tied_combined"]
+
+Sums = Callable[[], Gradients]
 
 
-def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Gradients:
+def begin_sums(placement: TensorPlacement) -> Sums | None:
+    """Begin to add up the gradients of a step over replicas; None if there are none.
+
+    This rank has finished its passes, and others may still compute.
+
+    Returns:
+        Function that waits for the sums, which take the place of the gradients, and returns them.
+    """
+    if not placement.replicated:
+        return None
+    found = {id(p): p.grad for p in placement.parameters if p.grad is not None}
+    begun = [copies.begin_sum(found) for copies in placement.replicated]
+    return lambda: [pair for finish in begun for pair in finish()]
+
+
+def with_tied_combined(gradients: Gradients, placement: TensorPlacement, sums: Sums | None) -> Gradients:
     """Return ``gradients``, in which those of parameters that several ranks have are added up over these ranks.
 
     Every rank must call this at the same point.
+
+    Args:
+        gradients: The gradients of a step on this rank.
+        placement: Placement that says which ranks have which parameter.
+        sums: What :func:`begin_sums` has returned for the step.
     """
     found = {id(parameter): gradient for parameter, gradient in gradients}
     combined: Gradients = []
@@ -28,6 +52,7 @@ def with_tied_combined(gradients: Gradients, placement: TensorPlacement) -> Grad
     told = [copies.tell(found) for copies in placement.copies]
     added = [copies.add_up(heard(), found) for copies, heard in zip(placement.copies, told, strict=True)]
     combined += [pair for added_up in added for pair in added_up()]
+    combined += [] if sums is None else sums()
     tied = {id(parameter) for parameter, _ in combined}
     return [*((p, g) for p, g in gradients if id(p) not in tied), *combined]
 

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.plugin.common.overridden import overridden
@@ -53,6 +53,7 @@ class PipelineMetrics:
     Attributes:
         names: Name of each metric in the module, by its identity.
         is_alone: Whether this rank runs code that the others do not run, so that no collective may be used.
+        objects: All metrics and collections of them that are known, in the same order on all ranks.
         share: Function that returns the value of the last stage on every rank.
         batch_values: Values of the metrics for the batch of a step.
     """
@@ -67,6 +68,7 @@ class PipelineMetrics:
         self._overrides = ExitStack()
         every = list({id(m): m for m in (*metrics.values(), *_kept_in(vars(module)))}.values())
         self.batch_values = BatchValues(every)
+        self.objects: list[Any] = [*every, *(part for part in module.modules() if isinstance(part, MetricCollection))]
         for metric in every:
             for name, value in (("compute", self._broadcasting(metric.compute)), ("distributed_available_fn", _never)):
                 self._overrides.enter_context(overridden(metric, name, value))

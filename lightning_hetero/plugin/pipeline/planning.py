@@ -109,12 +109,12 @@ def find_stages(
     shares = chooses and schedule == "auto"
     profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=shares)
     numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
-    decide = _decision(placement.plan, example, schedule, micro_batches, state_per_parameter)
+    decide = _decision(placement.plan.last_ranks[0], example, schedule, micro_batches, state_per_parameter)
     return decide_on_rank_zero(numbers, decide)
 
 
 def _decision(
-    current: StagePlan, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
+    last_rank: int, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
 ) -> Callable[[list[list[float]]], PipelineFindings]:
     schedule: Schedule = "gpipe" if wanted == "gpipe" else "1f1b"
 
@@ -142,12 +142,13 @@ def _decision(
                 received_bytes=tuple(float(example.micro_batches * n) for n in kept.boundary_bytes),
             )
         transfer_s = profiles[0].transfer_s
-        last_rank = current.ranks[-1]
         choice = problem = None
         if example.training and wanted in ("auto", "v"):
             most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
-            limits = (memory, most, bool(split_layers), shared)
+            # their gradients are added up, and after the optimiser's step one rank sends the other its parameters
+            sharing_s = tuple(2 * n * kept.byte_s for n in kept.parameter_bytes)
+            limits = (memory, most, bool(split_layers), shared, sharing_s)
             problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
             choice = choose_order(problem, always_v=wanted == "v")
             plan, problem = choice.stages, problem_of_way(problem, choice.name)

@@ -19,6 +19,7 @@ from lightning_hetero.lightning_packages import with_either_trainer
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.common.run_writer import RunWriter, reason_of, record_directory, run_header
+from lightning_hetero.plugin.pipeline.replicas.arguments import wants_replicas
 from lightning_hetero.plugin.pipeline.strategy import HeteroPipelineStrategy
 
 __all__ = ["PipelineRecorder"]
@@ -136,7 +137,13 @@ class PipelineRecorder(Callback):
                 f"`PipelineRecorder` needs a strategy with stages, got {type(strategy).__name__}."
                 f' Use Trainer(strategy="hetero_pipeline") or remove the callback.'
             )
-        return cast("HeteroPipelineStrategy", strategy)
+        found = cast("HeteroPipelineStrategy", strategy)
+        if wants_replicas(found.replicas):
+            raise UnsupportedFeatureError(
+                f"`PipelineRecorder` records the passes of one pipeline, got `replicas={found.replicas!r}`. Remove the"
+                f" callback, or use `replicas=1`."
+            )
+        return found
 
 
 def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:

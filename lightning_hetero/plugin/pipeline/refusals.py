@@ -9,14 +9,24 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_hetero.distributed.optimizer_check import why_whole_model
-from lightning_hetero.distributed.torch_private import has_hooks
+from lightning_hetero.distributed.torch_private import BatchNorm, has_hooks
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.parts_of_model import why_not_with
 
-__all__ = ["refuse_backend", "refuse_divided_data", "refuse_optimizers", "refuse_tensor_hooks", "refuse_training"]
+__all__ = [
+    "refuse_backend",
+    "refuse_divided_data",
+    "refuse_foreign_parameters",
+    "refuse_one_pipeline",
+    "refuse_optimizers",
+    "refuse_tensor_hooks",
+    "refuse_training",
+    "why_one_pipeline",
+]
 
 
 def refuse_training(
@@ -86,6 +96,45 @@ def refuse_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 f"`hetero_pipeline` cannot train with {name}, which {reason}. Each stage steps the parameters of"
                 f" its own layers. Use another optimiser."
             )
+
+
+def refuse_foreign_parameters(module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimisers of tensors that the module does not have, whose gradients replicas would not add up.
+
+    Raises:
+        UnsupportedFeatureError: One of them has such a tensor.
+    """
+    known = {id(parameter) for parameter in module.parameters()}
+    for optimizer in optimizers:
+        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+            raise UnsupportedFeatureError(
+                f"`hetero_pipeline` with `replicas` adds up the gradients of the parameters of the module, got a tensor"
+                f" in {type(optimizer).__name__} that is none of them. Assign it to the module as an nn.Parameter, or"
+                f" use `replicas=1`."
+            )
+
+
+def why_one_pipeline(module: LightningModule) -> str | None:
+    """Return why several replicas cannot train a module; None if nothing is known that speaks against it."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and part.weight.requires_grad:
+            return f"sparse gradients cannot be added up over ranks, got {name!r} with `sparse=True`"
+        if isinstance(part, BatchNorm) and part.training:
+            return f"the statistics of batch normalisation would be those of each replica's samples, got {name!r}"
+    return None
+
+
+def refuse_one_pipeline(module: LightningModule) -> None:
+    """Refuse what only one pipeline can train.
+
+    Raises:
+        UnsupportedFeatureError: There is such a thing.
+    """
+    reason = why_one_pipeline(module)
+    if reason is not None:
+        raise UnsupportedFeatureError(
+            f"`hetero_pipeline` cannot train this with several replicas: {reason}. Do without it, or use `replicas=1`."
+        )
 
 
 def refuse_tensor_hooks(module: LightningModule) -> None:

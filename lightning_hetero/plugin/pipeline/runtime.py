@@ -20,17 +20,20 @@ from lightning_hetero.distributed.data import single_process
 from lightning_hetero.distributed.pass_timer import PassTimer
 from lightning_hetero.distributed.pipeline.batch_stream import end_iterations
 from lightning_hetero.distributed.pipeline.moving import digest_of_attributes
+from lightning_hetero.distributed.pipeline.passes.channels import open_channels
 from lightning_hetero.distributed.pipeline.passes.sharing import foreign_hook
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
-from lightning_hetero.distributed.pipeline.placement import TensorPlacement
+from lightning_hetero.distributed.pipeline.placement import Plan, TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call
 from lightning_hetero.distributed.step_timer import clock_of
 from lightning_hetero.plugin.common.overridden import overridden
-from lightning_hetero.plugin.pipeline.gradients import clip_by_norm
+from lightning_hetero.plugin.pipeline.gradients import Sums, begin_sums, clip_by_norm
 from lightning_hetero.plugin.pipeline.hooks.running import HookRunner
 from lightning_hetero.plugin.pipeline.layers import layers_of
 from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
 from lightning_hetero.plugin.pipeline.refusals import refuse_backend
+from lightning_hetero.plugin.pipeline.replicas.left_behind import LeftBehind
+from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 from lightning_hetero.plugin.pipeline.verification import verify_layers
 
@@ -44,7 +47,7 @@ class Runtime:
 
     Args:
         module: The user's LightningModule.
-        plan: The stages to begin with.
+        plan: The stages to begin with, or the replicas and their stages.
         rank: This rank.
         device: This rank's device.
         schedule: Order of the passes: the name of a known one, or an order.
@@ -60,7 +63,8 @@ class Runtime:
         found: The model that steps call, and its layers.
         placement: Where the parts of the model live. It outlives the run, because a checkpoint may be saved afterwards.
         metrics: The metrics of the module.
-        pipeline: The pipeline, which runs the layers of this rank's stage.
+        seat: The place of this rank among the replicas.
+        pipeline: The pipeline of this rank's replica, which runs the layers of its stage.
         hooks: The hooks of the module and of callbacks.
         steps: The user's steps on this rank.
         timer: Times this rank's passes, if the stages are watched.
@@ -70,7 +74,7 @@ class Runtime:
     def __init__(
         self,
         module: LightningModule,
-        plan: StagePlan,
+        plan: Plan,
         *,
         rank: int,
         device: torch.device,
@@ -95,13 +99,15 @@ class Runtime:
         self.found = layers_of(module)
         self.seed = broadcast_from(torch.initial_seed(), 0)
         self.placement = TensorPlacement(module, self.found.layers, plan, device)
-        self.metrics = PipelineMetrics(module, plan.ranks[-1], is_last=rank == plan.ranks[-1])
+        self.seat = Seat(plan, rank)
+        self._sums: Sums | None = None
+        self.metrics = PipelineMetrics(module, self.seat.leader, is_last=rank == self.seat.leader)
         self._overrides.callback(self.metrics.restore)
         try:
             self.pipeline = self._new_pipeline()
             self.hooks = HookRunner(module, self.found.called, self.placement, self._run_model, rank, device, self.seed)
             self.steps = self._new_steps()
-            if len(plan.ranks) > 1:
+            if plan.world_size > 1:
                 self._overrides.enter_context(single_process.installed())
                 self.metrics.share = self.hooks.share_value
                 self._overrides.enter_context(self.hooks.installed(self._recorded_log))
@@ -110,22 +116,43 @@ class Runtime:
             raise
 
     def _new_pipeline(self) -> Pipeline:
-        placement = self.placement
+        self.seat = seat = Seat(self.placement.plan, self._rank)
+        for ranks in seat.pipelines if seat.has_replicas else ():  # every rank opens all of them, in one order
+            open_channels(ranks, self._device)
+        for last_rank in seat.others:
+            open_channels([last_rank, seat.leader], self._device)
         return Pipeline(
             self.found.calls,
-            placement.plan,
+            seat.stages,
             self._schedule,
-            self._rank,
+            seat.rank,
             self._device,
             self.timer,
             self._split_layers,
+            seat.members,
         )
+
+    def _new_left_behind(self) -> LeftBehind | None:
+        """Return what compares the module before and after steps; None without replicas."""
+        seat = self.seat
+        return LeftBehind(self._module, self.placement, seat, self._rank, self._device) if seat.has_replicas else None
+
+    def _begin_sums(self) -> None:
+        self._sums = begin_sums(self.placement)
+
+    def take_sums(self) -> Sums | None:
+        """Return what waits for the sums of the latest step's gradients over replicas, once; None if there are none."""
+        sums, self._sums = self._sums, None
+        return sums
 
     def _new_steps(self) -> PipelineStep:
         return PipelineStep(
             self._module,
             self.found,
             self.pipeline,
+            self.seat,
+            self._new_left_behind(),
+            self._begin_sums,
             self._num_microbatches,
             self._loss_weights,
             self.metrics,
@@ -135,8 +162,12 @@ class Runtime:
 
     def _run_model(self, call: Call) -> Any:
         with self.steps.prepared():
-            found = self.pipeline.evaluate(1, [call])
-        return found[0] if self.pipeline.is_last else None
+            found = self._evaluate(call)
+        return found[0] if found else None
+
+    def _evaluate(self, call: Call) -> list[Any]:
+        """Run the layers of the first replica, and return the output on its last rank."""
+        return self.pipeline.evaluate(1, [call]) if self.seat.number == 0 else []
 
     def _recorded_log(self) -> Any:
         return self.steps.recorded_log()
@@ -168,7 +199,7 @@ class Runtime:
             self.found.calls.prepare(call)
             if any(a is not b for a, b in zip(before, self.found.layers, strict=True)):  # the order of calls
                 self.move(self.placement.plan, optimizers)
-            verify_layers(self._module, self.found, self.placement, self.pipeline, call)
+            verify_layers(self._module, self.found, self.placement, self._evaluate, self.seat.leader, call)
 
     def reorder(self, schedule: Schedule | Order, split_layers: Sequence[int]) -> None:
         """Run the next stages in another order; every rank must call :meth:`move` afterwards.
@@ -179,14 +210,14 @@ class Runtime:
         """
         self._schedule, self._split_layers = schedule, split_layers
 
-    def move(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> None:
+    def move(self, plan: Plan, optimizers: Sequence[Optimizer]) -> None:
         """Change to other stages; every rank must call this at the same point."""
         self.hooks.traces.equalise()  # while each attribute is still where it has changed
         with torch.inference_mode(False):
             self.placement.move(plan, optimizers, self.found.layers)
         self.hooks.traces.moved()
         self.pipeline = self._new_pipeline()
-        self.steps.use(self.pipeline)
+        self.steps.use(self.pipeline, self.seat, self._new_left_behind())
 
     def why_not_moved(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> str | None:
         """Return why layers cannot move without a trace while a training runs, on all ranks; None if they can.
@@ -195,6 +226,7 @@ class Runtime:
         """
         traces, placement = self.hooks.traces, self.placement
         traces.equalise()
+        assert isinstance(placement.plan, StagePlan), "replicas are not watched"
         moves = layer_moves(placement.plan, plan)
         parts = placement.modules_of_layers([move.layer for move in moves])
         reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(parts) or self._hook_on_shared(plan)

@@ -3,14 +3,14 @@
 The user's step calls the model once. On the first stage, the step runs up to that call, whose arguments enter the
 pipeline. On the last stage, the step runs from its beginning, and the call returns the pipeline's output. In training,
 the last stage runs the step for each micro-batch; in validation, test and prediction, it runs the step once, on the
-joined outputs of the whole batch.
+joined outputs of the whole batch. Of several replicas, each trains on its part of the batch, and the first one alone
+evaluates.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +23,20 @@ from torch.utils.data import default_collate
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.distributed.pipeline.pipeline import Pipeline
-from lightning_hetero.distributed.pipeline.shared_value import share
 from lightning_hetero.distributed.pipeline.structure import Call, tensors_of
 from lightning_hetero.distributed.torch_private import BatchNorm
 from lightning_hetero.exceptions import UnsupportedFeatureError
 from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.pipeline.hooks.traces import StepTraces
 from lightning_hetero.plugin.pipeline.layers import Layers
-from lightning_hetero.plugin.pipeline.metrics import MetricOf, PipelineMetrics, hosted, portable
+from lightning_hetero.plugin.pipeline.metrics import PipelineMetrics
+from lightning_hetero.plugin.pipeline.replicas.left_behind import LeftBehind
+from lightning_hetero.plugin.pipeline.replicas.seat import Seat
+from lightning_hetero.plugin.pipeline.results.recording import StepRecord, StepRecorder, repeat
+from lightning_hetero.plugin.pipeline.results.telling import Telling, named_arguments
 from lightning_hetero.plugin.step.batch_size import samples_in
 from lightning_hetero.plugin.step.log_capture import LogCapture, silent_log
-from lightning_hetero.plugin.step.metrics import discarded_metrics, set_step_value
+from lightning_hetero.plugin.step.metrics import discarded_metrics
 from lightning_hetero.plugin.step.no_terms import weighted
 from lightning_hetero.plugin.step.seeded import seeded
 from lightning_hetero.plugin.step.split_batch import split_batch
@@ -53,6 +56,11 @@ Step = Callable[..., Any]
 _USED_BEFORE = (
     "`hetero_pipeline` needs all parameters and buffers that are used before the model is called to be in its layers,"
     " got one that is on the last stage. Make the code that uses it the model's first layer."
+)
+
+_SETTINGS = (
+    "`hetero_pipeline` with `replicas` cannot train with a step that changes settings of an optimiser, or which"
+    " parameters are trained, to other values for each micro-batch. Change them in a hook, or use `replicas=1`."
 )
 
 
@@ -87,6 +95,11 @@ class Example:
     micro_batches: int
     training: bool
 
+    @property
+    def size(self) -> int:
+        """Number of samples in this micro-batch."""
+        return -(-self.samples // self.micro_batches)
+
 
 class PipelineStep:
     """The steps of one rank.
@@ -95,6 +108,9 @@ class PipelineStep:
         module: The user's LightningModule.
         layers: The model that its steps call, and its layers.
         pipeline: The pipeline that runs the layers.
+        seat: The place of this rank among the replicas.
+        left_behind: Compares what steps leave in the module, with replicas; None without.
+        passes_done: Function that is called when this rank has finished the passes of a training step.
         micro_batches: Number of micro-batches per step.
         loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
             sizes.
@@ -111,6 +127,9 @@ class PipelineStep:
         module: LightningModule,
         layers: Layers,
         pipeline: Pipeline,
+        seat: Seat,
+        left_behind: LeftBehind | None,
+        passes_done: Callable[[], None],
         micro_batches: int,
         loss_weights: Callable[[Sequence[Any], Sequence[int]], list[float]],
         metrics: PipelineMetrics,
@@ -122,6 +141,12 @@ class PipelineStep:
         self.samples = 0
         self._called = layers.called
         self._pipeline = pipeline
+        self._seat = seat
+        self._left_behind = left_behind
+        self._passes_done = passes_done
+        self._leads = pipeline.is_last and seat.number == 0
+        self._telling = Telling(module, metrics, traces, seat.leader, leads=self._leads)
+        self.recorded_log = self._telling.recorded_log
         self._micro_batches = micro_batches
         self._loss_weights = loss_weights
         # in training, batch normalisation refuses a single sample
@@ -138,9 +163,9 @@ class PipelineStep:
         # layers that `pipeline_layers()` has made, which the module does not reach when it changes its mode
         self._wrappers = [p for layer in layers.layers for p in layer.modules() if id(p) not in known]
 
-    def use(self, pipeline: Pipeline) -> None:
-        """Run the layers with another pipeline from now on."""
-        self._pipeline = pipeline
+    def use(self, pipeline: Pipeline, seat: Seat, left_behind: LeftBehind | None) -> None:
+        """Run the layers with another pipeline from now on; the leader stays the same."""
+        self._pipeline, self._seat, self._left_behind = pipeline, seat, left_behind
 
     def train(self, step: Step, args: tuple[Any, ...], accumulated_batches: int) -> Any:
         """Run a training step, and accumulate its gradients on the parameters.
@@ -155,37 +180,71 @@ class PipelineStep:
         """
         batch, *rest = args
         self._times_run += 1
+        if self._left_behind is not None:
+            self._left_behind.refuse_one_pipeline()
         self.traces.begin()
-        sizes = sizes_of_micro_batches(samples_in(batch), self._micro_batches, self._fewest_samples)
+        sizes, own = self._seat.divided(samples_in(batch), self._micro_batches, self._fewest_samples)
         self.samples = sum(sizes)
         parts = self._split(batch, sizes)
         weights = self._loss_weights(parts, sizes)
-        outputs: list[Any] = []
         calls: list[dict[str, Any]] = []
         values = self._metrics.batch_values
-        log = LogCapture(lambda *a, **kw: calls.append(_named_arguments(a, kw)), batch_value_of=values.of)
-        captured = overridden(self._module, "log", log) if self._pipeline.is_last else nullcontext()
-        of_batch = values.of_step() if self._pipeline.is_last and len(sizes) > 1 else nullcontext()
+        log = LogCapture(lambda *a, **kw: calls.append(named_arguments(a, kw)), batch_value_of=values.of)
+        recorder = StepRecorder(self._module, self._metrics, log)
+        record = recorder.record
+        with ExitStack() as stack:
+            if self._leads:
+                stack.enter_context(overridden(self._module, "log", log))
+                stack.enter_context(values.of_step() if len(sizes) > 1 else nullcontext())
+            elif self._pipeline.is_last:
+                stack.enter_context(recorder.recording())
 
-        def loss_of_part(i: int, output: Any) -> Tensor:
-            log.samples, log.weight = sizes[i], weights[i]
-            values.next_micro_batch()
-            returned = self._finished(step, parts[i], rest, output, i)
-            loss = loss_of(returned)
-            log.note_loss(loss)
-            outputs.append(detached_output(returned))
-            if not weights[i]:  # a mean over no terms, whose gradient may not be a number
-                outputs_with_graph = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
-                return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
-            return loss * (weights[i] / accumulated_batches)
+            def loss_of_part(number: int, output: Any) -> Tensor:
+                i = own[number]
+                log.samples, log.weight = sizes[i], weights[i]
+                values.next_micro_batch()
+                recorder.next_micro_batch()
+                returned = self._finished(step, parts[i], rest, output, i)
+                loss = loss_of(returned)
+                log.note_loss(loss)
+                record.outputs.append(detached_output(returned))
+                if not weights[i]:  # a mean over no terms, whose gradient may not be a number
+                    outputs_with_graph = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+                    return sum((weighted(tensor.sum(), 0.0) for tensor in outputs_with_graph), loss.new_zeros(()))
+                return loss * (weights[i] / accumulated_batches)
 
-        with captured, of_batch, self.prepared():
-            self._pipeline.train(len(parts), self._calls(step, parts, rest), loss_of_part)
-            values.finish()
-        if not self._pipeline.is_last:
-            return self._hear()
+            compared = nullcontext() if self._left_behind is None else self._left_behind.compared(own, recorder.refuse)
+            with self.prepared(), compared:
+                self._pipeline.train(len(own), self._calls(step, parts, rest, own), loss_of_part)
+                self._passes_done()
+            if self._leads:
+                self._hear_replicas(record, log, sizes, weights)
+                values.finish()
+        record.losses |= log.losses
+        if not self._leads:
+            if self._pipeline.is_last:
+                record.settings = self.traces.settings()
+                record.sent(self._seat.leader, self._module.device)
+            return self._telling.hear()
         log.flush()
-        return self._tell(combined_output(outputs, sizes, weights), calls)
+        return self._telling.tell(combined_output(record.outputs, sizes, weights), calls)
+
+    def _hear_replicas(self, own: StepRecord, log: LogCapture, sizes: Sequence[int], weights: Sequence[float]) -> None:
+        """Add what the last ranks of the other replicas have recorded."""
+        settings = self.traces.settings()
+        refusal = own.refusal
+        for source in self._seat.others:
+            heard = StepRecord.received(source, self._module.device)
+            first = len(own.outputs)
+            these = slice(first, first + len(heard.outputs))
+            own.outputs += heard.outputs
+            repeat(heard, self._metrics, log, sizes[these], weights[these])
+            refusal = refusal or heard.refusal
+            if heard.outputs:
+                self._module.trainer.should_stop |= heard.settings[0]
+                refusal = refusal or (_SETTINGS if heard.settings[1:] != settings[1:] else None)
+        if refusal is not None:
+            self._telling.refuse(refusal)
 
     def evaluate(self, step: Step, args: tuple[Any, ...], *, logs: bool) -> Any:
         """Run a step without gradients.
@@ -203,11 +262,13 @@ class PipelineStep:
         self.traces.begin()
         while True:
             sizes = sizes_of_micro_batches(samples_in(batch), 1 if self._in_one_piece else self._micro_batches)
-            parts = self._split(batch, sizes)
-            with self.prepared():
-                found = self._pipeline.evaluate(len(parts), self._calls(step, parts, rest))
-            if not self._pipeline.is_last:
-                returned = self._hear()
+            found: list[Any] = []
+            if self._seat.number == 0:
+                parts = self._split(batch, sizes)
+                with self.prepared():
+                    found = self._pipeline.evaluate(len(parts), self._calls(step, parts, rest, range(len(parts))))
+            if not self._leads:
+                returned = self._telling.hear()
                 if isinstance(returned, _InOnePiece):
                     self._in_one_piece = True
                     continue
@@ -215,15 +276,12 @@ class PipelineStep:
             if len(sizes) > 1 and not can_be_joined(found, sizes):
                 # for example the loss that a model has computed from the labels, a mean over unknown terms
                 self._in_one_piece = True
-                self._tell(_InOnePiece(), [])
+                self._telling.tell(_InOnePiece(), [])
                 continue
             calls: list[dict[str, Any]] = []
-            recorded = overridden(
-                self._module, "log", lambda *given, calls=calls, **named: calls.append(_named_arguments(given, named))
-            )
-            with recorded if logs else nullcontext(), self.prepared():
+            with self._telling.recorded(calls) if logs else nullcontext(), self.prepared():
                 returned = self._finished(step, batch, rest, joined_output(found), 0)
-            return self._tell(returned, calls)
+            return self._telling.tell(returned, calls)
 
     def example(self, step: Step, args: tuple[Any, ...], *, training: bool, parts: int | None = None) -> Example:
         """Return the first micro-batch of a step on every rank, of ``parts``; every rank must call this together."""
@@ -231,11 +289,11 @@ class PipelineStep:
         sizes = sizes_of_micro_batches(samples_in(batch), parts or self._micro_batches, self._fewest_samples)
         part = self._split(batch, sizes)[0]
         given = None
-        if self._pipeline.is_first:
+        if self._pipeline.is_first and self._seat.number == 0:
             with self.prepared():
                 call = self._inputs(step, part, rest, 0)
             given = _on_cpu((call.args, call.kwargs))
-        given = move_data_to_device(broadcast_from(given, self._pipeline.first_rank), self._module.device)
+        given = move_data_to_device(broadcast_from(given, self._seat.first_rank), self._module.device)
         assert given is not None
 
         def loss_of_output(output: Any) -> Tensor:
@@ -245,24 +303,6 @@ class PipelineStep:
 
         loss = loss_of_output if training and self._pipeline.is_last else None
         return Example(Call(*given), loss, sum(sizes), len(sizes), training)
-
-    @contextmanager
-    def recorded_log(self) -> Iterator[Callable[[Callable[[Any], Any]], None]]:
-        """Record what a hook logs in this context, which every rank runs.
-
-        Yields:
-            Function that logs on every rank what the last stage has recorded, given a function that returns the message
-            of the last stage on every rank.
-        """
-        calls: list[dict[str, Any]] = []
-
-        def pass_on(exchange: Callable[[Any], Any]) -> None:
-            told = [{**call, "value": hosted(portable(call["value"], self._metrics.names))} for call in calls]
-            heard = exchange(told)
-            self._log_heard(heard) if not self._pipeline.is_last else self._log(calls)
-
-        with overridden(self._module, "log", lambda *given, **named: calls.append(_named_arguments(given, named))):
-            yield pass_on
 
     # ---- the user's step -------------------------------------------------------------------------------------------
 
@@ -282,11 +322,11 @@ class PipelineStep:
                 stack.enter_context(overridden(self._called, "generate", _refuse_generating))
             yield
 
-    def _calls(self, step: Step, parts: Sequence[Any], rest: Sequence[Any]) -> list[Call]:
-        """Return the arguments with which the step calls the model for each micro-batch, if this stage needs them."""
+    def _calls(self, step: Step, parts: Sequence[Any], rest: Sequence[Any], own: Sequence[int]) -> list[Call]:
+        """Return the arguments with which the step calls the model for micro-batches, if this stage needs them."""
         if not self._pipeline.needs_calls:
             return []
-        return [self._inputs(step, part, rest, number) for number, part in enumerate(parts)]
+        return [self._inputs(step, parts[number], rest, number) for number in own]
 
     def _inputs(self, step: Step, part: Any, rest: Sequence[Any], number: int) -> Call:
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -339,42 +379,6 @@ class PipelineStep:
         loader = self._module.trainer.train_dataloader
         return split_batch(batch, sizes, lists_are_fields=getattr(loader, "collate_fn", None) is default_collate)
 
-    # ---- what the other ranks learn --------------------------------------------------------------------------------
-
-    def _tell(self, returned: Any, calls: list[dict[str, Any]]) -> Any:
-        """Tell every rank the output of a step and what it has logged; log that here."""
-        told = [{**call, "value": portable(call["value"], self._metrics.names)} for call in calls]
-        self._shared((returned, told, self.traces.found()))
-        self._log(calls)
-        return returned
-
-    def _hear(self) -> Any:
-        returned, calls, traces = self._shared(None)
-        self.traces.take(traces)
-        self._log_heard(calls)
-        return move_data_to_device(returned, self._module.device)
-
-    def _log(self, calls: Sequence[dict[str, Any]]) -> None:
-        for call in calls:
-            self._module.log(**call)
-
-    def _log_heard(self, calls: Sequence[dict[str, Any]]) -> None:
-        for call in calls:
-            if not call.get("rank_zero_only"):
-                self._module.log(**{**call, "value": self._local(call["value"])})
-
-    def _shared(self, value: Any) -> Any:
-        return share(value, self._pipeline.last_rank, self._module.device)
-
-    def _local(self, value: Any) -> Any:
-        if isinstance(value, MetricOf):
-            metric: Any = self._module.get_submodule(value.name)
-            set_step_value(metric, move_data_to_device(value.in_step, self._module.device))
-            return metric
-        if isinstance(value, Mapping):
-            return {key: self._local(entry) for key, entry in value.items()}
-        return value.to(self._module.device) if isinstance(value, Tensor) else value
-
 
 def _on_cpu(value: Any) -> Any:
     return move_data_to_device(value, torch.device("cpu"))
@@ -382,13 +386,6 @@ def _on_cpu(value: Any) -> Any:
 
 def _no_call(step: Step) -> str:
     return f"`hetero_pipeline` needs {step.__name__!r} to call the model exactly once, got no call."
-
-
-def _named_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a ``self.log`` call by name; all ranks log the same value, so nothing is reduced."""
-    arguments = dict(inspect.signature(LightningModule.log).bind(None, *given, **named).arguments)
-    del arguments["self"]
-    return {**arguments, "sync_dist": False}
 
 
 def _refuse_generating(*_: Any, **__: Any) -> Any:

@@ -25,15 +25,19 @@ from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.pipeline.stages import Schedule, WantedSchedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
-from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
 from lightning_hetero.plugin.common.parts_of_model import not_moved_to_cpu
 from lightning_hetero.plugin.pipeline.data import PipelineData
 from lightning_hetero.plugin.pipeline.gradients import with_tied_combined
 from lightning_hetero.plugin.pipeline.layers import layers_of
-from lightning_hetero.plugin.pipeline.planning import first_plan
-from lightning_hetero.plugin.pipeline.refusals import refuse_optimizers, refuse_tensor_hooks, refuse_training
+from lightning_hetero.plugin.pipeline.refusals import (
+    refuse_foreign_parameters,
+    refuse_optimizers,
+    refuse_tensor_hooks,
+    refuse_training,
+)
+from lightning_hetero.plugin.pipeline.replicas.arguments import check_division, check_replicas
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.pipeline.watching.strategy import WatchingStrategy
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
@@ -74,8 +78,12 @@ class HeteroPipelineStrategy(WatchingStrategy):
             device has become slower or faster; 0.05 is 5 % more samples/s.
         watch_steps: Number of training steps per window while watching for such changes. The ranks exchange a few
             numbers after each window, at most about four times per second. 0 leaves layers where they are. Stages given
-            by ``splits`` or ``speeds`` are not watched.
+            by ``splits`` or ``speeds``, and those of several replicas, are not watched.
         verbose: Whether to print the stages that were found, the predictions for them, and what moves.
+        replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
+            as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
+            [[0, 3], [1, 2]], first the one with its last stage. Each has stages of its own, and gets samples in
+            proportion to its throughput. Several need the schedule "1f1b" or "gpipe".
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
@@ -90,8 +98,10 @@ class HeteroPipelineStrategy(WatchingStrategy):
         ConfigurationError: An argument breaks its rule.
 
     Attributes:
-        plan: The stages; None before set-up.
-        findings: The measurements and predictions; None if nothing was measured.
+        plan: The stages; None before set-up, and with several replicas.
+        replica_plan: The replicas and their stages; None before set-up, and if there is one pipeline.
+        findings: The measurements and predictions; None if nothing was measured, and with several replicas.
+        replica_findings: The same for replicas.
         changes: The changes of stages during the training.
 
     Example::
@@ -113,6 +123,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         min_gain: float = 0.05,
         watch_steps: int = 10,
         verbose: bool = True,
+        replicas: int | Literal["auto"] | list[list[int]] = 1,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
@@ -124,18 +135,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
         **unknown: Any,
     ) -> None:
         arguments.check_at_least("num_microbatches", num_microbatches, 1)
-        arguments.check_choice("schedule", schedule, ("auto", "1f1b", "gpipe", "v"))
+        check_division(splits, speeds, schedule, replicas)
         arguments.check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        arguments.check_splits(splits)
-        if speeds is not None:
-            arguments.check_numbers("speeds", speeds)
-        if schedule == "v" and (splits != "auto" or speeds is not None):
-            raise ConfigurationError(
-                '`schedule="v"` needs stages that are found by timing, got `splits` or `speeds`. Leave them out, or use'
-                ' schedule="1f1b".'
-            )
-        if splits != "auto" and speeds is not None:
-            raise ConfigurationError("`speeds` must be None if `splits` says how the layers are divided. Give one.")
         arguments.check_num_loss_terms(num_loss_terms, loss_reduction)
         arguments.check_caps("max_memory_bytes", max_memory_bytes, by_name=False)
         arguments.check_at_least("min_gain", min_gain, 0, whole=False)
@@ -166,6 +167,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         self.min_gain = min_gain
         self.watch_steps = watch_steps
         self.verbose = verbose
+        self.replicas = replicas
         self.renew()
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
@@ -173,6 +175,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
     @override
     def check_world_size(self, world_size: int) -> None:
         arguments.check_splits(self.splits, world_size)
+        check_replicas(self.replicas, world_size)
         if self.speeds is not None:
             arguments.check_numbers("speeds", self.speeds, world_size)
         arguments.check_caps("max_memory_bytes", self.max_memory_bytes, 1, world_size, by_name=False)
@@ -216,13 +219,12 @@ class HeteroPipelineStrategy(WatchingStrategy):
     def model_to_device(self) -> None:
         if self.world_size > 1:
             refuse_tensor_hooks(self._module)
-        found = None if self.findings is None else self.findings.plan
-        self.plan = first_plan(len(layers_of(self._module).layers), self.world_size, self.splits, self.speeds, found)
+        plan = self._begin_with(len(layers_of(self._module).layers))
         self._batches = 0
         self._watcher, self._accumulates = None, False
         self._runtime = Runtime(
             self._module,
-            self.plan,
+            plan,
             rank=self.global_rank,
             device=self.root_device,
             schedule=self._first_schedule(),
@@ -246,6 +248,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
         super().setup_optimizers(trainer)
         if self.world_size > 1:
             refuse_optimizers(self.optimizers)
+        if self.replica_plan is not None:
+            refuse_foreign_parameters(self._module, self.optimizers)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -306,7 +310,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         """Hand the optimisers the gradients that the stages have computed within the step."""
         loss = self.precision_plugin.pre_backward(closure_loss, self._module)
         gradients, self._step_gradients = self._step_gradients, []
-        put_back(with_tied_combined(gradients, self._running.placement))
+        put_back(with_tied_combined(gradients, self._running.placement, self._running.take_sums()))
         return self.precision_plugin.post_backward(loss, self._module)
 
     @override

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from lightning_hetero.distributed.pipeline.borrowed import (
     evaluating,
     state_kept,
 )
-from lightning_hetero.distributed.pipeline.pipeline import Pipeline
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call, mapped
 from lightning_hetero.distributed.torch_private import tensor_without_memory
@@ -35,7 +34,12 @@ _LEAST_FREE = 1.5  # of the model's size, so that its own pass has memory, too
 
 
 def verify_layers(
-    module: LightningModule, layers: Layers, placement: TensorPlacement, pipeline: Pipeline, call: Call
+    module: LightningModule,
+    layers: Layers,
+    placement: TensorPlacement,
+    evaluate: Callable[[Call], list[Any]],
+    leader: int,
+    call: Call,
 ) -> None:
     """Compare the output of the layers with that of the model; every rank must call this at the same point.
 
@@ -46,7 +50,8 @@ def verify_layers(
         module: The user's LightningModule.
         layers: The layers of the model that its steps call.
         placement: Placement of the layers on the ranks.
-        pipeline: The pipeline that runs the layers.
+        evaluate: Function that runs the layers on all ranks, and returns the output on the last stage alone.
+        leader: Rank of the last stage.
         call: Arguments of the model for a micro-batch, the same on every rank.
 
     Raises:
@@ -64,14 +69,14 @@ def verify_layers(
         evaluating(module, *layers.layers),
     ):
         with changed_attributes(own) as changed:
-            outputs = pipeline.evaluate(1, [_copied(call)])
-        by_value = broadcast_from(pipeline.is_last and _fits(module), pipeline.last_rank)
-        copies = placement.broadcast_all(pipeline.last_rank) if by_value else _without_memory(module)
+            outputs = evaluate(_copied(call))
+        by_value = broadcast_from(bool(outputs) and _fits(module), leader)
+        copies = placement.broadcast_all(leader) if by_value else _without_memory(module)
         verdict = _Verdict(None, None)
-        if pipeline.is_last:
+        if outputs:
             verdict = _compared(layers, module, copies, _copied(call), outputs[0], by_value=by_value)
         del copies
-    verdict = broadcast_from(verdict, pipeline.last_rank)
+    verdict = broadcast_from(verdict, leader)
     kept = sorted({name for names in all_gather(changed) for name in names})
     if verdict.difference is not None:
         raise UnsupportedFeatureError(verdict.difference)

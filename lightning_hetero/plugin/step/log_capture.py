@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +123,15 @@ class LogCapture:
             ):
                 self._losses.add(name)
         self._nodes.clear()  # they keep parts of the graph
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """The names of values that were logged from losses."""
+        return frozenset(self._losses)
+
+    def note_losses(self, names: Collection[str]) -> None:
+        """Note that the values of these names add up as losses do."""
+        self._losses |= {*names}
 
     def flush(self) -> None:
         """Log every value once."""

@@ -48,6 +48,12 @@ class DiscardedUpdates:
 
     def __init__(self) -> None:
         self._saved: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._made: dict[int, nn.Module] = {}
+
+    @property
+    def changed(self) -> list[nn.Module]:
+        """The metrics and collections that have changed, without those that were constructed meanwhile."""
+        return [changed for key, (changed, _) in self._saved.items() if key not in self._made]
 
     def state_before(self, metric: Metric) -> dict[str, Any]:
         """Return the attributes of ``metric`` before the step; the current ones if the step has not changed it."""
@@ -57,7 +63,9 @@ class DiscardedUpdates:
     def save(self, changing: nn.Module) -> None:
         """Save the state of a metric or a collection that is about to change, unless it is saved already."""
         set_last = "_update_count" if isinstance(changing, Metric) else "_groups_checked"  # when it is constructed
-        if id(changing) not in self._saved and set_last in vars(changing):
+        if set_last not in vars(changing):
+            self._made[id(changing)] = changing
+        elif id(changing) not in self._saved:
             self._saved[id(changing)] = (changing, _attributes(changing))
 
     def restore(self) -> None:

@@ -55,6 +55,7 @@ class BatchValues:
         """Make the values of the batch those that Lightning logs for the step."""
         for key, metric in self._used.items():
             set_step_value(metric, self._value(key))
+        self._used = {}  # the next step may be one of a single micro-batch
 
     def of(self, value: Any) -> Callable[[], Any] | None:
         """Return a function for the value for the batch, if ``value`` is one that a metric has returned."""

@@ -158,6 +158,11 @@ def test_the_simplest_plan_that_is_nearly_the_best_is_taken() -> None:
 
 
 @mock.patch.object(search, "_EFFORT", 12_000)
+def most_shared(plan: StagePlan) -> int:
+    """Return the largest number of shared layers of a rank."""
+    return max(len({*plan.shared} & {*plan.layers_of(rank)}) for rank in range(plan.world_size))
+
+
 def test_layers_are_shared_where_whole_ones_cannot_be_divided_well() -> None:
     costs = seconds(costs_of([4, 2, 1]), 0.01)
     problem = OrderProblem(costs, 8, most_held=4, split=True, shared=tuple(range(12)))
@@ -169,6 +174,13 @@ def test_layers_are_shared_where_whole_ones_cannot_be_divided_well() -> None:
         assert f"share layer {layer} (" in choice.reason
     assert choose_order(replace(problem, shared=(0, 11))).stages.shared == (), "each rank has layers of its own"
     assert choose_order(problem, always_v=True).stages.shared == ()
+    gained_s = choose_order(replace(problem, shared=())).step_s - choice.step_s
+    for part in (0.1, 2.0):  # of what sharing saves, to keep a layer equal
+        slower = choose_order(replace(problem, sharing_s=(part * gained_s,) * 12))
+        assert bool(slower.stages.shared) == (part < 1)
+        assert slower.step_s > choice.step_s
+        if slower.stages.shared:
+            assert slower.step_s == pytest.approx(choice.step_s + part * gained_s * most_shared(slower.stages))
     pair = OrderProblem(seconds(costs_of([2, 1]), 0.01), 8, split=True, shared=tuple(range(12)))
     assert choose_order(pair).stages.shared == (), "2 % cannot be won any more"
 

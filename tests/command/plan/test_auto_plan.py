@@ -59,6 +59,31 @@ def test_a_model_that_is_too_large_for_one_is_divided() -> None:
     assert "kind 0 would need 24.6 GB for 48 samples, and may use 14.7 GB" in reasons["ddp"]
 
 
+def test_replicas_of_unequal_pipelines_are_named_where_they_are_fastest() -> None:
+    large = ModelLayer(0.001, 0.002, parameter_bytes=0.4 * GB, activation_bytes=1e6, output_bytes=1e5)
+    devices = ((2, 2.0, 16 * GB), (2, 1.0, 16 * GB))
+    found = predict_all(cluster(*devices, block=large, bits_per_s=1e12))
+    replicas = found.candidates[-1]
+    assert replicas.argument == "HeteroPipelineStrategy(replicas=[[0, 1], [2, 3]], num_microbatches=8)"
+    # 64 samples in one pipeline and 32 in the other, half of the layers on each device, and then an average of 2.4 GB
+    passes_s = 9 / 8 * 64 * 6 * 0.003 / 2 + 2 * (8 * 8 * 1e5 / 1e12)
+    assert replicas.step_s == pytest.approx(passes_s + 8 * 2.4 * GB / 1e12, rel=1e-3)
+    assert (replicas.step_s or 0.0) < 0.9 * (
+        steps(cluster(*devices, block=large, bits_per_s=1e12))["hetero_pipeline"] or 0.0
+    )
+    assert replicas.needed_bytes is not None
+    assert all(6 * 5 * 0.4 * GB < needed < 0.92 * 16 * GB for needed in replicas.needed_bytes)
+
+
+def test_replicas_average_layers_within_nodes() -> None:
+    large = ModelLayer(0.001, 0.002, parameter_bytes=0.4 * GB, activation_bytes=1e6, output_bytes=1e5)
+    one_node = cluster((4, 1.0, 16 * GB), block=large, bits_per_s=1e10)
+    nodes = cluster((4, 1.0, 16 * GB), block=large, bits_per_s=1e10, devices_per_node=2, node_bits_per_s=1e12)
+    replicas = predict_all(nodes).candidates[-1]
+    assert replicas.argument == "HeteroPipelineStrategy(replicas=[[0, 2], [1, 3]], num_microbatches=8)"
+    assert (replicas.step_s or 0.0) < (steps(one_node).get("replicas") or float("inf"))
+
+
 def test_where_nothing_fits_nothing_is_taken() -> None:
     large = ModelLayer(0.001, 0.002, parameter_bytes=10 * GB)
     found = predict_all(cluster((2, 1.0, 16 * GB), block=large))
@@ -140,6 +165,7 @@ def test_the_file_of_a_profile_says_the_same(tmp_path: Path, capsys: pytest.Capt
         ({"samples_per_s": 3}, "`samples_per_s` is not a known key"),
         ({"parameters": 3}, "`parameters` must be left out with `strategy: auto`"),
         ({"num_microbatches": 97}, "`num_microbatches` must be a whole number of at least 1 and at most 96, got 97"),
+        ({"node_gigabits_per_s": 200}, "`node_gigabits_per_s` must be given together with `devices_per_node`"),
         ({"layers": [{"forward_ms": 1}]}, "`layers[0].backward_ms` must be a number above 0, it is missing"),
         (
             {"devices": [{"name": "a", "speed": 1, "price_per_hour": 1}, {"name": "b", "speed": 1}]},
@@ -154,6 +180,12 @@ def test_what_is_wrong_is_named(
     code, _, error = run(tmp_path, capsys, **changes)
     assert code == 2
     assert message in error
+
+
+def test_the_example_of_a_rack(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "rack_cluster.yaml")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "HeteroPipelineStrategy(replicas=[[0, 4], [1, 5], [2, 6], [3, 7]], num_microbatches=8), devices=8)" in out
 
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ class OrderProblem:
         most_held: How many micro-batches a rank may hold at a time, if its memory allows it; None for all.
         split: Whether gradients of parameters may be computed later than those of inputs.
         shared: Indices of the layers that two stages may share.
+        sharing_s: Seconds per step that it takes two ranks to keep each layer equal if they share it; empty for none.
     """
 
     costs: LayerCosts
@@ -57,6 +58,17 @@ class OrderProblem:
     most_held: int | None = None
     split: bool = False
     shared: tuple[int, ...] = ()
+    sharing_s: tuple[float, ...] = ()
+
+    def sharing_of(self, plan: StagePlan) -> float:
+        """Return the seconds per step that it takes the ranks to keep equal what they share.
+
+        Borders do so at the same time, but a rank that shares several layers does one after another.
+        """
+        if not self.sharing_s:
+            return 0.0
+        shared = {*plan.shared}
+        return max(sum(self.sharing_s[i] for i in shared.intersection(plan.layers_of(r))) for r in {*plan.ranks})
 
     @property
     def limit_s(self) -> float:

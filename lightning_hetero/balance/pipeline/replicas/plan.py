@@ -106,6 +106,21 @@ class ReplicaPlan:
             )
         )
 
+    def runner_of(self, layer: int) -> int:
+        """Return the rank of the first replica that runs a layer."""
+        first = self.replicas[0]
+        return first.ranks[first.stages.runner_of(layer)]
+
+    def layers_of(self, rank: int) -> tuple[int, ...]:
+        """Return the indices of the layers of a rank."""
+        replica = self.replicas[self.replica_of(rank)]
+        return replica.stages.layers_of(replica.ranks.index(rank))
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """The indices of layers that two stages of one replica have."""
+        return tuple(sorted({layer for replica in self.replicas for layer in replica.stages.shared}))
+
     def samples(self, total: int) -> tuple[int, ...]:
         """Return how many of a batch's ``total`` samples each replica trains on; of a small batch, perhaps none."""
         return proportional_plan([replica.share for replica in self.replicas], total).samples

@@ -13,7 +13,7 @@ __all__ = ["AUTO_KEYS", "read_auto"]
 
 AUTO_KEYS = (
     *("strategy", "global_batch_size", "num_microbatches", "link_gigabits_per_s", "latency_us", "optimizer_states"),
-    *("model", "layers", "devices"),
+    *("model", "layers", "devices", "devices_per_node", "node_gigabits_per_s"),
 )
 _DEVICE_KEYS = ("name", "count", "speed", "memory_gigabytes", "price_per_hour")
 _MAX_DEVICES = 4096
@@ -48,6 +48,12 @@ def read_auto(top: Fields, folder: Path) -> AutoCluster:
     if priced and len(priced) < len(devices):
         raise ConfigurationError("`price_per_hour` must be given for all devices or for none. Use 0 for free ones.")
     bandwidth = top.optional_number("link_gigabits_per_s")
+    within = top.optional_number("node_gigabits_per_s")
+    per_node = top.optional_integer("devices_per_node")
+    if within is not None and (bandwidth is None or per_node is None):
+        raise top.wrong(
+            "node_gigabits_per_s", "given together with `devices_per_node` and `link_gigabits_per_s`, which is slower"
+        )
     if top.one_of(("model", "layers"), "what the model takes") == "model":
         if "optimizer_states" in top:
             raise top.wrong("optimizer_states", "left out with `model`", "The file of the profile has it.")
@@ -62,4 +68,6 @@ def read_auto(top: Fields, folder: Path) -> AutoCluster:
         top.integer("num_microbatches", min(8, batch), maximum=min(_MAX_MICRO_BATCHES, batch)),
         None if bandwidth is None else 1e9 * bandwidth,
         top.number("latency_us", 0.0, above=None) / 1e6,
+        per_node,
+        None if within is None else 1e9 * within,
     )

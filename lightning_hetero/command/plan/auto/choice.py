@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
+from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.solver import solve_replicas
+from lightning_hetero.balance.pipeline.stages import LayerCosts
 from lightning_hetero.balance.types import StepTime
 from lightning_hetero.command.plan.auto.model import Model, ModelLayer
 from lightning_hetero.command.plan.cluster import MEMORY_FRACTION, Cluster, DeviceKind, SampleMemory
@@ -21,6 +25,7 @@ from lightning_hetero.exceptions import HeteroError, InfeasiblePlanError
 
 __all__ = ["AutoCluster", "AutoDevice", "AutoPrediction", "Candidate", "predict_all"]
 
+_MAX_REPLICA_RANKS = 64
 _NEARLY = 1.02  # a simpler strategy is taken that needs no more than this times the shortest step
 
 
@@ -54,6 +59,9 @@ class AutoCluster:
         micro_batches: Number of micro-batches of a pipeline's step.
         bits_per_s: Bandwidth of the slowest link; None if transfers take no time.
         latency_s: Latency of one message.
+        devices_per_node: Number of devices of each node, in the order of ranks; None if all are in one. Only replicas
+            are predicted with faster links within nodes.
+        node_bits_per_s: Bandwidth between devices of a node; None if it is no different.
     """
 
     devices: tuple[AutoDevice, ...]
@@ -62,11 +70,18 @@ class AutoCluster:
     micro_batches: int = 8
     bits_per_s: float | None = None
     latency_s: float = 0.0
+    devices_per_node: int | None = None
+    node_bits_per_s: float | None = None
 
     @property
     def world_size(self) -> int:
         """The number of devices."""
         return sum(device.count for device in self.devices)
+
+    @property
+    def ranks(self) -> tuple[AutoDevice, ...]:
+        """The device of each rank."""
+        return tuple(device for device in self.devices for _ in range(device.count))
 
     @property
     def price_per_hour(self) -> float | None:
@@ -100,16 +115,38 @@ class AutoCluster:
         largest = max((layer.output_bytes for layer in model.layers[:-1]), default=0.0)
         transfer_s = 0.0 if self.bits_per_s is None else 8 * samples * largest / self.bits_per_s
         return PipelineCluster(
-            tuple(
-                PipelineDevice(device.name, device.speed, device.memory_bytes)
-                for device in self.devices
-                for _ in range(device.count)
-            ),
+            tuple(PipelineDevice(device.name, device.speed, device.memory_bytes) for device in self.ranks),
             tuple(_of_micro_batch(layer, samples) for layer in model.layers),
             self.micro_batches,
             transfer_s=transfer_s + self.latency_s,
             batch_size=self.global_batch_size,
             optimizer_states=model.optimizer_states,
+        )
+
+    @property
+    def of_replicas(self) -> ReplicaProblem:
+        """The training by several pipelines side by side, with memory for gradients that are added up."""
+        layers, ranks = self.model.layers, self.ranks
+        memory = replace(self, micro_batches=self.global_batch_size).of_stages.memory  # of one sample
+        if memory is not None:
+            added_up = (layer.parameter_bytes for layer in layers)
+            weights = tuple(map(sum, zip(memory.weights_bytes, added_up, strict=True)))
+            memory = replace(memory, weights_bytes=weights)
+        speeds = [device.speed for device in ranks]
+        link = Link(self.latency_s, 0.0 if self.bits_per_s is None else 8 / self.bits_per_s)
+        return ReplicaProblem(
+            LayerCosts.of_speeds([(layer.forward_s, layer.backward_s) for layer in layers], speeds),
+            self.global_batch_size,
+            self.micro_batches,
+            overheads=LayerCosts.of_speeds(
+                [(layer.forward_overhead_s, layer.backward_overhead_s) for layer in layers], speeds
+            ),
+            parameter_bytes=tuple(layer.parameter_bytes for layer in layers),
+            output_bytes=tuple(layer.output_bytes for layer in layers),
+            memory=memory,
+            within=link if self.node_bits_per_s is None else Link(self.latency_s, 8 / self.node_bits_per_s),
+            between=link,
+            nodes=() if self.devices_per_node is None else tuple(r // self.devices_per_node for r in range(len(ranks))),
         )
 
 
@@ -127,7 +164,7 @@ class Candidate:
     """A strategy and the prediction for it.
 
     Attributes:
-        strategy: Name of the strategy.
+        strategy: Name of the strategy; "replicas" for several pipelines of ``hetero_pipeline``.
         argument: What to pass to ``Trainer`` as ``strategy``, as Python code; None if it cannot train this.
         step_s: Seconds per step; None if the strategy cannot train this.
         needed_bytes: Largest memory that a device of each kind needs, in the order of the kinds; None if no device's
@@ -147,7 +184,7 @@ class AutoPrediction:
     """The predictions for all strategies.
 
     Attributes:
-        candidates: One entry per strategy, the simplest first.
+        candidates: One entry per strategy, the simplest first; for replicas only if they are faster than one pipeline.
         chosen: The strategy to take; None if none can train this.
     """
 
@@ -166,6 +203,9 @@ def predict_all(cluster: AutoCluster) -> AutoPrediction:
         ('hetero_ddp', 0.576)
     """
     candidates = tuple(_tried(name, predict, cluster) for name, predict in _STRATEGIES)
+    alone_s = next((one.step_s for one in candidates if one.strategy == "hetero_pipeline" and one.step_s), inf)
+    replicas = _replicas(cluster, alone_s)
+    candidates += () if replicas is None else (replicas,)
     times = [one.step_s for one in candidates if one.step_s is not None]
     nearly = _NEARLY * min(times, default=0.0)
     chosen = next((one for one in candidates if one.step_s is not None and one.step_s <= nearly), None)
@@ -278,6 +318,31 @@ def _hetero_pipeline(cluster: AutoCluster) -> _Found:
     known = any(value is not None for value in by_rank.values())
     argument = f"HeteroPipelineStrategy(num_microbatches={cluster.micro_batches})"
     return _Found(found.advice.step_s, tuple(needed) if known else None, argument)
+
+
+def _replicas(cluster: AutoCluster, alone_s: float) -> Candidate | None:
+    """Return the best pipelines side by side; None if one pipeline of all devices is as fast, or a device by itself."""
+    if not 1 < cluster.world_size <= _MAX_REPLICA_RANKS:
+        return None
+    problem = cluster.of_replicas
+    try:
+        solution = solve_replicas(problem)
+    except HeteroError:
+        return None
+    replicas = solution.plan.replicas
+    if not 1 < len(replicas) < cluster.world_size or solution.step_s >= alone_s:
+        return None  # a replica on each device is what hetero_ddp does
+    needed = [0.0] * len(cluster.devices)
+    kinds = [kind for kind, device in enumerate(cluster.devices) for _ in range(device.count)]
+    for replica, samples in zip(replicas, solution.samples, strict=True):
+        memory = problem.memory_of(replica.ranks, samples)
+        of_stages = () if memory is None else memory.needed_bytes(replica.stages)
+        for own, needed_bytes in zip(replica.stages.ranks, of_stages, strict=False):
+            kind = kinds[replica.ranks[own]]
+            needed[kind] = max(needed[kind], needed_bytes)
+    groups = [[replica.last_rank, *sorted({*replica.ranks} - {replica.last_rank})] for replica in replicas]
+    argument = f"HeteroPipelineStrategy(replicas={groups}, num_microbatches={cluster.micro_batches})"
+    return Candidate("replicas", argument, solution.step_s, None if problem.memory is None else tuple(needed))
 
 
 _STRATEGIES: tuple[tuple[str, Callable[[AutoCluster], _Found]], ...] = (

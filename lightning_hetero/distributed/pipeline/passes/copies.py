@@ -1,7 +1,8 @@
-"""Keep equal what two ranks have of a layer that they share.
+"""Keep equal what several ranks have of a layer: two stages that share it, or several replicas.
 
-Each of them computes gradients for its micro-batches.  They are added up, and both ranks step their optimisers.  Unlike
-devices round differently, so one of them then sends the parameters to the others.
+Each of them computes gradients for its micro-batches.  They are added up, and all these ranks step their optimisers.
+Unlike devices round differently, so of two stages that share a layer one then sends the parameters to the other.
+Replicas do as DDP does: they step with the same gradients, and no more.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.distributed.host_group import host_group
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
 __all__ = ["Copies"]
 
 _TAG = 3  # of messages between hosts, other than those of micro-batches
+_BUCKET_BYTES = 25 << 20  # as in DDP
 
 
 class Copies:
-    """Parameters of shared layers that the same ranks have.
+    """Parameters that the same ranks have.
 
     Several of these groups exchange at the same time: each rank begins with all of them, in one order, before it waits.
 
@@ -40,6 +43,28 @@ class Copies:
         self.ranks = tuple(ranks)
         self._group = group
 
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters if p.requires_grad]
+
+    def begin_sum(self, gradients: Mapping[int, Tensor]) -> Callable[[], list[tuple[nn.Parameter, Tensor]]]:
+        """Begin to add up gradients over the ranks, without waiting for any of them.
+
+        Args:
+            gradients: The gradients on this rank, by the identity of the parameter. The sums are put in their place.
+
+        Returns:
+            Function that waits for the sums, and returns those of the parameters that have a gradient on any rank.
+        """
+        heard = self.tell(gradients)
+        added_up = self.add_up(self._trained, gradients)
+
+        def finish() -> list[tuple[nn.Parameter, Tensor]]:
+            there = {id(p) for p in heard()}
+            return [(p, gradient) for p, gradient in added_up() if id(p) in there]
+
+        return finish
+
     def tell(self, gradients: Mapping[int, Tensor]) -> Callable[[], list[nn.Parameter]]:
         """Tell the other ranks which gradients there are on this one.
 
@@ -52,7 +77,7 @@ class Copies:
             Function that waits, and returns the parameters that have a gradient on any rank; others have none, as on
             one device.
         """
-        trained = [p for p in self.parameters if p.requires_grad]
+        trained = self._trained
         own = torch.tensor([id(p) in gradients for p in trained], dtype=torch.bool, device="cpu")
         others = [rank for rank in self.ranks if rank != dist.get_rank()]
         theirs = [torch.empty_like(own) for _ in others]
@@ -87,6 +112,11 @@ class Copies:
         sums: list[tuple[list[nn.Parameter], list[Tensor], Tensor, Any]] = []
         for alike in _by_kind(parameters):
             own = [gradients[id(p)] if id(p) in gradients else torch.zeros_like(p) for p in alike]
+            if any(gradient.layout is not torch.strided for gradient in own):
+                raise UnsupportedFeatureError(
+                    "`hetero_pipeline` cannot add up sparse gradients over ranks. Leave out `sparse=True` of the"
+                    " embedding, or train with `replicas=1` and a schedule with which no layer is shared."
+                )
             flat = torch.cat([gradient.reshape(-1) for gradient in own])
             sums.append((alike, own, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
@@ -125,8 +155,18 @@ def _copy(flat: Tensor, into: Sequence[Tensor]) -> None:
 
 
 def _by_kind(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield parameters that have the same data type; a message has one."""
+    """Yield parameters of the same data type, which one message has, in buckets."""
     kinds: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         kinds.setdefault(parameter.dtype, []).append(parameter)
-    yield from kinds.values()
+    for alike in kinds.values():
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in alike:
+            bucket.append(parameter)
+            size += parameter.numel() * parameter.element_size()
+            if size >= _BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket

@@ -90,7 +90,7 @@ class HookRunner:
         self._called = called
         self._placement = placement
         self._run_model = run_model
-        self._last_rank = placement.plan.ranks[-1]
+        self._last_rank = placement.plan.last_ranks[0]
         self._leads = rank == self._last_rank
         self._device = device
         self._seed = seed

@@ -76,7 +76,7 @@ class StepTraces:
         self._read_before = read_before
         self._read_in_steps = read_in_steps
         self._read_in_hooks = read_in_hooks
-        self._is_last = placement.plan.ranks[-1] == rank
+        self._is_last = placement.plan.last_ranks[0] == rank
         self._ranks: dict[str, int] | None = None
         left_out = _LIGHTNING
         arguments: Any = (module, device, self._known, left_out, self._is_of_this_rank, self._is_shared)
@@ -116,6 +116,10 @@ class StepTraces:
             if names:
                 self._step.begin(names)
             self._before = (self._groups(), self.trained())
+
+    def settings(self) -> tuple[bool, Any, Any]:
+        """Return whether the training is to stop, settings of the optimisers, and which parameters are trained."""
+        return self._module.trainer.should_stop, self._groups(), self.trained()
 
     def found(self) -> Traces:
         """Return what the step has changed, on the rank that runs all of it."""
@@ -239,7 +243,7 @@ class StepTraces:
     def _is_of_this_rank(self, name: str) -> bool:
         if self._ranks is None:
             self._ranks = self._placement.ranks_of_modules()
-        return self._ranks.get(name, self._placement.plan.ranks[-1]) == self._rank
+        return self._ranks.get(name, self._placement.plan.last_ranks[0]) == self._rank
 
     def _is_shared(self, buffer: Tensor) -> bool:
         return self._is_last and self._placement.is_shared(buffer)

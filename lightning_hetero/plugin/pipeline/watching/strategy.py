@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from typing_extensions import override
 
+from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
+from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
+from lightning_hetero.distributed.pipeline.placement import Plan
 from lightning_hetero.hardware.memory import state_per_parameter
 from lightning_hetero.plugin.pipeline.checkpoints import SavingStrategy
-from lightning_hetero.plugin.pipeline.planning import PipelineFindings, budget_bytes, find_stages, report_findings
+from lightning_hetero.plugin.pipeline.planning import (
+    PipelineFindings,
+    budget_bytes,
+    find_stages,
+    first_plan,
+    report_findings,
+)
+from lightning_hetero.plugin.pipeline.refusals import why_one_pipeline
+from lightning_hetero.plugin.pipeline.replicas.arguments import wants_replicas
+from lightning_hetero.plugin.pipeline.replicas.planning import (
+    ReplicaFindings,
+    Wanted,
+    find_replicas,
+    first_replicas,
+    report_replicas,
+)
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.plugin.pipeline.watching.watcher import StageChange, StageWatcher
 from lightning_hetero.plugin.step.gradients import taken_aside
@@ -25,13 +44,16 @@ class WatchingStrategy(SavingStrategy):
     """A strategy that finds its stages by measuring, and lets layers move where devices change.
 
     Attributes:
-        plan: The stages; None before set-up.
-        findings: The measurements and predictions; None if nothing was measured.
+        plan: The stages; None before set-up, and with several replicas.
+        replica_plan: The replicas and their stages; None before set-up, and if there is one pipeline.
+        findings: The measurements and predictions; None if nothing was measured, and with several replicas.
+        replica_findings: The same for replicas.
         changes: The changes of stages during the training.
     """
 
     splits: Any
     speeds: Any
+    replicas: Any
     schedule: WantedSchedule
     num_microbatches: int
     max_memory_bytes: Any
@@ -42,7 +64,9 @@ class WatchingStrategy(SavingStrategy):
     @override
     def renew(self) -> None:
         self.plan: StagePlan | None = None
+        self.replica_plan: ReplicaPlan | None = None
         self.findings: PipelineFindings | None = None
+        self.replica_findings: ReplicaFindings | None = None
         self.changes: list[StageChange] = []
         self._watcher: StageWatcher | None = None
         self._accumulates = False
@@ -63,7 +87,23 @@ class WatchingStrategy(SavingStrategy):
         # not within a step, which runs inside that of the optimiser
         if self._watcher is not None and self.runtime is not None:
             self._watcher.between_steps(self.optimizers, accumulates=self._accumulates)
-            self.plan, self.findings = self.runtime.placement.plan, self._watcher.findings
+            self.findings = self._watcher.findings
+            self.plan = self.findings.plan
+
+    def _begin_with(self, num_layers: int) -> Plan:
+        """Return the stages to begin with, or the replicas and their stages."""
+        if wants_replicas(self.replicas) and self.world_size > 1:
+            known = None if self.replica_findings is None else self.replica_findings.plan
+            self.plan = None
+            self.replica_plan = first_replicas(num_layers, self.world_size, self._wanted, self.speeds, known)
+            return self.replica_plan
+        found = None if self.findings is None else self.findings.plan
+        self.plan = first_plan(num_layers, self.world_size, self.splits, self.speeds, found)
+        return self.plan
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(self.replicas, self.num_microbatches, "gpipe" if self.schedule == "gpipe" else "1f1b")
 
     def _prepare(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Find the stages before the first step, and measure others if that is due."""
@@ -85,6 +125,9 @@ class WatchingStrategy(SavingStrategy):
         module = self.lightning_module
         assert isinstance(module, LightningModule)
         if self.splits != "auto" or self.speeds is not None or self.world_size == 1 or module.trainer.sanity_checking:
+            return
+        if wants_replicas(self.replicas):
+            self._find_replicas(running, step, args, training=training)
             return
         if self.findings is None or (training and not self.findings.training):
             example = running.steps.example(step, args, training=training)
@@ -114,3 +157,35 @@ class WatchingStrategy(SavingStrategy):
                 verbose=self.verbose,
             )  # fmt: skip
             self._watcher.changes = self.changes
+
+    def _find_replicas(self, running: Runtime, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
+        """Change to the best stages of each replica before the first training step; the first one also evaluates."""
+        module = self.lightning_module
+        assert isinstance(module, LightningModule)
+        if self.replica_findings is not None or not training:
+            return
+        wanted, reason = self._wanted, None
+        if self.replicas == "auto":
+            reason = why_one_pipeline(module)
+            wanted = wanted if reason is None else replace(wanted, replicas=1)
+        parts = wanted.parts(self.world_size, running.placement.plan.num_layers)
+        examples = [running.steps.example(step, args, training=True, parts=n) for n in parts]
+        if examples[0].size == examples[1].size:
+            examples.pop()
+        aside = taken_aside(running.placement.parameters)
+        with aside, running.steps.prepared(), self._context_of(training=True):
+            found = self.replica_findings = find_replicas(
+                running.placement,
+                running.found.calls,
+                examples,
+                wanted,
+                self.root_device,
+                all_gather(self.node_rank),
+                budget_bytes(self.max_memory_bytes, self.global_rank, self.root_device),
+                max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
+            )
+        self.replica_plan = found.plan
+        if found.plan != running.placement.plan:
+            running.move(found.plan, self.optimizers)
+        if self.verbose:
+            report_replicas(module.trainer, found, reason)

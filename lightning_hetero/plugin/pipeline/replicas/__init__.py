@@ -1,0 +1,1 @@
+"""Several pipelines of one run that train the same model."""

@@ -1,0 +1,1 @@
+"""What the ranks that run a step tell the others about it."""
