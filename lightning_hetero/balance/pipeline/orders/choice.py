@@ -24,6 +24,7 @@ from lightning_hetero.exceptions import InfeasiblePlanError
 __all__ = ["PipelineChoice", "choose_order", "problem_of_way"]
 
 _NEARLY = 1.02  # times as long as the shortest step: worth being simpler
+_EFFORT_OF_ADVICE = 20_000  # it need not be as close as what is run
 _SHORT_PASS_S = 0.003  # what it takes to send more messages is then no longer small
 
 
@@ -120,10 +121,10 @@ def _planned_with_shared(problem: OrderProblem, shortest_s: float) -> Iterator[P
             yield PipelineChoice(name, plan.stages, plan.order, step_s, "")
 
 
-def _plan(problem: OrderProblem, name: str) -> OrderPlan | None:
+def _plan(problem: OrderProblem, name: str, effort: int | None = None) -> OrderPlan | None:
     """Return the best plan of a way to run a pipeline; None if there is none."""
     shapes = (v_shapes if "v" in name.split() else straight_shapes)(problem.costs, problem.last_rank)
-    return plan_order(problem_of_way(problem, name), shapes) if shapes else None
+    return plan_order(problem_of_way(problem, name), shapes, effort=effort) if shapes else None
 
 
 def problem_of_way(problem: OrderProblem, name: str) -> OrderProblem:
@@ -159,7 +160,7 @@ def _what_more_brings(problem: OrderProblem, chosen: PipelineChoice) -> str:
         ),
         (f"memory for all {m}", replace(problem, memory=None, most_held=None)),
     ):
-        plan = _plan(other, chosen.name)
+        plan = _plan(other, chosen.name, _EFFORT_OF_ADVICE)
         if plan is not None and plan.step_s < chosen.step_s / _NEARLY:
             found.append(f"{what} would reach {other.limit_s / plan.step_s:.0%}")
     return f"; {', '.join(found)}" if found else "; neither more micro-batches nor more memory would bring 2 %"
