@@ -105,3 +105,11 @@ def test_shards_run_from_yaml(subcommand: str) -> None:
     steps = ["--trainer.max_steps=2", "--trainer.strategy.start_method=fork"] if subcommand == "fit" else []
     printed = run_example(subcommand, *config, *steps, name="characters")
     assert "error" not in printed.lower(), printed
+
+
+def test_replicas_run_from_yaml() -> None:
+    config = ["--config", str(EXAMPLES / "characters_replicas.yaml"), "--trainer.limit_val_batches=1"]
+    steps = ["--trainer.max_steps=2", "--trainer.strategy.start_method=fork"]
+    printed = run_example("fit", *config, *steps, name="characters")
+    assert printed.count("hetero_pipeline: replica") == 2
+    assert "error" not in printed.lower(), printed
