@@ -24,6 +24,7 @@ from typing import Any
 import contention
 import orders
 import pipeline
+import real_pipeline
 import replicas
 import torch
 import torch.distributed as dist
@@ -290,6 +291,7 @@ MEASURES = {
     "pipeline": pipeline.measure_splits,
     "orders": orders.measure_orders,
     "replicas": replicas.measure_replicas,
+    "real": real_pipeline.measure_real_pipeline,
     "trainer": pipeline.measure_trainer,
 }
 

@@ -21,7 +21,8 @@ class Scenario:
         measures: What is measured. "shares" compares ddp, hetero_ddp and fixed splits; "drift" slows down a device in
             the middle of a run; "cost" compares ddp with hetero_ddp on equal devices; "pipeline" compares ways to
             divide the layers; "orders" compares orders of passes; "replicas" compares one pipeline with several;
-            "trainer" measures what the Trainer adds to a pipeline schedule.
+            "real" compares ways to train a transformer; "trainer" measures what the Trainer adds to a pipeline
+            schedule.
         workload: Name of the workload in ``workloads.WORKLOADS``.
         quotas: Fraction of a core that each rank may use; empty for whole cores.
         megabits_per_s: Bandwidth between two nodes of one rank each; 0 for a single node.
@@ -33,7 +34,7 @@ class Scenario:
     seconds_per_sample: float = 0.0
     overhead_s: float = 0.0
     batch_size: int = 64
-    measures: Literal["shares", "drift", "cost", "pipeline", "orders", "replicas", "trainer"] = "shares"
+    measures: Literal["shares", "drift", "cost", "pipeline", "orders", "replicas", "real", "trainer"] = "shares"
     workload: str = "light"
     quotas: tuple[float, ...] = ()
     megabits_per_s: int = 0
@@ -73,6 +74,9 @@ SCENARIOS = {
     "orders 1:2:4": Scenario((1, 2, 4), 0.006, batch_size=16, measures="orders"),
     "orders 1:2:2:4": Scenario((1, 2, 2, 4), 0.006, batch_size=16, measures="orders"),
     "replicas 1:1:2:2": Scenario((1, 1, 2, 2), 0.004, batch_size=48, measures="replicas"),
+    "transformer in stages, quotas 80:40 %": Scenario(
+        (1, 1), batch_size=32, measures="real", workload="transformer", quotas=(0.8, 0.4)
+    ),
     "pipeline of three ranks": Scenario((1, 1, 1), batch_size=16, measures="trainer"),
     "drift": Scenario((1, 1), 0.0012, measures="drift"),
 }

@@ -166,7 +166,7 @@ class ReplicaProblem:
 
     @property
     def bound_s(self) -> float:
-        """Seconds per step that no plan can beat: no rank ever waits, and each computes what it is best at.
+        """Seconds per step that no plan can beat. No rank ever waits, and each computes what it is best at.
 
         Where every rank has one speed for all layers, that is the work of all samples divided by the sum of the speeds.
         """
