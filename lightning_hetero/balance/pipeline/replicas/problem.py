@@ -41,6 +41,7 @@ class Link:
         """Return the seconds of a ring all-reduce: every rank sends ``2 (n - 1)`` messages of an n-th of the bytes.
 
         Example:
+            >>> from lightning_hetero.balance.pipeline.replicas.problem import Link
             >>> Link(seconds_per_byte=8e-9).ring_s(125e6, num_ranks=2)
             1.0
         """

@@ -93,6 +93,8 @@ def solve_replicas(problem: ReplicaProblem) -> ReplicaSolution:
         InfeasiblePlanError: In no grouping do the layers fit into the memory of the ranks.
 
     Example:
+        >>> from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+        >>> from lightning_hetero.balance.pipeline.replicas.solver import solve_replicas
         >>> from lightning_hetero.balance.pipeline.stages import LayerCosts
         >>> costs = LayerCosts.of_speeds([(1.0, 2.0)] * 6, speeds=[3, 1, 1])
         >>> found = solve_replicas(ReplicaProblem(costs, samples=16, micro_batches=4, replicas=2))
