@@ -23,6 +23,7 @@ import contention
 import link
 import orders
 import pipeline
+import real_pipeline
 import replicas
 from scenarios import SCENARIOS, Scenario
 
@@ -115,6 +116,14 @@ REPLICAS = """
 Twelve equal layers of which three quarters fit into a rank, batches of {samples} samples, {micro_batches} micro-batches
 in each pipeline: the part of the limit that is reached, medians of {rounds} rounds of {steps} steps. *Equals* are two
 pipelines of a fast and a slow rank each, with equal numbers of layers and samples; *auto* is `replicas="auto"`.
+
+"""
+REAL_PIPELINE = """
+## A transformer in stages
+
+Eight blocks of width {width}, {micro_batches} micro-batches, on processors with quotas; medians of {rounds} rounds. The
+limit is what the times of the layers allow. A quota that refills while a rank waits makes layers seem faster than they
+are.
 
 """
 DRIFT = """
@@ -278,6 +287,20 @@ def replicas_text(results: dict[str, dict[str, Any]]) -> str:
     return text + lines
 
 
+def real_pipeline_text(results: dict[str, dict[str, Any]]) -> str:
+    """Describe ways to train a real model."""
+    names = list(next(iter(results.values()))["step_ms"])
+    lines = f"| | {' | '.join(names)} | limit | auto, predicted | chosen |\n{'|---' * (len(names) + 4)}|\n"
+    for scenario, r in results.items():
+        values = " | ".join(f"{value:.0f} ms" for value in r["step_ms"].values())
+        found = f"{r['limit_ms']:.0f} ms | {r['predicted_ms']:.0f} ms | {' or '.join(r['chosen'])}"
+        lines += f"| {scenario} | {values} | {found} |\n"
+    text = REAL_PIPELINE.format(
+        width=real_pipeline.WIDTH, micro_batches=real_pipeline.MICRO_BATCHES, rounds=real_pipeline.ROUNDS
+    )
+    return text + lines
+
+
 def plot_timelines(result: dict[str, Any], path: Path) -> None:
     """Draw which stage computes which micro-batch when."""
     from matplotlib import pyplot as plt
@@ -351,6 +374,8 @@ def page(results: dict[str, dict[str, Any]], skipped: dict[str, str], start_s: f
     text += pipeline_text(of_splits, trainer)
     text += orders_text({n: r for n, r in results.items() if SCENARIOS[n].measures == "orders"})
     text += replicas_text({n: r for n, r in results.items() if SCENARIOS[n].measures == "replicas"})
+    of_real = {n: r for n, r in results.items() if SCENARIOS[n].measures == "real"}
+    text += real_pipeline_text(of_real) if of_real else ""
     text += DRIFT.format(
         slow=scenario.throttled_at,
         fast=scenario.recovered_at,
