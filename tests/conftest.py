@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -41,6 +42,7 @@ TIMED_TESTS = {
     "test_all_that_can_run_on_the_processor_passes",
     "test_a_training_survives_a_stall_shorter_than_the_time_out",
     "test_a_rank_that_fails_saves_where_it_was",
+    "test_equal_stages_and_those_found_train_alike",
 }
 
 # Their tests take long one by one, so that they come before the short ones, which fill the workers up to the end.
@@ -107,6 +109,15 @@ def _no_leaked_environment() -> Iterator[None]:
     ignored = {"PYTEST_CURRENT_TEST"}
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} - ignored
     assert not changed, f"environment variables left changed: {sorted(changed)}"
+
+
+@pytest.fixture(autouse=True)
+def _same_rank() -> Iterator[None]:
+    """Undo what a strategy of another rank leaves in this process: only rank 0 would warn in the tests after it."""
+    yield
+    rank_zero: Any = sys.modules.get("lightning_utilities.core.rank_zero")
+    if rank_zero is not None and getattr(rank_zero.rank_zero_only, "rank", 0) != 0:
+        rank_zero.rank_zero_only.rank = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

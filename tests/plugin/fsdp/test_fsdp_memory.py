@@ -168,6 +168,7 @@ class Active(LightningModule):
         parts += [v for s in self.trainer.optimizers[0].state.values() for v in s.values() if v.dim()]
         own = sum(part.local.numel() * part.element_size() for part in parts)
         meter.before = memory_of_process("VmRSS") - own
+        self.found["of files"] = memory_of_process("RssFile")
         limit = memory_of_process("VmData") - own + meter.total
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
         meter.restart()
@@ -176,7 +177,10 @@ class Active(LightningModule):
         strategy: Any = self.trainer.strategy
         rank, weights = self.global_rank, strategy._weights
         self.found["weight"] = weights[rank] / sum(weights)
+        # pages of libraries that the system has taken meanwhile, since nobody used them
+        taken = max(self.found["of files"] - memory_of_process("RssFile"), 0)
         self.found["peak"] = strategy.meter.read().peak_bytes
+        self.found["most"] = self.found["peak"] + taken
         samples = GLOBAL_BATCH * SHARES[rank] / sum(SHARES)
         activations = strategy._activations.bytes_per_sample * samples
         memory = strategy._model_memory
@@ -219,7 +223,8 @@ def test_weights_leave_room_for_measured_activations(ranks: RankPools, tmp_path:
         for found in of_run:
             # measured in the first step, with some memory of the process's own
             assert found["per sample"] == pytest.approx(per_sample, rel=0.15)
-            assert found["peak"] == pytest.approx(found["predicted"], rel=0.1)
+            assert found["peak"] <= 1.1 * found["predicted"]
+            assert found["most"] >= 0.9 * found["predicted"]
         # rank 0 has more memory, but holds less of the model: it has three times as many samples
         assert of_run[0]["weight"] < 0.48
         assert of_run[1]["weight"] > 0.52
