@@ -20,6 +20,7 @@ from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.data.evaluation_data import EvaluationData
 from lightning_hetero.plugin.data.training_data import TrainingData
 from lightning_hetero.plugin.ddp.epoch_end import EpochEnd
+from lightning_hetero.plugin.ddp.mean_metrics import weighted_means
 from lightning_hetero.plugin.ddp.own_collectives import OwnCollectives
 from lightning_hetero.plugin.ddp.shared_faults import FrozenParameters, LossTerms, is_compiled, warn_of_monitored
 from lightning_hetero.plugin.ddp.stand_in import stand_in
@@ -100,7 +101,14 @@ class BatchScope(Callback):
             self._run.enter_context(counting_for_all_ranks(trainer, self))
             self._run.enter_context(self._watch.installed())
             self._run.enter_context(logging_through(trainer, module))
+            self._run.enter_context(weighted_means(trainer, module, partial(self._weight_of_mean, trainer)))
         self._run.enter_context(listening_first(trainer, module, self))
+
+    def _weight_of_mean(self, trainer: Trainer) -> float:
+        """Return the weight of the mean over this rank's batch, or over its current micro-batch."""
+        strategy: Any = trainer.strategy
+        part: float = strategy.micro_batches.part_of_rank
+        return self.weight * part
 
     def close(self) -> None:
         """End whatever has begun, at the end of a run or after an error."""

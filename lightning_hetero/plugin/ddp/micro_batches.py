@@ -21,6 +21,7 @@ from lightning_hetero.balance.batch.caps import MicroBatchLimits, micro_batch_si
 from lightning_hetero.balance.types import BatchSlice
 from lightning_hetero.distributed.group.failure import announce
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.common.overridden import overridden
 from lightning_hetero.plugin.common.protocols import StepOwner
 from lightning_hetero.plugin.ddp.oom_recovery import BeforeBackward, OutOfMemoryRecovery, StepAttempt
 from lightning_hetero.plugin.ddp.step_runner import StepRunner
@@ -61,10 +62,12 @@ class MicroBatches:
 
     Attributes:
         before_communication: Function that is called before the ranks communicate in a step.
+        part_of_rank: Part of this rank's samples that the current micro-batch has.
     """
 
     def __init__(self, strategy: StepOwner, limits: MicroBatchLimits) -> None:
         self._strategy = strategy
+        self.part_of_rank = 1.0
         self._limits = limits
         self._is_alone = False
         self._refusal = ""
@@ -192,9 +195,15 @@ class MicroBatches:
         ends = list(accumulate(sizes))
         outputs: list[Any] = []
         # what was logged is logged when the ranks may communicate again
-        with captured_log(steps.module) as log, self.alone(), taken_aside(steps.parameters) as early_gradients:
+        with (
+            captured_log(steps.module) as log,
+            self.alone(),
+            overridden(self, "part_of_rank", 1.0),
+            taken_aside(steps.parameters) as early_gradients,
+        ):
             for part, size, weight, end in zip(parts, sizes, weights, ends, strict=True):
                 log.samples, log.weight = size, weight
+                self.part_of_rank = size / ends[-1]
                 last = end == ends[-1]
                 with self._counted_once(end):
                     output = self._forward(forward, part, *rest) if last else self._early_forward(forward, part, *rest)

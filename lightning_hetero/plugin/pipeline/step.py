@@ -202,7 +202,7 @@ class PipelineStep:
             def loss_of_part(number: int, output: Any) -> Tensor:
                 i = own[number]
                 log.samples, log.weight = sizes[i], weights[i]
-                values.next_micro_batch()
+                values.next_micro_batch(sizes[i] / self.samples)
                 recorder.next_micro_batch()
                 returned = self._finished(step, parts[i], rest, output, i)
                 loss = loss_of(returned)
@@ -238,7 +238,7 @@ class PipelineStep:
             first = len(own.outputs)
             these = slice(first, first + len(heard.outputs))
             own.outputs += heard.outputs
-            repeat(heard, self._metrics, log, sizes[these], weights[these])
+            repeat(heard, self._metrics, log, sizes[these], weights[these], self.samples)
             refusal = refusal or heard.refusal
             if heard.outputs:
                 self._module.trainer.should_stop |= heard.settings[0]

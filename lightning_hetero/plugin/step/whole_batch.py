@@ -2,6 +2,9 @@
 
 A metric that is called returns its value for what it is given. On one device that is the batch. The mean of its values
 for the micro-batches is another number for most metrics, so a copy of the metric sees the whole batch.
+
+A ``MeanMetric`` that a step gives one number, such as its loss, counts the batch once. Of a micro-batch it counts the
+part of the samples.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 from lightning_hetero.distributed.pipeline.structure import tensors_of
 from lightning_hetero.plugin.common.overridden import overridden_method
 from lightning_hetero.plugin.step.metrics import forward_or_nan, set_step_value
 
-__all__ = ["BatchValues"]
+__all__ = ["BatchValues", "is_one_number"]
 
 
 class BatchValues:
@@ -33,6 +36,8 @@ class BatchValues:
     def __init__(self, metrics: Sequence[Metric]) -> None:
         # what overrides `forward` means something else by a call
         self._metrics = [metric for metric in metrics if type(metric).forward is Metric.forward]
+        self._means = [metric for metric in metrics if type(metric).update is MeanMetric.update]
+        self._part = 1.0
         self._copies: dict[tuple[int, int], Metric] = {}
         self._calls: dict[int, int] = {}
         self._used: dict[tuple[int, int], Metric] = {}
@@ -45,11 +50,14 @@ class BatchValues:
         with ExitStack() as stack:
             for metric in self._metrics:
                 stack.enter_context(overridden_method(metric, "forward", partial(self._forward, metric)))
+            for metric in self._means:
+                stack.enter_context(overridden_method(metric, "update", partial(self._update, metric)))
             yield
 
-    def next_micro_batch(self) -> None:
-        """Note that the step runs for another micro-batch now."""
+    def next_micro_batch(self, part: float) -> None:
+        """Note that the step runs for another micro-batch now, which has a ``part`` of the batch's samples."""
         self._calls = {}
+        self._part = part
 
     def finish(self) -> None:
         """Make the values of the batch those that Lightning logs for the step."""
@@ -65,6 +73,7 @@ class BatchValues:
         return lambda: tensors_of(self._value(key))[number]
 
     def _forward(self, metric: Metric, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._weighted(metric, args, kwargs)
         call = self._calls.get(id(metric), 0)
         self._calls[id(metric)] = call + 1
         key = id(metric), call
@@ -77,6 +86,14 @@ class BatchValues:
         for number, tensor in enumerate(tensors_of(returned)):
             self._returned[id(tensor)] = tensor, key, number
         return returned
+
+    def _update(self, metric: Metric, update: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        update(*args, **self._weighted(metric, args, kwargs))
+
+    def _weighted(self, metric: Metric, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of an update, with a weight if it is one number for the batch."""
+        is_mean = any(metric is mean for mean in self._means)
+        return {**kwargs, "weight": self._part} if is_mean and is_one_number(args, kwargs) else kwargs
 
     def _copy(self, metric: Metric, key: tuple[int, int]) -> Metric:
         if key not in self._copies:
@@ -91,3 +108,11 @@ class BatchValues:
     def _value(self, key: tuple[int, int]) -> Any:
         with torch.no_grad():
             return self._copies[key].compute()
+
+
+def is_one_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether these arguments of an update of a ``MeanMetric`` are one number, without a weight."""
+    given = (*args, *kwargs.values())
+    return len(given) == 1 and (
+        given[0].dim() == 0 if isinstance(given[0], Tensor) else isinstance(given[0], int | float)
+    )

@@ -133,9 +133,9 @@ def test_values_that_no_metric_has_returned_are_unknown() -> None:
     metric = MeanSquaredError()
     values = BatchValues([metric])
     with values.of_step():
-        values.next_micro_batch()
+        values.next_micro_batch(0.5)
         first = metric(torch.zeros(2), torch.ones(2))
-        values.next_micro_batch()
+        values.next_micro_batch(0.5)
         second = metric(torch.zeros(1), 4 * torch.ones(1))
     for returned in (first, second):
         batch_value = values.of(returned)

@@ -197,6 +197,7 @@ def repeat(
     log: LogCapture,
     sizes: Sequence[int],
     weights: Sequence[float],
+    total: int,
 ) -> None:
     """Do again on this rank what a replica's last rank has recorded.
 
@@ -206,10 +207,11 @@ def repeat(
         log: Takes the place of ``LightningModule.log`` in the step.
         sizes: Number of samples of each of its micro-batches.
         weights: Weight of the loss of each of them.
+        total: Number of samples of the batch.
     """
     for events, size, weight in zip(record.events, sizes, weights, strict=True):
         log.samples, log.weight = size, weight
-        metrics.batch_values.next_micro_batch()
+        metrics.batch_values.next_micro_batch(size / total)
         returned: dict[int, list[Tensor]] = {}
 
         def local(leaf: Any, returned: dict[int, list[Tensor]] = returned) -> Any:
