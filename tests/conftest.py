@@ -43,6 +43,7 @@ TIMED_TESTS = {
     "test_a_training_survives_a_stall_shorter_than_the_time_out",
     "test_a_rank_that_fails_saves_where_it_was",
     "test_equal_stages_and_those_found_train_alike",
+    "test_waiting_for_parameters_is_not_own_time_and_plans_fit_beside_shards",
 }
 
 # Their tests take long one by one, so that they come before the short ones, which fill the workers up to the end.

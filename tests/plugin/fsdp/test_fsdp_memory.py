@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RankError, RankPools
+from harness import RankError, RankPool, RankPools
 from lightning.pytorch import LightningModule
 from profiles import thorough
 from torch import Tensor, nn
@@ -216,8 +216,12 @@ def fitted_by_memory(folder: str) -> list[dict[str, float]]:
     return found
 
 
-def test_weights_leave_room_for_measured_activations(ranks: RankPools, tmp_path: Path) -> None:
-    results = ranks.run(2, fitted_by_memory, str(tmp_path), timeout_s=200.0)
+def test_weights_leave_room_for_measured_activations(tmp_path: Path) -> None:
+    pool = RankPool(2)  # processes in which no other test has left memory
+    try:
+        results = pool.run(fitted_by_memory, str(tmp_path), timeout_s=200.0)
+    finally:
+        pool.close()
     per_sample = ACTIVE * (1 + PER_BLOCK) * WIDTH * 4
     for of_run in zip(*results, strict=True):
         for found in of_run:
