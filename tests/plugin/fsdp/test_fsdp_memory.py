@@ -216,6 +216,7 @@ def fitted_by_memory(folder: str) -> list[dict[str, float]]:
     return found
 
 
+@thorough  # beside other tests, libraries' pages come and go while the memory of the process is measured
 def test_weights_leave_room_for_measured_activations(tmp_path: Path) -> None:
     pool = RankPool(2)  # processes in which no other test has left memory
     try:
