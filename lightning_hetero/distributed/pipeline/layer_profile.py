@@ -33,7 +33,6 @@ __all__ = ["LayerProfile", "profile_layers"]
 _FEWEST_TIMES, _MOST_TIMES = 3, 10
 _ENOUGH_S = 0.05
 _PINGS = 7
-_LONG_BYTES = 2**26  # of a message that shows how fast a link is
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class LayerProfile:
         can_be_shared: Whether two ranks may share each layer; False if that was not tried.
         copy_s: Seconds that it takes to copy each layer's parameters and buffers to other ranks.
         transfer_s: Seconds that it takes to transfer the tensors between two layers to another rank.
-        byte_s: Seconds per byte of a long message to another rank; 0 if no layer can be shared.
     """
 
     forward_s: tuple[float, ...]
@@ -67,25 +65,23 @@ class LayerProfile:
     can_be_shared: tuple[bool, ...]
     copy_s: tuple[float, ...]
     transfer_s: float
-    byte_s: float
 
     def to_numbers(self) -> list[float]:
-        """Return all values in one list, those of transfers last."""
+        """Return all values in one list, the transfer time last."""
         counts = (self.parameter_bytes, self.constant_bytes, self.activations_bytes, self.boundary_bytes)
         rows = (self.forward_s, self.backward_s, self.input_s, self.weight_s, self.copy_s, *counts, self.can_be_shared)
-        return [*(value for row in rows for value in row), self.transfer_s, self.byte_s]
+        return [*(value for row in rows for value in row), self.transfer_s]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> LayerProfile:
         """Return the profile that :meth:`to_numbers` has encoded."""
-        *values, transfer_s, byte_s = numbers
+        *values, transfer_s = numbers
         n = len(values) // 10
         *seconds, a, b, c, d, shared = (tuple(values[i * n : (i + 1) * n]) for i in range(10))
         forward_s, backward_s, input_s, weight_s, copy_s = seconds
         parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in (a, b, c, d))
         sizes = (parameters, constants, activations, boundaries)
-        messages = (copy_s, transfer_s, byte_s)
-        return cls(forward_s, backward_s, *sizes, input_s, weight_s, tuple(map(bool, shared)), *messages)
+        return cls(forward_s, backward_s, *sizes, input_s, weight_s, tuple(map(bool, shared)), copy_s, transfer_s)
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,6 @@ def profile_layers(
                 last.shared_bytes + tail.shared_bytes,
             )
             torch.clear_autocast_cache()
-    longest = min(max((n for (n, _), alike in zip(sizes, shared, strict=True) if alike), default=0), _LONG_BYTES)
     return LayerProfile(
         forward_s=tuple(t.forward_s for t in timings),
         backward_s=tuple(t.backward_s for t in timings),
@@ -170,7 +165,6 @@ def profile_layers(
         can_be_shared=tuple(shared),
         copy_s=tuple(copy_s),
         transfer_s=_transfer_s(int(median(boundaries)), device),
-        byte_s=_transfer_s(longest, device) / longest if longest else 0.0,
     )
 
 

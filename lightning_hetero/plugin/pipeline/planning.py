@@ -22,6 +22,7 @@ from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, Stage
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.passes.links import timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.hardware.memory import meter_of
@@ -108,7 +109,9 @@ def find_stages(
     chooses = example.training and schedule in ("auto", "v")
     shares = chooses and schedule == "auto"
     profile = profile_layers(placement, calls, example.call, example.loss_of, device, split=chooses, share=shares)
-    numbers = [inf if budget_bytes is None else budget_bytes, *profile.to_numbers()]
+    # whatever a rank has found out about its layers, all ranks take part
+    _, byte_s = timed_link((0, 1), device) if shares and placement.plan.world_size > 1 else (0.0, 0.0)
+    numbers = [inf if budget_bytes is None else budget_bytes, byte_s, *profile.to_numbers()]
     decide = _decision(placement.plan.last_ranks[0], example, schedule, micro_batches, state_per_parameter)
     return decide_on_rank_zero(numbers, decide)
 
@@ -119,7 +122,7 @@ def _decision(
     schedule: Schedule = "gpipe" if wanted == "gpipe" else "1f1b"
 
     def decide(rows: list[list[float]]) -> PipelineFindings:
-        profiles = [LayerProfile.from_numbers(row[1:]) for row in rows]
+        profiles = [LayerProfile.from_numbers(row[2:]) for row in rows]
         backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
         costs = LayerCosts(
             tuple(p.forward_s for p in profiles),
@@ -128,7 +131,7 @@ def _decision(
             tuple(p.weight_s for p in profiles),
         )
         split_layers = tuple(i for i in range(costs.num_layers) if min(p.weight_s[i] for p in profiles) > 0)
-        budgets = tuple(row[0] for row in rows)
+        budgets, byte_s = tuple(row[0] for row in rows), rows[0][1]
         memory, kept = None, profiles[0]
         of_layers = list(zip(kept.parameter_bytes, kept.constant_bytes, strict=True))
         weights = [trained * (2 + state_per_parameter) + constant for trained, constant in of_layers]
@@ -147,7 +150,7 @@ def _decision(
             most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
             # their gradients are added up, and after the optimiser's step one rank sends the other its parameters
-            sharing_s = tuple(2 * n * kept.byte_s for n in kept.parameter_bytes)
+            sharing_s = tuple(2 * n * byte_s for n in kept.parameter_bytes)
             limits = (memory, most, bool(split_layers), shared, sharing_s)
             problem = OrderProblem(costs, micro_batches, last_rank, transfer_s, *limits)
             choice = choose_order(problem, always_v=wanted == "v")

@@ -31,6 +31,7 @@ from lightning_hetero.balance.pipeline.simulation import Timeline
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.command.report.page import build
+from lightning_hetero.distributed.pipeline import layer_profile
 from lightning_hetero.exceptions import ConfigurationError, UnsupportedFeatureError
 from lightning_hetero.plugin.pipeline import planning
 from lightning_hetero.testing import SlowLayers
@@ -313,3 +314,16 @@ def test_split_backward_passes(
 def test_a_v_with_stages_that_are_given_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="found by timing"):
         HeteroPipelineStrategy(splits=[4], schedule="v")
+
+
+def train_where_ranks_differ(folder: str) -> Outcome:
+    """Train where rank 0 alone finds that layers can be shared."""
+    with mock.patch.object(layer_profile, "can_be_shared", return_value=dist.get_rank() == 0):
+        return train("auto", [1.0, 2.0], folder, None, None, Deep)
+
+
+def test_ranks_need_not_agree_on_what_can_be_shared(ranks: RankPools, tmp_path: Path) -> None:
+    for outcome in ranks.run(2, train_where_ranks_differ, str(tmp_path), timeout_s=60.0):
+        agree(outcome, alone(Deep))
+        assert outcome.plan is not None
+        assert outcome.plan.shared == ()

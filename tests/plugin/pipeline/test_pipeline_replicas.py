@@ -185,7 +185,7 @@ def test_one_pipeline_divides_as_ever() -> None:
 def profile_of(forward_s: tuple[float, ...], backward_s: tuple[float, ...]) -> LayerProfile:
     zeros, none = (0,) * len(forward_s), (0.0,) * len(forward_s)
     sizes = (zeros,) * 4
-    return LayerProfile(forward_s, backward_s, *sizes, none, none, (False,) * len(forward_s), none, 0.0, 0.0)
+    return LayerProfile(forward_s, backward_s, *sizes, none, none, (False,) * len(forward_s), none, 0.0)
 
 
 def test_a_loss_that_was_not_timed_costs_as_much_more() -> None:
