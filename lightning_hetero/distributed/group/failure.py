@@ -50,7 +50,7 @@ _finishing: list[None] = []  # an entry for each piece of work that must not be 
 
 
 def begin_run() -> None:
-    """Leave behind what an earlier run of these processes has announced; every rank must call this once per run."""
+    """Forget what an earlier run of these processes has announced; every rank must call this once per run."""
     _runs.append(None)
 
 

@@ -17,6 +17,7 @@ from lightning_hetero.distributed.module_state import ModuleState
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.torch_private import BatchNorm, version_of
 from lightning_hetero.exceptions import UnsupportedFeatureError
+from lightning_hetero.plugin.pipeline.hooks.names_read import names_read
 from lightning_hetero.plugin.pipeline.refusals import refuse_one_pipeline
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
@@ -31,7 +32,8 @@ class LeftBehind:
     """Compares the attributes and buffers of the module before and after some of the training steps.
 
     Replicas compare with each other after the first steps, and later after one of many, because that takes time. After
-    the others, each rank that computes losses looks at the few modules that are in no layer.
+    the others, each rank that computes losses looks at the few modules that are in no layer, at the attributes that the
+    code of the step mentions.
 
     Args:
         module: The user's LightningModule.
@@ -71,6 +73,7 @@ class LeftBehind:
             lambda name: is_last and name not in metrics and name not in of_layers,
             lambda _: is_last,
         )
+        self._mentioned = frozenset(names_read([module.training_step], module)) or None
         self._owns = placement.owns
         self._metrics = metrics
         self._norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
@@ -102,21 +105,22 @@ class LeftBehind:
         due = self._is_due
         self._steps += 1
         if not due:
-            self._outside.begin()
+            self._outside.begin(self._mentioned)
             yield
-            changed, gone = self._outside.changed()
+            changed, gone = self._outside.changed(self._mentioned)
             if changed or gone:
                 refuse(_changes(_full_name((changed + gone)[0]), "an attribute"))
             return
+        self._outside.refresh()  # a hook may have replaced submodules
         self._state.refresh()
         self._state.begin()
         buffers = self._buffers()
         yield
         now = self._buffers()
-        other_buffers = [
+        changed_buffers = [
             name for name, (_, version) in now.items() if name not in buffers or buffers[name][1] != version
         ]
-        found = all_gather((bool(samples), self._seat.number, other_buffers, self._state.digests_of_changes()))
+        found = all_gather((bool(samples), self._seat.number, changed_buffers, self._state.digests_of_changes()))
         self._refuse(found)
 
     def _buffers(self) -> dict[str, tuple[Tensor, Any]]:
