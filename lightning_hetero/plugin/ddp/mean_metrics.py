@@ -1,7 +1,7 @@
-"""Let a metric that a step gives one number for its batch count what it stands for.
+"""Let a mean to which a step gives one number for its batch count what that stands for.
 
-Under DDP each rank's batch is as large, so ``MeanMetric`` counts each as one. Here it counts a rank's mean with the
-rank's part of the global batch, as a logged value.
+Under DDP each rank's batch is as large, so ``MeanMetric`` counts each number as one. Here it counts that of a rank with
+the rank's part of the global batch, as a logged value.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 
 from lightning_hetero.plugin.common.overridden import overridden_method
-from lightning_hetero.plugin.step.whole_batch import is_one_number
+from lightning_hetero.plugin.step.metrics import counted_in_part, kept_metrics
 
 __all__ = ["weighted_means"]
-
-_LARGEST_CONTAINER = 1000  # what has more entries holds data
 
 
 @contextmanager
 def weighted_means(trainer: Trainer, module: LightningModule, weight_of: Callable[[], float]) -> Iterator[None]:
-    """Weight the numbers that a step or a hook of a batch gives to the means of the module and its callbacks.
+    """Weight the numbers that steps and hooks of a batch give to the means of the module and its callbacks.
 
     Args:
         trainer: The Trainer.
@@ -32,23 +30,11 @@ def weighted_means(trainer: Trainer, module: LightningModule, weight_of: Callabl
     """
 
     def update(run: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if is_one_number(args, kwargs) and (weight := weight_of()) != 1:
-            kwargs = {**kwargs, "weight": weight}
-        run(*args, **kwargs)
+        run(*args, **counted_in_part(weight_of(), args, kwargs))
 
-    parts: list[Any] = list(module.modules())
-    kept = [vars(owner) for owner in (module, *trainer.callbacks)]  # type: ignore[attr-defined]
-    found = {id(m): m for m in (*parts, *_kept_in(kept)) if isinstance(m, MeanMetric)}
+    kept = [[module], *(vars(owner) for owner in (module, *trainer.callbacks))]  # type: ignore[attr-defined]
     with ExitStack() as stack:
-        for metric in found.values():
+        for metric in {id(found): found for found in kept_metrics(kept)}.values():
             if type(metric).update is MeanMetric.update:
                 stack.enter_context(overridden_method(metric, "update", update))
         yield
-
-
-def _kept_in(value: Any) -> Iterator[Metric]:
-    for entry in value.values() if isinstance(value, dict) else value:
-        if isinstance(entry, Metric):
-            yield from (part for part in entry.modules() if isinstance(part, Metric))
-        elif type(entry) in (list, tuple, dict) and len(entry) <= _LARGEST_CONTAINER:
-            yield from _kept_in(entry)

@@ -21,12 +21,10 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_hetero.distributed.collectives import broadcast_from
 from lightning_hetero.plugin.common.overridden import overridden
-from lightning_hetero.plugin.step.metrics import step_value
+from lightning_hetero.plugin.step.metrics import kept_metrics, step_value
 from lightning_hetero.plugin.step.whole_batch import BatchValues
 
 __all__ = ["MetricOf", "PipelineMetrics", "hosted", "portable"]
-
-_LARGEST_CONTAINER = 1000  # what has more entries holds data
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class PipelineMetrics:
         metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         self.names = {id(metric): name for name, metric in metrics.items()}
         self._overrides = ExitStack()
-        every = list({id(m): m for m in (*metrics.values(), *_kept_in(vars(module)))}.values())
+        every = list({id(m): m for m in (*metrics.values(), *kept_metrics(vars(module)))}.values())
         self.batch_values = BatchValues(every)
         self.objects: list[Any] = [*every, *(part for part in module.modules() if isinstance(part, MetricCollection))]
         for metric in every:
@@ -116,15 +114,6 @@ def hosted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: hosted(entry) for key, entry in value.items()}
     return move_data_to_device(value, torch.device("cpu"))
-
-
-def _kept_in(value: Any) -> Iterator[Metric]:
-    """Yield the metrics in a user's containers, which are no submodules."""
-    for entry in value.values() if isinstance(value, dict) else value:
-        if isinstance(entry, Metric):
-            yield entry
-        elif type(entry) in (list, tuple, dict) and len(entry) <= _LARGEST_CONTAINER:
-            yield from _kept_in(entry)
 
 
 def _never() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from lightning_hetero.plugin.common.overridden import overridden_on_class
 __all__ = [
     "GATHER_STATES",
     "DiscardedUpdates",
+    "counted_in_part",
     "discarded_metrics",
     "forward_or_nan",
     "is_forward",
+    "kept_metrics",
     "patched_reductions",
     "reductions_of",
     "set_step_value",
@@ -36,6 +39,7 @@ __all__ = [
 GATHER_STATES = "_sync_dist"
 # What every module has; a step changes none of it.
 _OF_MODULES = frozenset(vars(nn.Module()))
+_LARGEST_CONTAINER = 1000  # what has more entries holds data
 
 
 class DiscardedUpdates:
@@ -220,3 +224,43 @@ def forward_or_nan(metric: Metric, forward: Callable[..., Any], *args: Any, **kw
         vars(metric).update(before)
         metric.update(*args, **kwargs)  # raises the error if it is not about the value
         return torch.full((), float("nan"), device=metric.device)
+
+
+def kept_metrics(value: Any) -> Iterator[Metric]:
+    """Yield the metrics in a user's containers and in the modules that these hold.
+
+    Args:
+        value: A list, a tuple, or a dict, for example the attributes of an object.
+    """
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        container = waiting.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        for entry in container.values() if isinstance(container, dict) else container:
+            if isinstance(entry, nn.Module):
+                yield from (part for part in entry.modules() if isinstance(part, Metric))
+            elif type(entry) in (list, tuple, dict) and len(entry) <= _LARGEST_CONTAINER:
+                waiting.append(entry)
+
+
+def counted_in_part(part: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of an update of a ``MeanMetric``, such that it counts one number only in part.
+
+    One number without a weight, such as a loss, stands for a batch. Under DDP and on one device batches count alike.
+
+    Args:
+        part: Part in which such a number counts.
+        args: Positional arguments of the update.
+        kwargs: Its keyword arguments.
+    """
+    given = (*args, *kwargs.values())
+    if part == 1 or len(given) != 1 or np.ndim(value := given[0]) != 0:
+        return kwargs
+    if not isinstance(value, Tensor):
+        return {**kwargs, "weight": part}
+    # a number would be copied to the device, for which the host waits
+    dtype = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no other
+    return {**kwargs, "weight": torch.full((), part, dtype=dtype, device=value.device)}

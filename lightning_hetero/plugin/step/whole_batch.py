@@ -21,9 +21,9 @@ from torchmetrics import MeanMetric, Metric
 
 from lightning_hetero.distributed.pipeline.structure import tensors_of
 from lightning_hetero.plugin.common.overridden import overridden_method
-from lightning_hetero.plugin.step.metrics import forward_or_nan, set_step_value
+from lightning_hetero.plugin.step.metrics import counted_in_part, forward_or_nan, set_step_value
 
-__all__ = ["BatchValues", "is_one_number"]
+__all__ = ["BatchValues"]
 
 
 class BatchValues:
@@ -51,7 +51,7 @@ class BatchValues:
             for metric in self._metrics:
                 stack.enter_context(overridden_method(metric, "forward", partial(self._forward, metric)))
             for metric in self._means:
-                stack.enter_context(overridden_method(metric, "update", partial(self._update, metric)))
+                stack.enter_context(overridden_method(metric, "update", self._update))
             yield
 
     def next_micro_batch(self, part: float) -> None:
@@ -73,7 +73,8 @@ class BatchValues:
         return lambda: tensors_of(self._value(key))[number]
 
     def _forward(self, metric: Metric, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        kwargs = self._weighted(metric, args, kwargs)
+        if type(metric).update is MeanMetric.update:
+            kwargs = counted_in_part(self._part, args, kwargs)
         call = self._calls.get(id(metric), 0)
         self._calls[id(metric)] = call + 1
         key = id(metric), call
@@ -87,13 +88,8 @@ class BatchValues:
             self._returned[id(tensor)] = tensor, key, number
         return returned
 
-    def _update(self, metric: Metric, update: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        update(*args, **self._weighted(metric, args, kwargs))
-
-    def _weighted(self, metric: Metric, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of an update, with a weight if it is one number for the batch."""
-        is_mean = any(metric is mean for mean in self._means)
-        return {**kwargs, "weight": self._part} if is_mean and is_one_number(args, kwargs) else kwargs
+    def _update(self, update: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        update(*args, **counted_in_part(self._part, args, kwargs))
 
     def _copy(self, metric: Metric, key: tuple[int, int]) -> Metric:
         if key not in self._copies:
@@ -108,11 +104,3 @@ class BatchValues:
     def _value(self, key: tuple[int, int]) -> Any:
         with torch.no_grad():
             return self._copies[key].compute()
-
-
-def is_one_number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether these arguments of an update of a ``MeanMetric`` are one number, without a weight."""
-    given = (*args, *kwargs.values())
-    return len(given) == 1 and (
-        given[0].dim() == 0 if isinstance(given[0], Tensor) else isinstance(given[0], int | float)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import RankPools
@@ -39,7 +40,10 @@ class Means(LightningModule):
         self.calls = calls
         self.loss_mean, self.validated = MeanMetric(), MeanMetric()
         self.several = MetricCollection({"in a collection": MeanMetric()})
-        self.kept = {"in a dict": [MeanMetric()]}
+        self.kept: dict[str, list[Any]] = {
+            "in a dict": [MeanMetric()],
+            "in a collection": [MetricCollection({"its": MeanMetric()})],
+        }
         self.of_samples, self.weighted = MeanMetric(), MeanMetric()
         self.values: dict[str, float] = {}
 
@@ -55,13 +59,15 @@ class Means(LightningModule):
         else:
             self.loss_mean.update(float(loss))
         self.several.update(loss.detach())
-        self.kept["in a dict"][0].update(loss.detach())
+        self.kept["in a dict"][0].update(np.float32(loss.detach()))
+        self.kept["in a collection"][0].update(loss.detach())
         self.of_samples.update(losses.detach())
         self.weighted.update(loss.detach(), weight=len(losses))
         return loss
 
     def on_train_epoch_end(self) -> None:
         found: dict[str, Any] = {"loss": self.loss_mean, "dict": self.kept["in a dict"][0], "samples": self.of_samples}
+        found["list"] = self.kept["in a collection"][0]["its"]
         found |= {"weighted": self.weighted, "collection": self.several["in a collection"]}
         found["callback"] = next(c for c in self.trainer.callbacks if isinstance(c, Kept)).mean  # type: ignore[attr-defined]
         self.values |= {name: float(mean.compute()) for name, mean in found.items()}

@@ -11,7 +11,7 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
 from training import make_trainer
 
@@ -30,6 +30,7 @@ class Scored(LightningModule):
         self.logged, self.called, self.twice = R2Score(), R2Score(), R2Score()
         self.both = MetricCollection({"squared": MeanSquaredError(), "pearson": PearsonCorrCoef()})
         self.others = [R2Score()]
+        self.losses, self.of_samples = MeanMetric(), MeanMetric()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -43,6 +44,10 @@ class Scored(LightningModule):
         self.log_dict(self.both(predicted, y), on_step=True)
         self.log("largest", predicted.max(), on_step=True, reduce_fx="max")
         loss: Tensor = (predicted - y).square().mean()
+        self.log("loss of the batch", self.losses(loss.detach()), on_step=True)
+        self.losses.update(float(loss))
+        self.of_samples.update((predicted - y).detach())
+        self.log_dict({"losses": self.losses, "of samples": self.of_samples}, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> Any:
