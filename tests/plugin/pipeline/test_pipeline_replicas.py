@@ -15,12 +15,10 @@ from replica_trainings import Case, Outcome, largest_difference, train
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.replicas.given import uniform_replicas
-from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
+from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.pipeline import runtime
-from lightning_hetero.plugin.pipeline.replicas.planning import _costs, _line
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 TOLERANCE = 1e-10
@@ -179,37 +177,7 @@ def test_one_pipeline_divides_as_ever() -> None:
     assert (seat.leader, seat.others, seat.first_rank, seat.has_replicas) == (0, [], 1, False)
 
 
-# ---- what was measured -----------------------------------------------------------------------------------------------
-
-
-def profile_of(forward_s: tuple[float, ...], backward_s: tuple[float, ...]) -> LayerProfile:
-    zeros, none = (0,) * len(forward_s), (0.0,) * len(forward_s)
-    sizes = (zeros,) * 4
-    return LayerProfile(forward_s, backward_s, *sizes, none, none, (False,) * len(forward_s), none, 0.0)
-
-
-def test_a_loss_that_was_not_timed_costs_as_much_more() -> None:
-    with_loss, without = profile_of((1.0, 1.0, 3.0), (2.0, 2.0, 6.0)), profile_of((2.0, 2.0, 2.0), (4.0, 4.0, 4.0))
-    costs = _costs([with_loss, without], [True, False])
-    assert costs.forward_s == ((1.0, 1.0, 3.0), (2.0, 2.0, 6.0))
-    assert costs.backward_s == ((2.0, 2.0, 6.0), (4.0, 4.0, 12.0))
-
-
-def test_two_sizes_tell_what_a_pass_takes_whatever_its_size() -> None:
-    def of(size: int) -> LayerCosts:
-        return LayerCosts(((0.5 + 0.1 * size, 0.2 * size),), ((1.0 + 0.2 * size, 3.0),))
-
-    costs, overheads = _line([of(8), of(4)], [8, 4])
-    assert overheads is not None
-    assert overheads.forward_s[0] == pytest.approx((0.5, 0.0))
-    assert overheads.backward_s[0] == pytest.approx((1.0, 3.0))
-    assert costs.forward_s[0] == pytest.approx((0.8, 1.6))
-    assert costs.backward_s[0] == pytest.approx((1.6, 0.0))
-    assert _line([of(8)], [8]) == (of(8), None)
-    # noise: what takes longer for fewer samples
-    costs, overheads = _line([LayerCosts(((1.0,),), ((1.0,),)), LayerCosts(((2.0,),), ((1.0,),))], [8, 4])
-    assert overheads is not None
-    assert (overheads.forward_s, costs.forward_s) == (((1.0,),), ((0.0,),))
+# ---- links -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

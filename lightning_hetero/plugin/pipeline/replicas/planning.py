@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_hetero.balance.pipeline.measured_costs import by_size, with_loss_everywhere
 from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds, uniform_groups, uniform_replicas
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
@@ -27,8 +28,6 @@ from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.pipeline.step import Example
 
 __all__ = ["ReplicaFindings", "Wanted", "find_replicas", "first_replicas", "report_replicas"]
-
-Rows = tuple[tuple[float, ...], ...]
 
 _BEFORE = 6  # numbers of a rank before those of its layers
 _SAMPLES = 64  # per rank, for shares in proportion to given speeds
@@ -181,7 +180,13 @@ def _decided(
     within, between = (None if pair is None else rows[pair[0]] for pair in pairs_of_links(nodes))
     link = Link() if within is None else Link(*within[2:4])
     with_loss = [bool(row[1]) for row in rows]
-    costs, overheads = _line([_costs(found, with_loss) for found in of_sizes], [one.size for one in examples])
+    times = [
+        with_loss_everywhere(LayerCosts(tuple(p.forward_s for p in of), tuple(p.backward_s for p in of)), with_loss)
+        for of in of_sizes
+    ]
+    costs, overheads = times[0], None
+    if len(examples) > 1:
+        costs, overheads = by_size(times[0], times[1], examples[0].size / examples[1].size)
     problem = ReplicaProblem(
         costs=costs,
         samples=examples[0].samples,
@@ -199,48 +204,6 @@ def _decided(
     )
     solution = solve_replicas(problem)
     return ReplicaFindings(solution.plan, problem, solution)
-
-
-def _line(times: Sequence[LayerCosts], sizes: Sequence[int]) -> tuple[LayerCosts, LayerCosts | None]:
-    """Return the part of the times that grows with the size, for the first of the sizes, and the part that does not."""
-    if len(times) == 1:
-        return times[0], None
-
-    more = sizes[0] / (sizes[0] - sizes[1])
-
-    def overhead(large: float, small: float) -> float:
-        return min(max(large - (large - small) * more, 0.0), large, small)
-
-    def overheads(large: Rows, small: Rows) -> Rows:
-        return tuple(tuple(map(overhead, x, y)) for x, y in zip(large, small, strict=True))
-
-    def without(large: Rows, fixed: Rows) -> Rows:
-        return tuple(tuple(a - b for a, b in zip(x, y, strict=True)) for x, y in zip(large, fixed, strict=True))
-
-    large, small = times
-    forward, backward = overheads(large.forward_s, small.forward_s), overheads(large.backward_s, small.backward_s)
-    costs = LayerCosts(without(large.forward_s, forward), without(large.backward_s, backward))
-    return costs, LayerCosts(forward, backward)
-
-
-def _costs(profiles: Sequence[LayerProfile], with_loss: Sequence[bool]) -> LayerCosts:
-    """Return the costs of the ranks, in which the last layer contains the loss, also where it was not timed."""
-    timed = next(profile for profile, has_loss in zip(profiles, with_loss, strict=True) if has_loss)
-
-    def row(profile: LayerProfile, name: str, *, has_loss: bool) -> tuple[float, ...]:
-        own, like = getattr(profile, name), getattr(timed, name)
-        others = sum(like[:-1])
-        if has_loss or not others:
-            return tuple(own)
-        # relative to the other layers, it takes as long as where it was timed
-        return (*own[:-1], max(own[-1], like[-1] * sum(own[:-1]) / others))
-
-    pairs = list(zip(profiles, with_loss, strict=True))
-    forward, backward = (
-        tuple(row(profile, name, has_loss=has_loss) for profile, has_loss in pairs)
-        for name in ("forward_s", "backward_s")
-    )
-    return LayerCosts(forward, backward)
 
 
 def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | None) -> None:
