@@ -32,7 +32,7 @@ class OrderedStageProblem(StageProblem):
     def step_s(self, plan: StagePlan, factors: Sequence[float]) -> float:
         """Return the seconds of a step in the order that is known for a plan, on devices that take longer."""
         order = self.orders[plan].first(self.micro_batches)
-        return order_step_s(order, self._times(plan, factors), self.transfer_s)
+        return order_step_s(order, self._times(plan, factors), self.transfer_s) + self.searched.sharing_of(plan)
 
     def own_s(self, plan: StagePlan) -> tuple[float, ...]:
         """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""

@@ -181,6 +181,10 @@ def test_layers_are_shared_where_whole_ones_cannot_be_divided_well() -> None:
         assert slower.step_s > choice.step_s
         if slower.stages.shared:
             assert slower.step_s == pytest.approx(choice.step_s + part * gained_s * most_shared(slower.stages))
+    costly = tuple(gained_s if layer in choice.stages.shared else 0.0 for layer in range(12))
+    others = choose_order(replace(problem, sharing_s=costly)).stages.shared
+    assert others, "another layer can be shared"
+    assert not {*others} & {*choice.stages.shared}
     pair = OrderProblem(seconds(costs_of([2, 1]), 0.01), 8, split=True, shared=tuple(range(12)))
     assert choose_order(pair).stages.shared == (), "2 % cannot be won any more"
 

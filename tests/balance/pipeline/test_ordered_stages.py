@@ -98,3 +98,17 @@ def test_a_layer_that_a_second_rank_gets_too_moves() -> None:
     assert layer_moves(after, before) == (), "whoever has it keeps it"
     assert layer_moves(after, StagePlan((0, 1, 0), (3, 4, 6))) == ()
     assert layer_moves(before, StagePlan((0, 1, 0), (1, 4, 6), ((), (0,)))) == (LayerMove(1, 0, 1), LayerMove(4, 0, 1))
+
+
+def test_what_shared_layers_cost_counts_also_when_devices_change() -> None:
+    free = problem_of((2.0, 1.0, 1.0), v=True, shares=True)
+    shared, slowed = first_of(free), (1.0, 1.0, 2.0)
+    searched = replace(free.searched, sharing_s=(1.0,) * 12)
+    found = plan_order(searched, v_shapes(searched.costs, 0), effort=12_000)
+    assert found is not None
+    costly = replace(free, searched=searched, orders={found.stages: found.order, **free.orders})
+    assert costly.step_s(shared, slowed) == pytest.approx(free.step_s(shared, slowed) + searched.sharing_of(shared))
+    alone = replace(costly, orders={found.stages: found.order})
+    others = alone.candidates(found.stages, slowed, 0.05)
+    assert len(others) == 2, "stages without shared layers, which follow the slow device"
+    assert all(plan.shared == () for plan in others)

@@ -110,15 +110,12 @@ def _planned(problem: OrderProblem) -> Iterator[PipelineChoice]:
 def _planned_with_shared(problem: OrderProblem, shortest_s: float) -> Iterator[PipelineChoice]:
     """Yield plans with shared layers that are more than 2 % faster than all simpler ones."""
     for name in ("shared v", "shared split", "shared split v") if problem.split else ("shared v",):
-        most_s = shortest_s / _NEARLY - problem.limit_s  # that sharing may take, and less for any other loss
-        shared = tuple(i for i in problem.shared if not problem.sharing_s or problem.sharing_s[i] < most_s)
-        if most_s <= 0 or not shared:
+        if problem.limit_s >= shortest_s / _NEARLY:
             break
-        plan = _plan(replace(problem, shared=shared), name)
-        step_s = inf if plan is None else plan.step_s + problem.sharing_of(plan.stages)
-        if plan is not None and step_s < shortest_s / _NEARLY:
-            shortest_s = step_s
-            yield PipelineChoice(name, plan.stages, plan.order, step_s, "")
+        plan = _plan(problem, name)
+        if plan is not None and plan.step_s < shortest_s / _NEARLY:
+            shortest_s = plan.step_s
+            yield PipelineChoice(name, plan.stages, plan.order, plan.step_s, "")
 
 
 def _plan(problem: OrderProblem, name: str, effort: int | None = None) -> OrderPlan | None:

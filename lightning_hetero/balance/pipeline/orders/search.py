@@ -70,6 +70,10 @@ class OrderProblem:
         shared = {*plan.shared}
         return max(sum(self.sharing_s[i] for i in shared.intersection(plan.layers_of(r))) for r in {*plan.ranks})
 
+    def bound_of(self, plan: StagePlan, task: Task) -> float:
+        """Return seconds per step that no order of some stages can beat, given what has to be ordered."""
+        return bound_s(task) + self.sharing_of(plan)
+
     @property
     def limit_s(self) -> float:
         """Seconds per step if no rank ever waited and each did the same part of every layer, by its speed."""
@@ -126,7 +130,7 @@ class OrderPlan:
     Attributes:
         stages: The stages.
         order: The passes of each rank.
-        step_s: Predicted seconds per step.
+        step_s: Predicted seconds per step, with what shared layers cost.
         bound_s: Seconds per step that no order of these stages can beat.
     """
 
@@ -150,8 +154,10 @@ def plan_order(
         effort: Number of passes that may be scheduled; by default such that it takes less than half a second.
     """
     search = _Search(problem, _EFFORT if effort is None else effort)
-    starts = {plan for shape in shapes for plan in _starts(problem, shape) if plan is not None}
-    bounds = {plan: bound_s(task) for plan in starts if (task := problem.task(plan)) is not None}
+    # where sharing costs something, whole layers are a start of their own, since a small move away would save nothing
+    ways = [problem, replace(problem, shared=())] if any(problem.sharing_s) else [problem]
+    starts = {plan for way in ways for shape in shapes for plan in _starts(way, shape) if plan is not None}
+    bounds = {plan: problem.bound_of(plan, task) for plan in starts if (task := problem.task(plan)) is not None}
     for plan in sorted(bounds, key=lambda plan: (bounds[plan], plan.ranks, plan.ends, plan.lent)):
         if search.is_worth_it(bounds[plan]):
             search.improve(plan)
@@ -200,8 +206,8 @@ class _Search:
         for plan in [self.best, *self._before]:
             task = self._problem.task(plan.stages)
             assert task is not None
-            order, step_s = with_whole_passes(plan.order, task.times, task.transfer_s)
-            found.append(replace(plan, order=order, step_s=step_s))
+            order, passes_s = with_whole_passes(plan.order, task.times, task.transfer_s)
+            found.append(replace(plan, order=order, step_s=passes_s + self._problem.sharing_of(plan.stages)))
         return min(found, key=lambda plan: plan.step_s)
 
     def is_worth_it(self, least_s: float) -> bool:
@@ -257,7 +263,7 @@ class _Search:
         self._tried.add(plan)
         self._left -= len(plan.ranks) * self._problem.micro_batches // 4  # for the bound
         task = self._problem.task(plan)
-        if task is None or not self.is_worth_it(least_s := bound_s(task)):
+        if task is None or not self.is_worth_it(least_s := self._problem.bound_of(plan, task)):
             return inf
         listing, found_s = Listing(task), inf
         for choices in _PLAIN:
@@ -266,10 +272,11 @@ class _Search:
 
     def _keep(self, listing: Listing, plan: StagePlan, least_s: float, choices: Choices, step_s: float) -> float:
         self._left -= 2 * plan.num_stages * self._problem.micro_batches
-        found = listing.list(choices, step_s * (1 - 1e-9))
+        sharing_s = self._problem.sharing_of(plan)
+        found = listing.list(choices, step_s * (1 - 1e-9) - sharing_s)
         if found is None:
             return inf
-        order, found_s = found
+        order, found_s = found[0], found[1] + sharing_s
         if self.best is None or found_s < self.best.step_s * (1 - 1e-9):
             if self.best is not None:
                 self._before = [self.best, *self._before][:_KEPT]
