@@ -279,7 +279,8 @@ class BaseStrategy(DDPStrategy):
                 announce(f"rank {self.global_rank} with\n{told}")
             else:
                 pass_on(reason)
-                _log.error("Another rank has failed: %s", reason)
+                if reason != str(exception):  # this rank has announced itself why it fails
+                    _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
 
     @override
