@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,11 +124,24 @@ def test_the_comparison_notices_what_is_wrong(ranks: RankPools, what: str) -> No
         check([found], train(case))
 
 
-def test_one_pipeline_is_taken_where_several_could_not_train(ranks: RankPools) -> None:
-    case = Case(((0, 1),), replicas="auto", normalised=True, micro_batches=1)
-    for outcome in ranks.run(2, train, case, timeout_s=90):
-        assert len(outcome.plan.replicas) == 1
-        assert largest_difference(outcome, train(case)) < TOLERANCE
+def train_and_listen(case: Case) -> tuple[Outcome, str]:
+    with mock.patch("lightning_hetero.plugin.pipeline.replicas.planning.say") as say:
+        outcome = train(case)
+    return outcome, "\n".join(call.args[1] for call in say.call_args_list)
+
+
+def test_one_pipeline_is_taken_where_several_could_not_train_and_that_is_said(ranks: RankPools) -> None:
+    case = Case(((0, 1),), replicas="auto", normalised=True, micro_batches=1, verbose=True)
+    expected = train(case)
+    for outcome, said in ranks.run(2, train_and_listen, case, timeout_s=90):
+        (replica,) = outcome.plan.replicas
+        assert largest_difference(outcome, expected) < TOLERANCE
+        order = [replica.ranks[own] for own in replica.stages.ranks]
+        assert "one pipeline, because the statistics of batch normalisation would be those of each replica's" in said
+        assert re.search(
+            rf"replica 0 has \[\d, \d\] layers on ranks {re.escape(str(order))}, and 100% of the samples", said
+        )
+        assert "per step, of which adding up gradients after the last pass takes 0 ms" in said
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
