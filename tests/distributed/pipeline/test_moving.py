@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from lightning_hetero.distributed.pipeline.moving import digest_of_attributes, why_not_moved
 
 
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # which torch sets when optimisers step first
+
+
 def trained(weight: nn.Parameter) -> torch.optim.Optimizer:
     optimizer = torch.optim.Adam([weight])
     weight.grad = torch.ones_like(weight)
