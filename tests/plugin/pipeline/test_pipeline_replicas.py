@@ -154,14 +154,15 @@ def test_checkpoints_go_to_other_groupings_and_to_one_device(ranks: RankPools, t
     # in order: one device has a plain loader's shuffling in no checkpoint
     three = Case(((0, 2), (1,)), (1.0, 2.0, 1.0), epochs=1, shuffle=False)
     two = Case(((0,), (1,)), (2.0, 1.0), epochs=2, shuffle=False)
-    last = Case((), epochs=3, shuffle=False)
+    one = Case(((0, 1),), epochs=3, shuffle=False, replicas=1)
+    last = Case((), epochs=4, shuffle=False)
     ranks.run(3, train, three, None, path("three"), timeout_s=90)
     ranks.run(2, train, two, path("three"), path("two"), timeout_s=90)
-    found = train(last, path("two"), path("last"))
-    first, second = (train(case, None if n == 0 else path("one"), path("one")) for n, case in enumerate((three, two)))
+    ranks.run(2, train, one, path("two"), path("pipeline"), timeout_s=90)
+    found = train(last, path("pipeline"), path("last"))
+    for number, case in enumerate((three, two, one)):
+        assert train(case, path("one") if number else None, path("one")).losses
     expected = train(last, path("one"), path("one"))
-    assert first.losses
-    assert second.losses
     assert largest_difference(found, expected) < TOLERANCE
     ours, theirs = (torch.load(path(name), weights_only=True) for name in ("last", "one"))
     assert list(ours["state_dict"]) == list(theirs["state_dict"])
