@@ -162,7 +162,7 @@ class Happening(Callback):
                 self.maybe(trainer, "average", trainer.fit_loop.total_batch_idx)
                 return found
 
-            Copies.add_up = add_up  # type: ignore[method-assign]
+            Copies.add_up = add_up  # type: ignore[method-assign,assignment]
         if trainer.is_global_zero:
             torch.save = self.half_of(torch.save, trainer)
 

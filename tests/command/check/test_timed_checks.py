@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -118,7 +119,7 @@ def test_every_small_layer_of_equal_cards_works() -> None:
 def fail_alone(check: Callable[[Rank], Finding], folder: str) -> tuple[Any, list[Any]]:
     """Run a check on a rank without others, whose signals have no effect; return what it finds, or its error."""
     signals: list[Any] = []
-    with clock_of_pauses(), mock.patch.object(failure.os, "kill", lambda _, number: signals.append(number)):
+    with clock_of_pauses(), mock.patch.object(os, "kill", lambda _, number: signals.append(number)):
         try:
             return check(Rank(0, 1, folder=folder)), signals
         except OSError as error:

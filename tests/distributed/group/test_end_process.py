@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from typing import Any
 
@@ -18,8 +19,8 @@ def test_a_process_ends_though_its_log_hangs(monkeypatch: pytest.MonkeyPatch) ->
     free = threading.Event()
     monkeypatch.setattr(end_process, "_PATIENCE_S", 0.05)
     monkeypatch.setattr(end_process._log, "error", lambda *_: free.wait(5))
-    monkeypatch.setattr(end_process.os, "write", lambda _, text: written.append(text))
-    monkeypatch.setattr(end_process.os, "_exit", ended.append)
+    monkeypatch.setattr(os, "write", lambda _, text: written.append(text))
+    monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     end_process.end_process("why")
     free.set()

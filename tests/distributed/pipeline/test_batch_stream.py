@@ -272,7 +272,7 @@ def test_what_the_thread_could_not_receive_is_raised_where_the_batch_is_expected
     def broken(tensor: Tensor, **_: Any) -> Any:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(batch_stream.dist, "irecv", broken)
+    monkeypatch.setattr(dist, "irecv", broken)
     monkeypatch.setattr(batch_stream, "host_timeout", lambda: timedelta(seconds=5))
     stream: Any = ReceivedBatches()
     stream._thread = threading.Thread(target=batch_stream._receive, args=(stream._received, None, 0))
@@ -284,7 +284,8 @@ def test_what_the_thread_could_not_receive_is_raised_where_the_batch_is_expected
 
 
 def send_to_nobody() -> tuple[list[int], str]:
-    send, found = SentBatches._send, []
+    send = SentBatches._send
+    found: list[int] = []
 
     def sent(stream: SentBatches, *message: Any) -> None:
         if found:

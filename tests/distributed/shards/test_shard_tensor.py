@@ -115,7 +115,7 @@ def results(sizes: tuple[int, int]) -> dict[str, Any]:
 def asked_while_released(sizes: tuple[int, int]) -> dict[str, Any]:
     """Ask a parameter object of the user, whose unit is released, as lists made before the training do."""
     leaf: Any = nn.Parameter(whole())
-    part = nn.Parameter(shard_of(whole(), sizes))
+    part: Any = nn.Parameter(shard_of(whole(), sizes))
     become_released(leaf, part)
     found: dict[str, Any] = {
         "values": torch.equal(leaf.full_tensor(), whole()),
@@ -125,7 +125,7 @@ def asked_while_released(sizes: tuple[int, int]) -> dict[str, Any]:
     }
     part.grad = shard_of(whole(2), sizes)
     found["the gradient of its part"] = leaf.grad is part.grad
-    copied = copy.deepcopy(leaf)
+    copied: Any = copy.deepcopy(leaf)
     with torch.no_grad():
         leaf.mul_(2)
     found["written"] = torch.equal(part.detach().full_tensor(), 2 * whole())

@@ -131,7 +131,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 def evaluate_loader(name: str) -> tuple[list[list[int]], float, float]:
-    strategy = HeteroDDPStrategy(shares=[1, 3][: dist.get_world_size()])
+    strategy = HeteroDDPStrategy(shares=[1.0, 3.0][: dist.get_world_size()])
     model, trainer = WithMetric(), make_trainer(strategy, dist.get_world_size(), limit_val_batches=1.0)
     trainer.validate(model, LOADERS[name](), verbose=False)
     found = trainer.callback_metrics
@@ -162,7 +162,7 @@ class Counts(SmallModule):
 
 
 class Fetches(SmallModule):
-    def validation_step(self, dataloader_iter: Any) -> None:
+    def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
         next(dataloader_iter)
 
 

@@ -52,7 +52,8 @@ class PastLightning(Manual):
     """Steps torch's optimisers, of whose steps Lightning does not tell, and uses the model again in the same step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers(use_pl_optimizer=False):
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        for optimizer in optimizers:
             optimizer.zero_grad()
             self.manual_backward(self.step(batch))
             optimizer.step()

@@ -28,6 +28,8 @@ class Data(dict[str, Any]):
 class Batch(Data):
     """Graphs after each other, with the number of each node's graph; ``x_batch`` if it was asked for."""
 
+    graphs: list[Data]
+
     @classmethod
     def from_data_list(cls, graphs: Sequence[Data], follow_batch: Sequence[str] = ()) -> Batch:
         batch = cls({key: torch.cat([graph[key] for graph in graphs]) for key in graphs[0]})
@@ -80,13 +82,12 @@ def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
         (BatchEncoding, "transformers"),
     ):
         monkeypatch.setattr(cls, "__module__", module)
-    for name, contents in {
-        "torch_geometric.data": {"Batch": Batch},
-        "tensordict": {"is_tensor_collection": lambda value: isinstance(value, TensorDict)},
-    }.items():
-        module = ModuleType(name)
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
+    geometric: Any = ModuleType("torch_geometric.data")
+    geometric.Batch = Batch
+    monkeypatch.setitem(sys.modules, "torch_geometric.data", geometric)
+    tensordict: Any = ModuleType("tensordict")
+    tensordict.is_tensor_collection = lambda value: isinstance(value, TensorDict)
+    monkeypatch.setitem(sys.modules, "tensordict", tensordict)
 
 
 def graphs(*nodes: int, follow: Sequence[str] = ()) -> Batch:
