@@ -54,6 +54,7 @@ LONG = {
     "test_examples.py",
     "test_launchers.py",
     "test_nodes.py",
+    "test_replica_faults.py",
     "test_stall.py",
 }
 

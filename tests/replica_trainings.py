@@ -37,6 +37,7 @@ class Case:
     shuffle: bool = True
     replicas: Any = None
     normalised: bool = False
+    verbose: bool = False
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -158,7 +159,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
             num_microbatches=case.micro_batches,
             schedule=case.schedule,  # type: ignore[arg-type]
             num_loss_terms=weight_of if case.terms else None,
-            verbose=False,
+            verbose=case.verbose,
         )
         trainer = make_trainer(strategy, dist.get_world_size(), [seen], **options)
         torch.manual_seed(17 if dist.get_rank() == 0 else 5)  # only rank 0's random numbers decide

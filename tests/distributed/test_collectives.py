@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 import torch.distributed as dist
 from harness import RankError, RankPools
+from torch.utils.data import RandomSampler
 
-from lightning_hetero.distributed.collectives import all_gather, decide_on_rank_zero
+from lightning_hetero.distributed.collectives import BroadcastOrder, all_gather, decide_on_rank_zero
 
 
 def agree_on_rows() -> tuple[list[int], list[list[float]], int]:
@@ -41,3 +45,24 @@ def test_a_failed_decision_fails_on_every_rank(ranks: RankPools) -> None:
 
 def test_without_a_process_group_the_caller_decides() -> None:
     assert decide_on_rank_zero([3.0], lambda rows: rows) == [[3.0]]
+
+
+# ---- the order of an epoch, without other ranks ----------------------------------------------------------------------
+
+
+def test_an_order_that_is_looked_at_before_it_is_drawn_is_the_one_that_is_drawn() -> None:
+    """As by a sanity check of the loader; no random number is used up."""
+    sampler: Any = RandomSampler(range(20), generator=torch.Generator().manual_seed(3))
+    expected = list(RandomSampler(range(20), generator=torch.Generator().manual_seed(3)))
+    order = BroadcastOrder(sampler, epoch=0, lazily=True)
+    assert len(order) == 20
+    assert list(order) == list(order) == expected
+    order.draw()
+    assert list(order) == expected
+    order.set_epoch(1)
+    assert list(order) != expected
+
+
+def test_samples_without_indices_are_an_order_too() -> None:
+    entries = [{"file": "a"}, {"file": "b"}]
+    assert list(BroadcastOrder(entries, epoch=0)) == entries

@@ -21,6 +21,9 @@ class Holder:
         self.values: list[Any] = [1, {"a": torch.zeros(2)}]
         self.values.append(self)
 
+    def get(self) -> list[Any]:
+        return self.values
+
 
 class Module(nn.Module):
     def __init__(self) -> None:
@@ -36,6 +39,7 @@ class Module(nn.Module):
         self.layers = [self.layer, self.layer.weight]
         self.file = io.StringIO()
         self.function: Callable[[int], int] = lambda x: x + 1
+        self.functions: list[Any] = [lambda x: x + 2, lambda x: x + 3]
         self.goes = True
 
 
@@ -84,6 +88,7 @@ def sets(name: str, value: Any) -> Callable[[Any], None]:
         ("tensor", lambda m: m.tensor.add_(1)),
         ("center", lambda m: m.center.add_(1)),
         ("center", centre_replaced_twice),
+        ("center", lambda m: m.register_buffer("center", torch.ones(5))),
         ("new", sets("new", {"x": [torch.ones(1)]})),
         ("losses", lambda m: m.losses.append(nn.Parameter(torch.ones(4)))),
     ],
@@ -130,6 +135,8 @@ def test_what_every_rank_has_stays_what_it_is() -> None:
     def change(module: Any) -> None:
         module.layers.append(module.layer.bias)
         module.counts["a"] += 1
+        module.functions.append(module.holder.values.copy)
+        module.functions.append(module.holder.get)
 
     one, other = Module(), Module()
     kept = other.layers  # a callback may hold the list
@@ -144,9 +151,49 @@ def test_what_every_rank_has_stays_what_it_is() -> None:
     assert kept[1] is other.layer.weight
     assert kept[2] is other.layer.bias
     assert other.counts["new"] == 0, "the function that makes entries is the one of this process"
+    assert [function(0) for function in other.functions[:2]] == [2, 3]
+    assert [method()[0] for method in other.functions[2:]] == [1, 1], "methods come with their objects"
 
 
-@pytest.mark.parametrize("value", [(x for x in "a"), open, lambda: 0])
+class Sealed:
+    """Refuses to be pickled, and to be referred to weakly."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("sealed")
+
+
+def test_values_that_no_rank_can_compare_have_no_digest() -> None:
+    module = Module()
+    state = state_of(module)
+    state.begin()
+    module.number, module.made = 5, Sealed()  # type: ignore[assignment]
+    del module.goes
+    found = state.digests_of_changes()
+    assert found.keys() == {("", "number"), ("", "made"), ("", "goes")}
+    assert [place for place, digest in found.items() if digest is None] == [("", "goes"), ("", "made")]
+    again = state.digests_of_changes()
+    assert again == found, "the same object is no further change"
+
+
+def test_functions_are_on_every_rank_and_files_are_not() -> None:
+    state = state_of(Module())
+    state.begin()
+    reason = state.unsendable([""])
+    assert reason is not None
+    assert "`.file` cannot be sent" in reason
+    module = Module()
+    del module.file
+    state = state_of(module)
+    state.begin()
+    assert state.unsendable([""]) is None
+    assert state.unsendable([]) is None
+
+
+@pytest.mark.parametrize(
+    "value", [(x for x in "a"), open, lambda: 0, Sealed(), torch.empty(2, device="meta"), io.StringIO()]
+)
 def test_what_cannot_be_sent_is_named(value: Any) -> None:
     def change(module: Any) -> None:
         module.number = 5

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from training import SEED, Numbered, SmallModule, flat, loss_of, small_network
 
 from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
+from lightning_hetero.distributed.pipeline.passes.copies import Copies
 from lightning_hetero.testing import SlowDown
 
 
@@ -41,7 +42,8 @@ class Fault:
     Attributes:
         rank: Rank to which it happens.
         what: "kill", "stop" or "raise"; "none" for nothing.
-        when: "step", "replan", "checkpoint", "validation", or "sample" for inside the dataset.
+        when: "step", "loss" for inside a training step, "average" for while gradients are added up over replicas,
+            "replan", "checkpoint", "validation", or "sample" for inside the dataset.
         step: Earliest training step at which it happens.
         seconds: Duration of a stop; 0 for ever.
         others_wait: Whether the other ranks wait meanwhile where no exception reaches them.
@@ -73,6 +75,7 @@ class Job:
         seconds_per_sample: Cost per sample of a device of factor 1.
         weather: Seed of drawn slow-downs and recoveries; negative for none.
         pipeline: Whether the ranks divide the layers instead of the batch.
+        replicas: Ranks of each pipeline, if there are several.
         save_on_exception: Whether a rank that fails saves a checkpoint.
     """
 
@@ -89,6 +92,7 @@ class Job:
     seconds_per_sample: float = 0.003
     weather: int = -1
     pipeline: bool = False
+    replicas: list[list[int]] = field(default_factory=list)
     save_on_exception: bool = False
 
     @property
@@ -150,6 +154,15 @@ class Happening(Callback):
                 self.maybe(trainer, "replan", first_step)
 
             strategy.change_plan = change_plan  # type: ignore[method-assign]
+        if self.job.replicas:
+            added_up = Copies.add_up
+
+            def add_up(*args: Any) -> Any:
+                found = added_up(*args)  # which the peers wait for
+                self.maybe(trainer, "average", trainer.fit_loop.total_batch_idx)
+                return found
+
+            Copies.add_up = add_up  # type: ignore[method-assign,assignment]
         if trainer.is_global_zero:
             torch.save = self.half_of(torch.save, trainer)
 
@@ -245,10 +258,11 @@ class Ledger(SmallModule):
 class StagedLedger(LightningModule):
     """The same network for stages; every rank sees every batch, and rank 0 writes them down."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, happening: Happening) -> None:
         super().__init__()
         self.model = small_network()
         self.writer = LedgerWriter(folder)
+        self.happening = happening
 
     @property
     def network(self) -> nn.Module:
@@ -262,6 +276,7 @@ class StagedLedger(LightningModule):
             self.writer.write(self.trainer, batch[0].tolist())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.happening.maybe(self.trainer, "loss", self.trainer.fit_loop.total_batch_idx)
         return loss_of(self.model, batch[1], batch[2])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -296,7 +311,8 @@ def train(argument: str) -> None:
     seed_everything(SEED, verbose=False)
     torch.set_num_threads(1)
     balancer = LoadBalancer(watch_steps=5)
-    callbacks: list[Callback] = [Happening(job)] if job.pipeline else [balancer, Happening(job)]
+    happening = Happening(job)
+    callbacks: list[Callback] = [happening] if job.pipeline else [balancer, happening]
     if job.factors:
         slow_down = SlowDown(job.factors, seconds_per_sample=job.seconds_per_sample)
         callbacks.append(slow_down)
@@ -310,7 +326,7 @@ def train(argument: str) -> None:
         accelerator="cpu",
         devices=job.devices,
         num_nodes=job.nodes,
-        strategy=HeteroPipelineStrategy(timeout=timeout)
+        strategy=HeteroPipelineStrategy(timeout=timeout, replicas=job.replicas or 1)
         if job.pipeline
         else HeteroDDPStrategy(global_batch_size=job.batch, timeout=timeout),
         max_epochs=job.epochs,
@@ -321,7 +337,7 @@ def train(argument: str) -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    model = StagedLedger(folder) if job.pipeline else Ledger(folder)
+    model = StagedLedger(folder, happening) if job.pipeline else Ledger(folder)
     size = job.batch if job.pipeline else job.batch // trainer.world_size
     workers = {"num_workers": job.workers, "persistent_workers": bool(job.workers)}
     training = DataLoader(FaultyData(job), batch_size=size, shuffle=True, **workers)  # type: ignore[arg-type]

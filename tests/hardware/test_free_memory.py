@@ -1,14 +1,15 @@
-"""Copies are put on a device only where they leave it much of its free memory."""
+"""What is known of a device's memory; copies are put on it only where they leave it much of its free memory."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_hetero.hardware import memory
-from lightning_hetero.hardware.memory import MemoryUse, fits
+from lightning_hetero.hardware.memory import CudaMemoryMeter, MemoryUse, fits, meter_of
 
 GIB = 2**30
 
@@ -33,3 +34,24 @@ def test_a_device_that_does_not_say_gets_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "get_device_module", lambda device: known)
     assert fits(4 * GIB, xpu)
     assert not fits(5 * GIB, xpu)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_free_memory_is_asked_of_the_driver_and_else_of_torch(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """The driver knows what other processes use too; of a part of a card it knows nothing."""
+    peaks = [7]
+    for name, answer in {
+        "get_device_properties": SimpleNamespace(uuid="1234"),
+        "mem_get_info": (3, 16),
+        "memory_allocated": 5,
+        "memory_reserved": 6,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(5))
+    nvml: Any = SimpleNamespace(free_bytes=lambda uuid: {"GPU-1234": 2}.get(uuid) if answers else None)
+    meter = CudaMemoryMeter(torch.device("cuda", 0), nvml)
+    assert meter.read() == MemoryUse(resident_bytes=5, peak_bytes=7, available_bytes=8 if answers else 9)
+    meter.restart()
+    assert meter.read().peak_bytes == 5
+    assert meter_of(torch.device("cpu")) is None, "its memory is shared with everything else"

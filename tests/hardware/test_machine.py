@@ -134,6 +134,7 @@ def test_amds_devices_are_seen_by_a_build_that_cannot_use_them(cuda: list[Any], 
     for node, text in enumerate(["simd_count 0\nvendor_id 0\n", "simd_count 440\nvendor_id 4098\n"]):
         (nodes / str(node)).mkdir(parents=True)
         (nodes / str(node) / "properties").write_text(text, encoding="ascii")
+    (nodes / "2/properties").mkdir(parents=True)  # what cannot be read hides nothing
     (note,) = here(root=tmp_path).notes
     assert "the AMD device of this machine" in note
     assert "gloo" in note
@@ -149,3 +150,22 @@ def test_other_accelerators_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(r.device, r.name, r.vendor, r.memory_bytes) for r in reports[:2]] == [
         (f"xpu:{index}", "Intel Arc A770", "Intel", 16_000) for index in range(2)
     ]
+
+
+def test_an_accelerator_of_another_backend_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of Apple, which has no numbers; torch names it once more as its accelerator."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    modules = {
+        "mps": SimpleNamespace(recommended_max_memory=lambda: 24_000),
+        "npu": SimpleNamespace(get_device_name=lambda index: f"Other {index}"),
+    }
+    monkeypatch.setattr(torch, "get_device_module", modules.__getitem__)
+    found = {}
+    for kind in modules:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda kind=kind: SimpleNamespace(type=kind))
+        found[kind] = [(r.device, r.name, r.vendor, r.memory_bytes) for r in here().devices if r.device != "cpu"]
+    apple = ("mps", "mps", "Apple", 24_000)
+    assert found == {"mps": [apple], "npu": [apple, ("npu:0", "Other 0", None, None)]}

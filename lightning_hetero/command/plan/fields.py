@@ -63,17 +63,13 @@ class Fields:
             raise self.wrong(key, rule)
         return self._values[key]
 
-    def number(
-        self, key: str, default: float | None = None, above: float | None = 0.0, maximum: float = math.inf
-    ) -> float:
+    def number(self, key: str, default: float | None = None, above: float | None = 0.0) -> float:
         """Return a finite number above ``above``, or of at least 0 if that is None; required without a default."""
         if key not in self._values and default is not None:
             return default
         rule = "a number that is not negative" if above is None else f"a number above {above:g}"
-        if maximum < math.inf:
-            rule += f" and at most {maximum:g}"
         found = _number(self.value(key, rule))
-        if found is None or (found < 0 if above is None else found <= above) or found > maximum:
+        if found is None or (found < 0 if above is None else found <= above):
             raise self.wrong(key, rule)
         return found
 

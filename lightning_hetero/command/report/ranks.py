@@ -25,12 +25,14 @@ class ShownRanks:
         world_size: Number of all ranks.
         colours: Colour of each shown rank; if there are more ranks than colours, one colour per model of device.
         legend: Name and colour of each entry of the legend.
+        by_speed: Whether the speed of each rank is known, so that it decides which are left out.
     """
 
     ranks: tuple[int, ...]
     world_size: int
     colours: dict[int, str]
     legend: tuple[tuple[str, str], ...]
+    by_speed: bool = True
 
     @property
     def note(self) -> str:
@@ -38,7 +40,10 @@ class ShownRanks:
         if len(self.ranks) == self.world_size:
             return ""
         half = MAX_RANKS // 2
-        return f"Of {self.world_size} ranks, the {half} slowest and the {half} fastest are shown."
+        which = (
+            f"the {half} slowest and the {half} fastest" if self.by_speed else f"the first {half} and the last {half}"
+        )
+        return f"Of {self.world_size} ranks, {which} are shown."
 
 
 def shown_ranks(devices: Sequence[DeviceProfile], window: RunWindow | None) -> ShownRanks:
@@ -59,14 +64,15 @@ def shown_ranks(devices: Sequence[DeviceProfile], window: RunWindow | None) -> S
     if len(ranks) <= len(SERIES):
         colours = {rank: SERIES[i] for i, rank in enumerate(ranks)}
         legend = tuple((f"rank {rank}: {_short(devices[rank].name)}", colours[rank]) for rank in ranks)
-        return ShownRanks(ranks, len(devices), colours, legend)
+        return ShownRanks(ranks, len(devices), colours, legend, window is not None)
     models = list(dict.fromkeys(devices[rank].name for rank in ranks))
     colour_of = {model: SERIES[min(i, len(SERIES) - 1)] for i, model in enumerate(models)}
     kept = models if len(models) <= len(SERIES) else models[: len(SERIES) - 1]
     legend = tuple((_short(model), colour_of[model]) for model in kept)
     if len(kept) < len(models):
         legend = (*legend, ("other devices", SERIES[-1]))
-    return ShownRanks(ranks, len(devices), {rank: colour_of[devices[rank].name] for rank in ranks}, legend)
+    colours = {rank: colour_of[devices[rank].name] for rank in ranks}
+    return ShownRanks(ranks, len(devices), colours, legend, window is not None)
 
 
 def _short(name: str) -> str:

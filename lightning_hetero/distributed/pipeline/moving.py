@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -236,12 +237,20 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def digest_of_attributes(parts: Iterable[nn.Module]) -> bytes:
-    """Return a digest of what modules keep in plain attributes; equal on two ranks if nothing has changed on either."""
+    """Return a digest of what modules keep in plain attributes; equal on two ranks if nothing has changed on either.
+
+    Where that cannot be told, no two digests are equal.
+    """
     kept = [
         {name: value for name, value in vars(part).items() if name not in _OF_MODULES and isinstance(value, _PLAIN)}
         for part in parts
     ]
     try:
-        return hashlib.blake2b(pickle.dumps(_each(kept, lambda value, _: value.detach().cpu().numpy()))).digest()
+        return hashlib.blake2b(pickle.dumps(_each(kept, lambda value, _: _contents(value)))).digest()
     except Exception:  # values may hold anything
-        return b""
+        return os.urandom(16)
+
+
+def _contents(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    numbers = tensor.detach().cpu().contiguous().reshape(-1)
+    return str(tensor.dtype), tuple(tensor.shape), numbers.view(torch.uint8).numpy().tobytes()

@@ -229,7 +229,13 @@ class Replay:
         if key not in self._outputs:
             device = tensors[0].device if tensors else torch.device("cpu")
             with torch.inference_mode(False), torch.no_grad(), _calls_handled_by(None):
-                output = self._tried(self._modules[number], args, kwargs, device)
+                try:
+                    output = self._tried(self._modules[number], args, kwargs, device)
+                except Exception as error:
+                    raise UnsupportedFeatureError(
+                        f"`hetero_pipeline` must know the shape of what layer {self._name(number)!r} returns on ranks"
+                        f" that do not run it, but that depends on values or fails: {error}. {_WAY_OUT}"
+                    ) from error
             self._outputs[key] = mapped(output, lambda leaf: _without_memory_like(leaf, device))
         return self._outputs[key]
 

@@ -217,11 +217,12 @@ def _elementwise(func: Any, name: str, args: Any, kwargs: Any, *, of_lists: bool
     if of_lists:
         return _over_lists(func, name, args, kwargs)
     division = _common_division(name, [*args, *kwargs.values()])
+    in_place = name.endswith("_")
+    if in_place and not isinstance(args[0], ShardTensor):
+        raise UnsupportedFeatureError(_why_not(name))
     local = partial(_local, division=division)
     result = func(*tree_map(local, args), **tree_map(local, kwargs))
-    if name.endswith("_"):
-        if not isinstance(args[0], ShardTensor):
-            raise UnsupportedFeatureError(_why_not(name))
+    if in_place:
         return args[0]
     return tree_map(lambda value: ShardTensor(value, division) if isinstance(value, Tensor) else value, result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import traceback
 import weakref
 from collections.abc import Mapping
@@ -279,7 +280,9 @@ class BaseStrategy(DDPStrategy):
                 announce(f"rank {self.global_rank} with\n{told}")
             else:
                 pass_on(reason)
-                _log.error("Another rank has failed: %s", reason)
+                # otherwise this rank has announced itself why it fails, or peers have been told by what it sent
+                if not re.match(rf"rank {self.global_rank}\b", reason, re.IGNORECASE):
+                    _log.error("Another rank has failed: %s", reason)
         super().on_exception(exception)
 
     @override

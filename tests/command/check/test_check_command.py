@@ -70,6 +70,7 @@ def test_neither_torch_nor_lightning_is_needed_for_the_list(option: str) -> None
         (["--only", "exact", "exat"], "`--only` must be names of checks, got 'exat'"),
         (["--limit-s", "0"], "`--limit-s` must be a positive number of seconds, got '0'"),
         (["--limit-s", "nan"], "got 'nan'"),
+        (["--limit-s", "2 min"], "got '2 min'"),
         (["--devices", "0,0"], "`--devices` must be `cpu` or different numbers of CUDA devices"),
         (["--devices", "cuda"], "got 'cuda'"),
         (["--json", "/no/folder/x"], "`--json` must be a file that can be written, got '/no/folder/x'"),
@@ -124,6 +125,8 @@ def test_what_cannot_run_says_why() -> None:
     assert reasons["best-shares"] == ("", "needs two CUDA devices, got one")
     assert reasons["pipeline-bf16"] == ("", "")
     assert not any(check.why_not(Layout("cuda", (0, 1), ("A", "B"))) for check in CHECKS)
+    (check,) = named(["sync-batch-norm"])
+    assert run_check(check, CPU) == Result(check, skipped("needs a CUDA device"))
 
 
 def test_checks_have_names_of_their_own_and_come_in_order() -> None:

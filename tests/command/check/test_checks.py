@@ -29,6 +29,8 @@ from lightning_hetero.command.check.layout import CPU, Layout
 from lightning_hetero.command.check.runner import run_check
 from lightning_hetero.command.check.summary import line
 from lightning_hetero.command.main import main
+from lightning_hetero.exceptions import RankOutOfMemoryError
+from lightning_hetero.plugin.common import base_strategy
 
 TESTS = Path(__file__).parents[2]
 
@@ -58,6 +60,7 @@ CASES: dict[str, tuple[Function, Function]] = {
     "out-of-memory": (memory.out_of_memory, memory.out_of_memory),
     "shards": (exactness.shards, broken.shards),
     "pipeline-float32": (pipeline.float32, broken.float32),
+    "pipeline-bf16": (pipeline.bf16, pipeline.bf16),
 }
 
 
@@ -81,6 +84,30 @@ def test_synchronised_batch_norm_with_kernels_for_the_processor(ranks: RankPools
         assert finding.outcome == "PASS", finding
     found = ranks.run(2, with_kernels, broken.synchronised_batch_norm, timeout_s=90)
     assert "FAIL" in [finding.outcome for finding in found]
+
+
+def search_with_common_statistics() -> bool:
+    with synchronised_on_cpu():
+        return memory._refuses(Rank(dist.get_rank(), dist.get_world_size()))
+
+
+def test_no_batch_is_searched_by_one_rank_where_all_normalise_it(ranks: RankPools) -> None:
+    assert ranks.run(2, search_with_common_statistics) == [True, True]
+
+
+def run_out_of_memory_in_hook(folder: str) -> tuple[str, int]:
+    with mock.patch.object(base_strategy._log, "error") as error, pytest.raises(RankOutOfMemoryError) as caught:
+        memory.out_of_memory_in_hook(Rank(0, 1, folder=folder))
+    return str(caught.value), error.call_count
+
+
+def test_a_hook_without_memory_is_named(ranks: RankPools, tmp_path: Path) -> None:
+    ((message, errors),) = ranks.run(1, run_out_of_memory_in_hook, str(tmp_path))
+    assert errors == 0, "it is not another rank that has failed"
+    assert "Rank 0 (cpu) ran out of memory in the all-reduce" in message
+    assert "what was communicated cannot be repeated" in message
+    assert "32 samples in the hook pass" in message
+    assert (tmp_path / "fault-0").exists()
 
 
 # ---- devices that this machine lacks ---------------------------------------------------------------------------------
@@ -205,10 +232,41 @@ def test_memory_of_a_card_is_limited_to_what_fits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     shortage = memory.Shortage(Rank(1, 2, "cuda", [0, 1]), "forward", 6)
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: taken.append(size))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for step in range(1, 4):
         shortage.on_train_batch_end(SimpleNamespace(global_step=step))  # type: ignore[arg-type]
+        shortage.allocate("forward", step)
+        shortage.allocate("backward", 9)
     shortage.end()
+    assert taken == [2 * 2**25, 3 * 2**25], "of the samples of a pass, once there is a limit"
     assert limits == [(2**27 + 6.5 * 2**25) / 2**34, 1.0]
+
+
+class OfTwo(Rank):
+    """The first of two ranks on cards; the other finds the half."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value // 2]
+
+
+@pytest.mark.parametrize(("of_stages", "outcome"), [(2**30, "PASS"), (3 * 2**30, "FAIL")])
+def test_stages_on_cards_need_less_memory_than_the_model(
+    monkeypatch: pytest.MonkeyPatch, of_stages: int, outcome: str
+) -> None:
+    held, trained = 2**28, iter([of_stages, of_stages, 2 * 2**30])
+    for name in ("set_device", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held + next(trained))
+    for function in ("_in_stages", "_on_one_device"):
+        monkeypatch.setattr(pipeline, function, lambda *_: torch.ones(3))
+    found = pipeline.float32(OfTwo(0, 2, "cuda", (0, 1)))
+    assert found.outcome == outcome
+    assert f"[{of_stages / 2**30}, {of_stages / 2**31}] (1f1b)" in found.note
+    assert "one device 2.00 GiB" in found.note
+    assert found.details["peaks"]["gpipe"] == [of_stages, of_stages // 2], "without what was held before"
 
 
 # ---- as users run them -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,30 @@ def test_where_nothing_fits_nothing_is_taken() -> None:
     assert all(one.why_not for one in found.candidates)
 
 
+def test_fewer_layers_than_devices_leave_other_strategies() -> None:
+    """Several short pipelines among them."""
+    half = ModelLayer(0.001, 0.002, parameter_bytes=2 * GB, activation_bytes=1e6, output_bytes=1e5)
+    few = replace(cluster((4, 1.0, 16 * GB), block=half, bits_per_s=1e12), model=Model((half,) * 2))
+    found = {one.strategy: one for one in predict_all(few).candidates}
+    assert "at least one layer per device, got 4 devices and 2 layers" in (found["hetero_pipeline"].why_not or "")
+    assert found["replicas"].argument == "HeteroPipelineStrategy(replicas=[[0, 1], [2, 3]], num_microbatches=8)"
+    small = replace(few, model=Model((BLOCK,) * 2))
+    assert predict_all(small).chosen is not None
+
+
+def test_that_nothing_fits_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [{"forward_ms": 1, "backward_ms": 2, "parameter_megabytes": 1e5}]
+    code, out, _ = run(tmp_path, capsys, layers=layers)
+    assert code == 0
+    assert "none of them can train this: use more or larger devices, a smaller batch, or a smaller model" in out
+
+
+def test_a_batch_must_have_a_sample_per_device() -> None:
+    found = predict_all(replace(cluster((1, 2.0, 24 * GB), (2, 1.0, 24 * GB)), global_batch_size=2))
+    reasons = {one.strategy: one.why_not for one in found.candidates}
+    assert "at least" in (reasons["hetero_ddp"] or "")
+
+
 def test_large_mini_batches_are_cut() -> None:
     block = ModelLayer(0.001, 0.002, 0.001, 0.002, parameter_bytes=4e6, activation_bytes=GB)
     found = predict_all(cluster((1, 1.0, 200 * GB), (1, 1.0, 100 * GB), block=block))
@@ -162,6 +187,12 @@ def test_the_file_of_a_profile_says_the_same(tmp_path: Path, capsys: pytest.Capt
         ({"layers": None}, "must say what the model takes with exactly one of model, layers"),
         ({"model": "model.json", "layers": None}, "must be a file, but it does not exist"),
         ({"model": "other.yaml", "layers": None}, "must be what `lightning-hetero profile --json` writes"),
+        (
+            {"model": "model.json", "layers": None, "optimizer_states": 1},
+            "`optimizer_states` must be left out with `mo",
+        ),
+        ({"model": "no_time.json", "layers": None}, "`layers` must take some time per sample, got none"),
+        ({"layers": [{"forward_ms": 1, "backward_ms": 1, "count": 4096}] * 2}, "at most 4096 in total, got 8192"),
         ({"samples_per_s": 3}, "`samples_per_s` is not a known key"),
         ({"parameters": 3}, "`parameters` must be left out with `strategy: auto`"),
         ({"num_microbatches": 97}, "`num_microbatches` must be a whole number of at least 1 and at most 96, got 97"),
@@ -177,6 +208,8 @@ def test_what_is_wrong_is_named(
     changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.yaml").write_text("a: 1", encoding="utf-8")
+    no_time = model_document(Model((ModelLayer(0.0, 0.0, 0.001, 0.001),)), module="net:Net")
+    (tmp_path / "no_time.json").write_text(json.dumps(no_time), encoding="utf-8")
     code, _, error = run(tmp_path, capsys, **changes)
     assert code == 2
     assert message in error

@@ -145,6 +145,7 @@ def test_a_wrong_value_is_named_with_its_path(
         ("strategy: hetero_pipeline\nlayers: [1]\ndevices:\n" + SPEEDS, "`layers[0]` must be a mapping"),
         ("strategy: hetero_pipeline\nlayers: []\ndevices:\n" + SPEEDS, "`layers` must be a list with one entry for ea"),
         ("strategy: hetero_pipeline\ndevices:\n" + SPEEDS, "`layers` must be the number of equal layers, or a list"),
+        ("strategy: hetero_pipeline\nlayers: [" + "0," * 4097 + "]\ndevices:\n" + SPEEDS, "at most 4096 entries"),
         (
             "strategy: hetero_pipeline\nlayers:\n  - {forward_ms: 1, backwards_ms: 2}\ndevices:\n" + SPEEDS,
             "`layers[0].backwards_ms` is not a known key. Did you mean `backward_ms`?",
@@ -177,6 +178,7 @@ def test_a_wrong_pipeline_is_named_with_its_path(
         (b"a: 2001-99-99", "must be YAML, got month must be in 1..12."),
         (b"[" * 20_000, "must be YAML, got maximum recursion depth exceeded"),
         (b"? {a: 1}\n: 2", "must be YAML, got line 1, column 3: found unhashable key."),
+        pytest.param(b"#" * (2**24 + 1), "must be a text file of at most 16 MiB, got more.", id="large"),
     ],
 )
 def test_a_file_that_describes_no_cluster_is_refused_on_one_line(

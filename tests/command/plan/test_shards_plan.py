@@ -88,6 +88,14 @@ def test_samples_go_by_speed_and_shards_by_memory(tmp_path: Path, capsys: pytest
     assert "speed-up 1.49" in run(tmp_path, capsys)[1]
 
 
+def test_activations_that_are_not_given_are_ignored_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = " ".join(run(tmp_path, capsys, memory_megabytes_per_sample=None)[1].split())
+    assert "activations are ignored; to include them, give memory_megabytes_per_sample" in printed
+    assert "the memory of the devices is ignored" not in printed, "it holds the shards"
+
+
 def test_what_does_not_fit_says_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(tmp_path, capsys, parameters=3e9)
     assert code != 0

@@ -23,6 +23,7 @@ from lightning_hetero.balance.record.run_record import (
 )
 from lightning_hetero.balance.record.run_record_parser import parse_record
 from lightning_hetero.balance.types import DeviceProfile
+from lightning_hetero.command.report import page as page_module
 from lightning_hetero.command.report.page import build
 from lightning_hetero.command.report.pipeline_charts import passes_chart, recorded_passes
 from lightning_hetero.exceptions import ConfigurationError, HeteroError
@@ -145,6 +146,30 @@ def test_a_thousand_ranks_are_few_bytes() -> None:
     assert "rank 999, 34 samples" in html
     assert "rank 500, " not in html
     assert html.count("<td>500</td>") == 1  # its row in the table
+
+
+def test_ranks_whose_speed_is_not_known_are_not_called_slow() -> None:
+    """A resumed run has shares before it has measured anything."""
+    change = RunChange(0, 0.1, (64,) * 40, "resumed")
+    html, page = page_of([to_line(header([f"kind {rank}" for rank in range(40)])), to_line(change)])
+    assert page.sections == ["nothing", "shares", "ranks"]
+    assert "Of 40 ranks, the first 16 and the last 16 are shown." in html
+    assert "slowest" not in html
+
+
+def test_what_was_not_measured_has_no_chart() -> None:
+    """As the memory of processors."""
+    first, *_ = batch_run(TWO_COSTS_S)
+    assert isinstance(first, RunWindow)
+    _, page = page_of([TWO[0], to_line(replace(first, peak_bytes=(0.0, 0.0), budget_bytes=()))])
+    assert page.sections == ["time-line", "shares", "efficiency", "step-times", "ranks"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(119.9, "119.9 s"), (120.0, "2 min 0 s"), (3999.6, "66 min 40 s"), (90_061.0, "25 h 1 min")]
+)
+def test_long_times_are_in_minutes_and_hours(seconds: float, shown: str) -> None:
+    assert page_module._duration(seconds) == shown
 
 
 @pytest.mark.parametrize(

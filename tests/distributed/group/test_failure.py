@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -12,6 +13,64 @@ from harness import RankPools
 from lightning_hetero.distributed.group import failure
 from lightning_hetero.distributed.group.failure import announce, announced, begin_run
 from lightning_hetero.distributed.torch_private import default_store
+
+LOST = RuntimeError("gloo: timed out after 3 s")
+
+
+class Stuck:
+    """The ranks' store, whose keeper does not answer for a while."""
+
+    def set(self, *_: Any) -> None:
+        time.sleep(3.0)
+        raise RuntimeError("closed")
+
+
+def reasons() -> dict[str, Any]:
+    """Let communication fail on rank 0 alone, on both, with a store that does not answer, and by another error."""
+    found: dict[str, Any] = {}
+    begin_run()
+    with mock.patch.object(failure, "_PATIENCE_S", 0.3):
+        found["alone"] = None if dist.get_rank() else failure.why_communication_failed(LOST)
+        dist.barrier()
+        begin_run()
+        found["both"] = failure.why_communication_failed(LOST)
+        with mock.patch.object(failure, "default_store", Stuck):
+            found["no store"] = failure.why_communication_failed(LOST)
+    found["another error"] = failure.why_communication_failed(RuntimeError("index out of range"))
+    found["no error of torch's"] = failure.why_communication_failed(OSError("gloo"))
+    dist.barrier()
+    begin_run()
+    return found
+
+
+def test_a_rank_says_who_does_not_answer(ranks: RankPools) -> None:
+    first, second = ranks.run(2, reasons, timeout_s=60.0)
+    assert first["alone"].startswith("rank 1 does not answer (it is stopped, gone, cut off from the network, or at")
+    assert first["alone"].endswith("this rank's error: gloo: timed out after 3 s")
+    for found in (first, second):
+        assert found["both"].startswith("communication has broken off although every rank answers")
+        assert found["no store"].startswith("the process that keeps the ranks' common store")
+        assert found["another error"] is None
+        assert found["no error of torch's"] is None
+
+
+def test_before_there_are_peers_nobody_is_blamed() -> None:
+    assert failure.why_communication_failed(LOST) is None
+
+
+def watch_without_a_port() -> tuple[int, int]:
+    unreachable = OSError("no port is free")
+    with (
+        mock.patch.object(failure, "Hub", side_effect=unreachable),
+        mock.patch.object(failure, "Spoke", side_effect=unreachable),
+    ):
+        failure.watch_peers("127.0.0.1", lambda: False)
+        before = len(failure._active)
+    return before, len(failure._active)
+
+
+def test_ranks_that_cannot_watch_each_other_train_all_the_same(ranks: RankPools) -> None:
+    assert ranks.run(2, watch_without_a_port) == [(0, 0)] * 2
 
 
 class Slow:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lightning_hetero.distributed.group import end_process, failure, peer_links, peer_watch
+from lightning_hetero.distributed.group import failure, peer_connection, peer_links, peer_watch
 from lightning_hetero.distributed.group.peer_connection import Connection
 from lightning_hetero.distributed.group.peer_links import Hub, Link, Spoke
 from lightning_hetero.distributed.group.peer_watch import PeerWatch, WatchTimes
@@ -195,6 +195,92 @@ def test_a_rank_that_cannot_reach_rank_zero_looks_into_the_store(ranks: Ranks) -
     ranks.until(lambda: spoke.failed == ranks.announced)
 
 
+def test_strangers_who_say_nothing_are_sent_away(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_links, "_HELLO_S", 0.2)
+    port, _ = json.loads(str(ranks.place))
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        ranks.until(lambda: ranks.hub._strangers)
+        ranks.until(lambda: not ranks.hub._strangers)
+        stranger.settimeout(LIMIT_S)
+        assert stranger.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", port)) as stranger:  # or who never come to an end
+        stranger.settimeout(LIMIT_S)
+        ranks.until(lambda: ranks.hub._strangers)
+        with suppress(OSError):
+            for _ in range(40):
+                stranger.sendall(b"x" * (1 << 16))
+                ranks.until(seconds=0.01)
+        ranks.until(lambda: not ranks.hub._strangers)
+    assert ranks.hub.failed is None
+
+
+def test_a_rank_that_reaches_somebody_else_tries_again(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something listens at the port that rank 0 has had, and says nothing."""
+    monkeypatch.setattr(peer_links, "_HELLO_S", 0.2)
+    right, identifier = ranks.place, "0" * 32
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ranks.place = json.dumps([other.getsockname()[1], identifier])
+        spoke = ranks.spokes[1] = Spoke(1, "127.0.0.1", lambda: ranks.place, lambda: None)
+        ranks.until(lambda: spoke.connections())
+        ranks.place = right
+        ranks.until(lambda: spoke._was_welcome)
+    assert (spoke.failed, [*ranks.hub.connections()]) == (None, [1])
+
+
+def test_a_machine_that_cannot_be_reached_for_a_while_is_no_death(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, tries = Connection.to, []
+
+    def unreachable(host: str, port: int) -> Connection:
+        tries.append(port)
+        if len(tries) < 3:
+            raise OSError("no route to host")
+        return connect(host, port)
+
+    monkeypatch.setattr(Connection, "to", unreachable)
+    spoke = ranks.spoke(1)
+    assert len(tries) == 3
+    assert spoke.failed is None
+
+
+def test_time_in_which_rank_zero_could_not_listen_counts_for_nobody(ranks: Ranks) -> None:
+    """A rank whose connection was cut meanwhile has the whole time to come back."""
+    ranks.hub._lost[1] = time.monotonic() + 0.1
+    ranks.hub.forgive_silence(0.4)
+    ranks.until(seconds=0.3)
+    assert ranks.hub.failed is None
+    ranks.until(lambda: ranks.hub.failed)
+
+
+def test_nothing_that_arrives_is_no_message(ranks: Ranks) -> None:
+    spoke = ranks.spoke(1)
+    connection = spoke.connections()[0]
+    connection.socket.settimeout(0.01)
+    assert connection.receive() == []
+
+
+@pytest.mark.parametrize("has_ipv6", [True, False, None])
+def test_rank_zero_listens_at_all_addresses_if_others_are_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, has_ipv6: bool | None
+) -> None:
+    """Also where IPv6 is not there, or is switched off, which shows only when it is used."""
+    create = socket.create_server
+
+    def created(address: Any, **options: Any) -> socket.socket:
+        if has_ipv6 is None and options.get("dualstack_ipv6"):
+            raise OSError("address family not supported")
+        return create(address, **options)
+
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: has_ipv6 is not False)
+    monkeypatch.setattr(socket, "create_server", created)
+    with peer_connection.listen("node-0.cluster") as listening:
+        with socket.create_connection(("127.0.0.1", listening.getsockname()[1]), timeout=LIMIT_S):
+            pass
+        if has_ipv6 is not True:
+            assert listening.family == socket.AF_INET
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
 def test_a_forked_process_does_not_keep_connections_open(ranks: Ranks) -> None:
     """As the workers of a loader, which live on for some seconds."""
@@ -270,14 +356,19 @@ def test_a_rank_that_leaves_in_time_is_not_ended(monkeypatch: pytest.MonkeyPatch
     assert not watch._thread.is_alive()
 
 
-def test_torchrun_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    path = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    end_process._record_for_torchrun("first")
-    end_process._record_for_torchrun("second")
-    message = json.loads(path.read_text(encoding="utf-8"))["message"]
-    assert message["message"] == "RankFailedError: first"
-    assert "RankFailedError: first" in message["extraInfo"]["py_callstack"]
+class Explodes(Fails):
+    def step(self, timeout_s: float) -> None:
+        raise ValueError("a fault of ours")
+
+
+def test_a_watch_that_fails_leaves_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(peer_watch, "end_process", ended.append)
+    watch = PeerWatch(Explodes(), 0, lambda: False, WatchTimes(patience_s=0.1))
+    watch._thread.join(5)
+    assert not watch._thread.is_alive()
+    watch.stop()
+    assert not ended
 
 
 def test_nothing_is_watched_without_peers() -> None:

@@ -7,6 +7,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_hetero.distributed.data.loading_ahead import may_load_ahead
+from lightning_hetero.distributed.pipeline import batch_stream
 from lightning_hetero.distributed.pipeline.batch_stream import ReceivedBatches, SentBatches, end_iterations
 from lightning_hetero.distributed.pipeline.packed_batch import empty_tensors, packed, unpacked
 
@@ -130,9 +132,11 @@ def take(values: list[Any], ahead: bool) -> tuple[list[Any], list[int]]:
 
     got = []
     with mock.patch.object(dist, "isend", noted):
-        for batch in iteration(values, ahead=ahead):
+        stream = iteration(values, ahead=ahead)
+        for batch in stream:
             got.append((int(batch["i"]), len(batch["x"]), float(batch["x"].sum()) / len(batch["x"])))
             batch["x"].add_(100)  # steps may change their batch
+        assert next(stream, None) is None, "an iteration that has ended does not begin again"
     end_iterations()
     return got, sizes
 
@@ -233,6 +237,76 @@ def leave_alone() -> None:
 def test_a_rank_that_goes_on_alone_is_told(ranks: RankPools) -> None:
     with pytest.raises(RankError, match="rank 0 has left the loop in which other ranks expect a batch of it"):
         ranks.run(2, leave_alone, timeout_s=30)
+
+
+def wait_too_long() -> list[Any]:
+    """Let rank 0 load until the others have given up once."""
+
+    def load() -> Iterator[Any]:
+        dist.barrier()
+        yield numbered(1)[0]
+
+    stream: Any = SentBatches(load(), ahead=False) if dist.get_rank() == 0 else ReceivedBatches()
+    found: list[Any] = []
+    if dist.get_rank():
+        with mock.patch.object(batch_stream, "host_timeout", return_value=timedelta(seconds=0.2)):
+            try:
+                next(stream)
+            except RuntimeError as error:
+                found.append(str(error))
+        dist.barrier()
+    found.append(int(next(stream)["i"]))
+    end_iterations()
+    return found
+
+
+def test_a_rank_waits_for_a_batch_as_long_as_for_anything_else(ranks: RankPools) -> None:
+    first, second = ranks.run(2, wait_too_long, timeout_s=60)
+    assert first == [0]
+    assert second == ["gloo: timed out waiting 0 s for a batch of rank 0", 0]
+
+
+def test_what_the_thread_could_not_receive_is_raised_where_the_batch_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(tensor: Tensor, **_: Any) -> Any:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "irecv", broken)
+    monkeypatch.setattr(batch_stream, "host_timeout", lambda: timedelta(seconds=5))
+    stream: Any = ReceivedBatches()
+    stream._thread = threading.Thread(target=batch_stream._receive, args=(stream._received, None, 0))
+    stream._thread.start()
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        next(stream)
+    assert next(stream, None) is None
+    stream._thread.join(5)
+
+
+def send_to_nobody() -> tuple[list[int], str]:
+    send = SentBatches._send
+    found: list[int] = []
+
+    def sent(stream: SentBatches, *message: Any) -> None:
+        if found:
+            raise RuntimeError("Connection closed by peer")
+        send(stream, *message)
+
+    with mock.patch.object(SentBatches, "_send", sent):
+        stream = SentBatches(batches(numbered(3)), ahead=True)
+        found.append(int(next(stream)["i"]))
+        try:
+            found += [int(batch["i"]) for batch in stream]
+        except RuntimeError as error:
+            return found, str(error)
+    return found, "no error"
+
+
+def test_rank_zero_raises_what_its_thread_could_not_send(ranks: RankPools) -> None:
+    ((found, error),) = ranks.run(1, send_to_nobody, timeout_s=60)
+    assert found[0] == 0
+    assert len(found) < 3
+    assert error == "Connection closed by peer"
 
 
 class Counting(IterableDataset[int]):

@@ -14,6 +14,7 @@ from harness import RankPools
 from torch import Tensor, nn
 
 from lightning_hetero.distributed.shards.reductions import total_norm
+from lightning_hetero.distributed.shards.released import become_released, become_whole
 from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
@@ -49,11 +50,17 @@ REDUCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "foreach": lambda t: torch.stack(torch._foreach_norm([t, 2 * t])),
     "dimensions": lambda t: torch.tensor([t.dim(), t.numel(), *t.shape]),
 }
-REFUSED: dict[str, Callable[[Tensor], Any]] = {
+REFUSED: dict[str, Callable[[Any], Any]] = {
     "matmul": lambda t: t.T @ t,
     "norm of rows": lambda t: t.norm(dim=1),
     "mixed": lambda t: t + torch.ones(SHAPE, dtype=torch.float64),
     "into a whole one": lambda t: torch.ones(SHAPE, dtype=torch.float64).add_(t),
+    "into a number": lambda t: torch.ones((), dtype=torch.float64).add_(t),
+    "another shape": lambda t: t + shard_of(whole().view(12), t.division.sizes),
+    "a row for all": lambda t: t.copy_(torch.ones(1, 3)),
+    "foreach with whole ones": lambda t: torch._foreach_add([whole()], [t]),
+    "norms of whole ones too": lambda t: torch._foreach_norm([t, whole()]),
+    "hook after the gradient": lambda t: t.requires_grad_().register_post_accumulate_grad_hook(print),
     "copied into a whole one": lambda t: torch.ones(SHAPE, dtype=torch.float64).copy_(t),
     "view": lambda t: t.view(-1)[:3],
     "var": lambda t: t.var(),
@@ -88,6 +95,10 @@ def results(sizes: tuple[int, int]) -> dict[str, Any]:
     copied.data.mul_(2)
     found["deepcopy"] = is_parameter and torch.equal(copied.full_tensor(), 2 * whole())
     found["deepcopy is another"] = torch.equal(shard.full_tensor(), whole())
+    of_state: Any = copy.deepcopy(shard_of(whole(), sizes).requires_grad_())
+    found["deepcopy of what is no parameter"] = of_state.requires_grad and torch.equal(of_state.full_tensor(), whole())
+    shard.copy_(torch.tensor(3.0))
+    found["copy of a number"] = torch.equal(shard.full_tensor(), torch.full(SHAPE, 3.0, dtype=torch.float64))
     shard.copy_(whole(5))
     found["copy of a whole one"] = torch.equal(shard.full_tensor(), whole(5))
     held = shard.local
@@ -99,6 +110,42 @@ def results(sizes: tuple[int, int]) -> dict[str, Any]:
     both = total_norm([shard, shard], torch.device("cpu"))
     found["total norm"] = torch.allclose(both, (2 * whole(5).square().sum()).sqrt(), rtol=1e-12)
     return found
+
+
+def asked_while_released(sizes: tuple[int, int]) -> dict[str, Any]:
+    """Ask a parameter object of the user, whose unit is released, as lists made before the training do."""
+    leaf: Any = nn.Parameter(whole())
+    part: Any = nn.Parameter(shard_of(whole(), sizes))
+    become_released(leaf, part)
+    found: dict[str, Any] = {
+        "values": torch.equal(leaf.full_tensor(), whole()),
+        "norm": torch.allclose(leaf.norm(), whole().norm()),
+        "shape and device": (leaf.shape, leaf.device, leaf.is_leaf) == (part.shape, part.device, True),
+        "gradient": leaf.grad is None,
+    }
+    part.grad = shard_of(whole(2), sizes)
+    found["the gradient of its part"] = leaf.grad is part.grad
+    copied: Any = copy.deepcopy(leaf)
+    with torch.no_grad():
+        leaf.mul_(2)
+    found["written"] = torch.equal(part.detach().full_tensor(), 2 * whole())
+    found["a copy is another"] = torch.equal(copied.full_tensor(), whole())
+    found["a copy is a parameter"] = isinstance(copied, nn.Parameter)
+    for name in ("pickle", "hook"):
+        try:
+            REFUSED[name](leaf)
+        except UnsupportedFeatureError:  # noqa: PERF203
+            found[name] = True
+    become_whole(leaf)
+    found["itself again"] = type(leaf) is nn.Parameter and torch.equal(leaf, whole())
+    become_whole(leaf)
+    return found
+
+
+def test_a_released_parameter_answers_for_its_part(ranks: RankPools) -> None:
+    for found in ranks.run(2, asked_while_released, (8, 4)):
+        assert {name for name, right in found.items() if right is not True} == set()
+        assert {"pickle", "hook"} <= found.keys()
 
 
 @pytest.mark.parametrize("sizes", DIVISIONS)
@@ -154,6 +201,9 @@ def trained_with_all(sizes: tuple[int, int]) -> list[tuple[str, float, bool]]:
             expected, scale = trained(None, name, options, scaled)
             got, got_scale = trained(sizes, name, options, scaled)
             found.append((f"{name} {options}", float((expected - got).abs().max()), scale == got_scale))
+    expected, scale = trained(None, "AdamW", {"lr": 0.1}, True)
+    got, got_scale = trained((12, 0), "AdamW", {"lr": 0.1}, True)  # a rank without a number scales and steps too
+    found.append(("a rank without numbers", float((expected - got).abs().max()), scale == got_scale))
     return found
 
 

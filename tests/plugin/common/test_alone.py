@@ -21,6 +21,7 @@ from training import Numbered, SmallModule, assert_close, flat, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy, HeteroPipelineStrategy, LoadBalancer
 from lightning_hetero.balance.types import BatchLimits
+from lightning_hetero.plugin.common import base_strategy
 from lightning_hetero.plugin.common.environment import UnevenTorchrunEnvironment
 
 OURS = [HeteroDDPStrategy, HeteroPipelineStrategy]
@@ -245,3 +246,27 @@ def test_a_checkpoint_callback_saves_a_trainer_that_lost_its_module(tmp_path: Pa
         module.__dict__.pop("_trainer")
         trainer.save_checkpoint(tmp_path / "one.ckpt", weights_only=True)
         assert set(torch.load(tmp_path / "one.ckpt")["state_dict"]) == {"layer.weight", "layer.bias"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "calls"),
+    [
+        ("Rank 0 (cpu) ran out of memory", 0),
+        ("Rank 0 could not load a batch: OSError: none", 0),
+        ("rank 1 with\nValueError", 1),
+        ("rank 01", 1),
+        ("the ranks do not agree", 1),
+    ],
+)
+@pytest.mark.parametrize("strategy", OURS)
+def test_a_rank_is_not_told_of_its_own_failure_as_of_anothers(
+    monkeypatch: pytest.MonkeyPatch, strategy: type[DDPStrategy], reason: str, calls: int
+) -> None:
+    """Peers may have been told, and have passed it on, before it gets here."""
+    errors: list[Any] = []
+    monkeypatch.setattr(base_strategy, "announced", lambda: reason)
+    monkeypatch.setattr(base_strategy, "stay_in_group", lambda: None)
+    monkeypatch.setattr(base_strategy, "lightning_closes_group", lambda _: None)
+    monkeypatch.setattr(base_strategy._log, "error", lambda *told: errors.append(told))
+    strategy().on_exception(OSError("none"))
+    assert len(errors) == calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from harness import RankPools
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 from torchmetrics import MeanMetric
 from training import Numbered, SmallModule, loss_of, make_trainer, small_network
 
 from lightning_hetero import HeteroDDPStrategy
+from lightning_hetero.exceptions import UnsupportedFeatureError
 
 
 class WithMetric(SmallModule):
@@ -82,6 +84,102 @@ def test_every_sample_is_evaluated_once(ranks: RankPools, shares: list[float], s
         for _, metrics in results:
             assert metrics[run]["metric"] == pytest.approx(expected, rel=1e-6)
             assert metrics[run]["logged"] == pytest.approx(expected, rel=1e-6)
+
+
+class Streamed(IterableDataset[Any]):
+    """Samples that the user has divided: rank 0 has the first five, the others have the rest."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        own = range(5) if dist.get_rank() == 0 else range(5, self.size)
+        data = Numbered(self.size)
+        return (data[index] for index in own)
+
+
+class Named(IterableDataset[Any]):
+    """Batches without tensors: one on rank 0, and three on rank 1."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([["a", "b"]] if dist.get_rank() == 0 else [["c"]] * 3)
+
+
+def batches_of(size: int) -> Any:
+    """Return a dataset of whole batches."""
+    return [default_collate([Numbered(size)[i] for i in range(b, min(b + 4, size))]) for b in range(0, size, 4)]
+
+
+class OwnBatches(BatchSampler):
+    """Batches of sizes that only the user knows."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(LISTS)
+
+    def __len__(self) -> int:
+        return len(LISTS)
+
+
+LISTS = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9, 10, 11], [12], [13, 14], [15, 16, 17, 18, 19, 20]]
+LOADERS: dict[str, Callable[[], Any]] = {
+    "divided by the user": lambda: DataLoader(Streamed(21), batch_size=4),
+    "whole batches": lambda: DataLoader(batches_of(21), batch_size=None),
+    "own batches": lambda: DataLoader(
+        Numbered(21), batch_sampler=OwnBatches(SequentialSampler(range(21)), 4, drop_last=False)
+    ),
+}
+
+
+def evaluate_loader(name: str) -> tuple[list[list[int]], float, float]:
+    strategy = HeteroDDPStrategy(shares=[1.0, 3.0][: dist.get_world_size()])
+    model, trainer = WithMetric(), make_trainer(strategy, dist.get_world_size(), limit_val_batches=1.0)
+    trainer.validate(model, LOADERS[name](), verbose=False)
+    found = trainer.callback_metrics
+    return model.evaluated, float(found["metric"]), float(found["logged"])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_loaders_that_cannot_be_divided_by_samples_are_kept_in_step(ranks: RankPools, name: str) -> None:
+    """A rank whose batches have ended stands in, which counts nowhere."""
+    data = Numbered(21)
+    expected = loss_of(small_network(), data.features, data.targets).item()
+    results = ranks.run(2, evaluate_loader, name)
+    if name == "own batches":
+        (alone,) = ranks.run(1, evaluate_loader, name)
+        assert alone == (LISTS, pytest.approx(expected, rel=1e-6), pytest.approx(expected, rel=1e-6))
+    assert len({len(batches) for batches, *_ in results}) == 1, "the ranks took different numbers of steps"
+    seen = [index for batches, *_ in results for batch in batches for index in batch]
+    assert set(seen) == set(range(21))
+    for _, metric, logged in results:
+        assert (metric, logged) == (pytest.approx(expected, rel=1e-6), pytest.approx(expected, rel=1e-6))
+
+
+class Counts(SmallModule):
+    """Logs a number of each batch, of whose samples nothing is known."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("long", float(len(batch)), batch_size=1, sync_dist=True)
+
+
+class Fetches(SmallModule):
+    def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        next(dataloader_iter)
+
+
+def validate_strangely() -> tuple[float, str]:
+    """Validate on batches without tensors, and with a step that fetches its batches itself."""
+    trainer = make_trainer(HeteroDDPStrategy(), 2, limit_val_batches=1.0)
+    trainer.validate(Counts(), DataLoader(Named(), batch_size=None), verbose=False)
+    long = float(trainer.callback_metrics["long"])
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        trainer.validate(Fetches(), DataLoader(Numbered(8), batch_size=2), verbose=False)
+    return long, str(caught.value)
+
+
+def test_batches_whose_samples_are_not_known_count_the_same_and_must_be_given_to_the_step(ranks: RankPools) -> None:
+    for long, message in ranks.run(2, validate_strangely):
+        assert long == (2 + 3 * 1) / 4
+        assert "got a step that takes `dataloader_iter`. Take `batch` instead" in message
 
 
 def evaluate_counting_stand_ins() -> list[float]:

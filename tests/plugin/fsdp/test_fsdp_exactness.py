@@ -48,6 +48,18 @@ class Adversarial(Module):
         return super().step((index, x + 0.1 * gradient.sign(), y))
 
 
+class PastLightning(Manual):
+    """Steps torch's optimisers, of whose steps Lightning does not tell, and uses the model again in the same step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            self.manual_backward(self.step(batch))
+            optimizer.step()
+        self.log("loss", self.step(batch), sync_dist=True)
+
+
 def all_differences(cases: list[tuple[Any, ...]]) -> list[tuple[str, dict[str, float]]]:
     found = []
     for name, *case in cases:
@@ -100,6 +112,16 @@ def test_two_ranks(ranks: RankPools) -> None:
         ("unused", sgd, NOT_ALWAYS_USED["unused"], unused, TWO, 2, {}),
         ("frozen", Module, MODELS["frozen"], SHARES, TWO, 2, {}),
         ("manual", Manual, Plain, {"find_unused_parameters": True, **SHARES}, TWO, 2, {"limit_val_batches": 0}),
+        (
+            "manual, past Lightning",
+            PastLightning,
+            Plain,
+            {"find_unused_parameters": True, **SHARES},
+            {**TWO, "reshard_after_forward": False},
+            2,
+            # Lightning does not count these steps
+            {"limit_val_batches": 0, "max_steps": -1, "max_epochs": 1},
+        ),
         ("batch normalisation", sgd, Normalised, SHARES, TWO, 2, {}),
     ]
     cases = [case for case in cases if THOROUGH or case[0] not in MORE]

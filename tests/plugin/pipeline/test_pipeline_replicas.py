@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,11 +124,24 @@ def test_the_comparison_notices_what_is_wrong(ranks: RankPools, what: str) -> No
         check([found], train(case))
 
 
-def test_one_pipeline_is_taken_where_several_could_not_train(ranks: RankPools) -> None:
-    case = Case(((0, 1),), replicas="auto", normalised=True, micro_batches=1)
-    for outcome in ranks.run(2, train, case, timeout_s=90):
-        assert len(outcome.plan.replicas) == 1
-        assert largest_difference(outcome, train(case)) < TOLERANCE
+def train_and_listen(case: Case) -> tuple[Outcome, str]:
+    with mock.patch("lightning_hetero.plugin.pipeline.replicas.planning.say") as say:
+        outcome = train(case)
+    return outcome, "\n".join(call.args[1] for call in say.call_args_list)
+
+
+def test_one_pipeline_is_taken_where_several_could_not_train_and_that_is_said(ranks: RankPools) -> None:
+    case = Case(((0, 1),), replicas="auto", normalised=True, micro_batches=1, verbose=True)
+    expected = train(case)
+    for outcome, said in ranks.run(2, train_and_listen, case, timeout_s=90):
+        (replica,) = outcome.plan.replicas
+        assert largest_difference(outcome, expected) < TOLERANCE
+        order = [replica.ranks[own] for own in replica.stages.ranks]
+        assert "one pipeline, because the statistics of batch normalisation would be those of each replica's" in said
+        assert re.search(
+            rf"replica 0 has \[\d, \d\] layers on ranks {re.escape(str(order))}, and 100% of the samples", said
+        )
+        assert "per step, of which adding up gradients after the last pass takes 0 ms" in said
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -140,14 +154,15 @@ def test_checkpoints_go_to_other_groupings_and_to_one_device(ranks: RankPools, t
     # in order: one device has a plain loader's shuffling in no checkpoint
     three = Case(((0, 2), (1,)), (1.0, 2.0, 1.0), epochs=1, shuffle=False)
     two = Case(((0,), (1,)), (2.0, 1.0), epochs=2, shuffle=False)
-    last = Case((), epochs=3, shuffle=False)
+    one = Case(((0, 1),), epochs=3, shuffle=False, replicas=1)
+    last = Case((), epochs=4, shuffle=False)
     ranks.run(3, train, three, None, path("three"), timeout_s=90)
     ranks.run(2, train, two, path("three"), path("two"), timeout_s=90)
-    found = train(last, path("two"), path("last"))
-    first, second = (train(case, None if n == 0 else path("one"), path("one")) for n, case in enumerate((three, two)))
+    ranks.run(2, train, one, path("two"), path("pipeline"), timeout_s=90)
+    found = train(last, path("pipeline"), path("last"))
+    for number, case in enumerate((three, two, one)):
+        assert train(case, path("one") if number else None, path("one")).losses
     expected = train(last, path("one"), path("one"))
-    assert first.losses
-    assert second.losses
     assert largest_difference(found, expected) < TOLERANCE
     ours, theirs = (torch.load(path(name), weights_only=True) for name in ("last", "one"))
     assert list(ours["state_dict"]) == list(theirs["state_dict"])

@@ -88,6 +88,6 @@ def read_layers(top: Fields) -> Model:
 
 
 def _checked(model: Model) -> Model:
-    if model.step_time.seconds_per_sample <= 0:
+    if not any(layer.forward_s + layer.backward_s > 0 for layer in model.layers):
         raise ConfigurationError("`layers` must take some time per sample, got none. Measure with larger batches.")
     return model

@@ -78,11 +78,6 @@ class PipelineCluster:
     optimizer_states: float = 2.0
 
     def __post_init__(self) -> None:
-        if len(self.devices) > len(self.layers):
-            raise ConfigurationError(
-                f"A pipeline must have at least one layer per device, got {len(self.devices)} devices and"
-                f" {len(self.layers)} layers. Use fewer devices, or divide the model into more layers."
-            )
         if len(self.devices) > _MAX_RANKS:
             raise ConfigurationError(
                 f"A pipeline must have at most {_MAX_RANKS} devices to be predicted, got {len(self.devices)}."
@@ -159,6 +154,7 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
     """Predict a step of ``hetero_pipeline``.
 
     Raises:
+        ConfigurationError: There are fewer layers than devices.
         InfeasiblePlanError: The layers do not fit into the memory of the devices.
 
     Example:
@@ -167,6 +163,11 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
         >>> [(stage.device.name, stage.num_layers) for stage in prediction.stages]
         [('slow', 4), ('fast', 8)]
     """
+    if len(cluster.devices) > len(cluster.layers):
+        raise ConfigurationError(
+            f"A pipeline must have at least one layer per device, got {len(cluster.devices)} devices and"
+            f" {len(cluster.layers)} layers. Use fewer devices, or divide the model into more layers."
+        )
     costs, memory = cluster.costs, cluster.memory
     size = costs.world_size
     is_refined = cluster.is_refined
