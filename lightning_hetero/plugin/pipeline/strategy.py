@@ -21,9 +21,8 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import Schedule, WantedSchedule
+from lightning_hetero.balance.pipeline.stages import WantedSchedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
@@ -38,7 +37,7 @@ from lightning_hetero.plugin.pipeline.refusals import (
     refuse_training,
 )
 from lightning_hetero.plugin.pipeline.replicas.arguments import check_division, check_replicas
-from lightning_hetero.plugin.pipeline.runtime import Runtime
+from lightning_hetero.plugin.pipeline.runtime import Orders, Runtime
 from lightning_hetero.plugin.pipeline.watching.strategy import WatchingStrategy
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
@@ -228,13 +227,15 @@ class HeteroPipelineStrategy(WatchingStrategy):
             rank=self.global_rank,
             device=self.root_device,
             schedule=self._first_schedule(),
-            split_layers=() if self.findings is None else self.findings.split_layers,
+            split_layers=next((f.split_layers for f in (self.findings, self.replica_findings) if f is not None), ()),
             num_microbatches=self.num_microbatches,
             loss_weights=partial(loss_weights, loss_reduction=self.loss_reduction, num_loss_terms=self.num_loss_terms),
         )
 
-    def _first_schedule(self) -> Schedule | Order:
+    def _first_schedule(self) -> Orders:
         """Return the order of the passes of the stages to begin with."""
+        if self.replica_findings is not None and self.replica_plan == self.replica_findings.plan:
+            return self.replica_findings.orders
         if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
             return self.findings.order
         return "gpipe" if self.schedule == "gpipe" else "1f1b"

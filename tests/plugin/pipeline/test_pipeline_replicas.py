@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,8 +44,19 @@ CASES: list[Any] = [
     # stages that are found by timing, then replicas too
     often(Case(((3, 1), (2,), (0,)), None, batch_size=5, samples=21, micro_batches=1)),
     Case(((0, 1, 2),), replicas=2, tied=(0, 2), terms=True),
-    Case(((0, 1, 2),), replicas="auto"),
+    Case(((0, 1, 2),), replicas="auto", schedule="auto"),
 ]
+PLANNED: list[Any] = [
+    # in both replicas the first rank has both ends of the model; fewer micro-batches at the end than planned
+    Case(
+        ((0, 3), (1, 2)), micro_batches=4, schedule="auto", layers=7, tied=(1, 5), terms=True, way="split v",
+        trainer=(("gradient_clip_val", 0.05), ("accumulate_grad_batches", 2)),
+    ),
+    # a replica of one rank beside one in which gradients of parameters are put off
+    Case(((0, 2), (1,)), micro_batches=3, schedule="auto", batch_size=7, optimizer="sgd", epochs=1, way="split"),
+    # three ranks in a V
+    often(Case(((0, 2, 1), (3,)), micro_batches=4, schedule="v", layers=6, tied=(0, 2), way="v")),
+]  # fmt: skip
 
 
 def check(found: list[Outcome], expected: Outcome) -> None:
@@ -56,6 +68,31 @@ def check(found: list[Outcome], expected: Outcome) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.replicas or case.groups))
 def test_replicas_train_as_one_device(ranks: RankPools, case: Case) -> None:
+    check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.way)
+def test_replicas_with_planned_orders_train_as_one_device(ranks: RankPools, case: Case) -> None:
+    found = ranks.run(case.world_size, train, case, timeout_s=90)
+    check(found, train(case))
+    for outcome in found:
+        assert case.way in outcome.ways
+        firsts = outcome.plan.replicas[0].stages
+        assert (firsts.num_stages > firsts.world_size) == ("v" in case.way.split())
+
+
+@thorough
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_planned_replicas_train_as_one_device(ranks: RankPools, seed: int) -> None:
+    case, generator = drawn_case(seed), random.Random(-seed)
+    way, longest = generator.choice(["v", "split", "split v"]), max(map(len, case.groups))
+    if longest == 1:
+        return
+    # some number of replicas, with which there is one of several ranks
+    count = generator.choice([None, max(len(case.groups) - 1, 1)])
+    case = replace(
+        case, schedule=generator.choice(["auto", "v"]), speeds=None, way=way, layers=max(case.layers, 6), replicas=count
+    )
     check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
 
 
@@ -202,9 +239,9 @@ def test_links_within_and_between_nodes(nodes: list[int], pairs: Any) -> None:
         ({"replicas": [[0, 1], [1]]}, "each rank once"),
         ({"replicas": [[1], [2, 0]]}, "first of its replica"),
         ({"replicas": [[0], [1]], "splits": [3]}, "Leave out `splits`"),
-        ({"replicas": 2, "schedule": "v"}, '"1f1b" or "gpipe"'),
+        ({"replicas": 2, "schedule": "v", "speeds": [1, 2]}, "found by timing"),
         ({"replicas": "auto", "speeds": [1, 2]}, "timed"),
-        ({"replicas": "auto", "schedule": "auto"}, '"1f1b" or "gpipe"'),
+        ({"replicas": "auto", "schedule": "zigzag"}, "'auto', '1f1b', 'gpipe', 'v'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:

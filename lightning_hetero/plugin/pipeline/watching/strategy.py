@@ -103,7 +103,7 @@ class WatchingStrategy(SavingStrategy):
 
     @property
     def _wanted(self) -> Wanted:
-        return Wanted(self.replicas, self.num_microbatches, "gpipe" if self.schedule == "gpipe" else "1f1b")
+        return Wanted(self.replicas, self.num_microbatches, self.schedule)
 
     def _prepare(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Find the stages before the first step, and measure others if that is due."""
@@ -185,7 +185,8 @@ class WatchingStrategy(SavingStrategy):
                 max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
             )
         self.replica_plan = found.plan
-        if found.plan != running.placement.plan:
+        running.reorder(found.orders, found.split_layers)
+        if found.ordered is not None or found.plan != running.placement.plan:
             running.move(found.plan, self.optimizers)
         if self.verbose:
             report_replicas(module.trainer, found, reason)
