@@ -260,11 +260,18 @@ class Runtime:
 
     def clip_whole_model(self, precision: Precision) -> None:
         """Clip by the norm of the whole model when Lightning asks ``precision`` to clip gradients by norm."""
+        by_value = precision.clip_grad_by_value
 
-        def clip(optimizer: Optimizer, clip_val: float) -> None:
+        def clip_norm(optimizer: Optimizer, clip_val: float) -> None:
             clip_by_norm(optimizer, clip_val, self.placement, self._device)
 
-        self._overrides.enter_context(overridden(precision, "clip_grad_by_norm", clip))
+        def clip_value(optimizer: Optimizer, clip_val: float) -> None:
+            # torch fails without any gradient, which a rank may be that has frozen layers only
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                by_value(optimizer, clip_val)
+
+        self._overrides.enter_context(overridden(precision, "clip_grad_by_norm", clip_norm))
+        self._overrides.enter_context(overridden(precision, "clip_grad_by_value", clip_value))
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

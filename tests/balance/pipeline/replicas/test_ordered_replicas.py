@@ -15,6 +15,7 @@ from profiles import drawn
 from replica_problems import problems
 
 from lightning_hetero.balance.pipeline.orders.proof import most_held, verify_order
+from lightning_hetero.balance.pipeline.orders.search import plan_order
 from lightning_hetero.balance.pipeline.replicas.orders import group_planner
 from lightning_hetero.balance.pipeline.replicas.orders.group_orders import GroupOrder, OrderTimes
 from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
@@ -159,7 +160,7 @@ def test_alike_groups_are_planned_once() -> None:
     speeds = [2, 2, 2, 1, 1, 1]
     problem = problem_of(speeds, replicas=((0, 3), (1, 4), (2, 5)))
     planner = group_planner.GroupPlanner(problem)
-    with mock.patch.object(group_planner, "plan_order", wraps=group_planner.plan_order) as searched:
+    with mock.patch.object(group_planner, "plan_order", wraps=plan_order) as searched:
         for replica in solve_replicas(problem).plan.replicas:
             planner.ways(GroupOrder(replica.ranks, replica.stages), 10, 2_000, names=["v"])
     # ranks that must have a last stage are in the same place of their groups

@@ -13,6 +13,7 @@ from lightning_hetero.balance.pipeline.orders.search import OrderProblem
 from lightning_hetero.balance.pipeline.replicas.plan import Replica
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 from lightning_hetero.balance.pipeline.simulation import simulate_order
+from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 __all__ = ["GroupOrder", "OrderTimes"]
@@ -51,6 +52,7 @@ class OrderTimes:
     def __init__(self, problem: ReplicaProblem) -> None:
         self._problem = problem
         self._ends_s: dict[tuple[GroupOrder, int], tuple[float, ...]] = {}
+        self._largest: dict[tuple[GroupOrder, int], float] = {}  # micro-batches that fit, by their number
 
     def searched(self, ranks: tuple[int, ...], samples: int) -> OrderProblem:
         """Return what a search for an order of a group is about.
@@ -88,16 +90,28 @@ class OrderTimes:
 
     def fits(self, one: GroupOrder, samples: int) -> bool:
         """Return whether the ranks of a group have memory for some samples."""
-        memory = self._problem.memory_of(one.ranks, samples) if samples else None
-        if memory is None:
+        memory = self._problem.memory
+        if memory is None or not samples:
             return True
-        if one.order is None:
-            return memory.allows(one.stages)
-        task = self.searched(one.ranks, samples).task(one.stages)
-        if task is None:
-            return False
-        most = most_held(one.order.first(self._count(samples)), task.held)
-        return all(held <= cap * (1 + 1e-9) for held, cap in zip(most, task.caps, strict=True))
+        count = self._count(samples)
+        if (one, count) not in self._largest:
+            self._largest[one, count] = self._largest_that_fits(one, count, memory)
+        return -(-samples // count) <= self._largest[one, count]
+
+    def _largest_that_fits(self, one: GroupOrder, count: int, memory: StageMemory) -> float:
+        """Return how many samples each of ``count`` micro-batches may have at most; negative if layers do not fit."""
+        stages, size = one.stages, self._problem.micro_batch_size
+        budgets = tuple(memory.budgets_bytes[rank] for rank in one.ranks)
+        received = tuple(n / size for n in memory.received_bytes)
+        free = replace(memory, budgets_bytes=budgets, received_bytes=()).left_bytes(stages)
+        left = replace(memory, budgets_bytes=budgets, received_bytes=received).left_bytes(stages)
+        order = known_order(stages.ranks, count, "1f1b") if one.order is None else one.order.first(count)
+        of_stages = [sum(memory.activations_bytes[i] for i in stages.layers(s)) / size for s in range(order.num_stages)]
+        needed = [a - b + held for a, b, held in zip(free, left, most_held(order, of_stages), strict=True)]
+        rows = list(zip(free, needed, strict=True))
+        if any(room < 0 for room, _ in rows):
+            return -1.0
+        return min((room / n * (1 + 1e-9) for room, n in rows if n > 0), default=inf)
 
     def _simulated_s(self, one: GroupOrder, samples: int) -> tuple[float, ...]:
         stages = one.stages

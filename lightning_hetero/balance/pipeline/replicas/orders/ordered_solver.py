@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -181,27 +181,31 @@ class _Search:
     def _predicted(self, groups: tuple[GroupOrder, ...], samples: Sequence[int], level: int) -> _Plan | None:
         """Return groups with the samples with which they end together; None if they do not fit into memory."""
         best = self._solution(groups, samples)
-        division: Sequence[int] | None = samples
+        division = tuple(samples)
         for _ in range(_ROUNDS if len(groups) > 1 else 0):
-            lines = [partial(self._on_line_s, one, n) for one, n in zip(groups, division, strict=True)]
-            division = divide_samples(lines, self._problem.samples, [max(n, 1) for n in division])
-            if division is None:
+            lines = [self._line(one, n) for one, n in zip(groups, division, strict=True)]
+            divided = divide_samples(lines, self._problem.samples, division)
+            if divided is None:
                 break
+            division = divided
             found = self._solution(groups, division)
             if found is None or (best is not None and found.step_s >= best.step_s * (1 - 1e-9)):
                 break
             best = found
         return None if best is None else _Plan(groups, best, level)
 
-    def _on_line_s(self, one: GroupOrder, known: int, samples: int) -> float:
-        """Return the seconds of a group with some samples, on the line through what is known for others."""
-        if not self._times.fits(one, samples):
-            return inf
-        if min(samples, known) < self._problem.micro_batches:
-            return self._times.step_s(one, samples)
+    def _line(self, one: GroupOrder, known: int) -> Callable[[int], float]:
+        """Return a function that gives the seconds of a group with some samples, on a line near what is known."""
         other = known + max(known // _APART, 1)
         here_s, there_s = (max(self._times.ends_s(one, n)) for n in (known, other))
-        return here_s + (there_s - here_s) / (other - known) * (samples - known)
+        slope_s = (there_s - here_s) / (other - known)
+
+        def step_s(samples: int) -> float:
+            if min(samples, known) < self._problem.micro_batches:
+                return self._times.step_s(one, samples)
+            return here_s + slope_s * (samples - known) if self._times.fits(one, samples) else inf
+
+        return step_s
 
     def _solution(self, groups: tuple[GroupOrder, ...], samples: Sequence[int]) -> ReplicaSolution | None:
         if any(not self._times.fits(one, n) for one, n in zip(groups, samples, strict=True)):
