@@ -66,7 +66,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
             micro-batches, as far as memory allows, and each rank may compute gradients of parameters later than those
             that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
             and where `splits` or `speeds` give the stages. In such an order, two ranks may share the layer between
-            them: each runs it for some of the micro-batches.
+            them: each runs it for some of the micro-batches. With several `replicas`, the order of each is planned, and
+            the first rank of each has both ends in a "v"; they share no layers.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
@@ -82,7 +83,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
             [[0, 3], [1, 2]], first the one with its last stage. Each has stages of its own, and gets samples in
-            proportion to its throughput. Several need the schedule "1f1b" or "gpipe".
+            proportion to its throughput.
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
