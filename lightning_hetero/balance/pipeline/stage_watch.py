@@ -126,6 +126,8 @@ class StageWatch:
         ranks = BatchPlan((1,) * self.plan.world_size)
         times = [tuple(StepTime(0.0, factor) for factor in factors) for factors in (before, decision.factors)]
         reason = change_reason(decision.gain, ranks, *times)
+        if decision.delay > 1:
+            reason = f"steps take {decision.delay:.2f} times as long as predicted; {reason}"
         if decision.pays:
             self._problem.use(decision.plan, decision.order)
             self.plan = self._rebalancer.current = decision.plan

@@ -135,13 +135,13 @@ class StageWatcher:
         all_wait()
         seconds = time.perf_counter() - begun_s
         watch.moved_in(seconds, decision)
-        self.findings = self.findings.changed(decision.plan, decision.factors, decision.order)
+        before, self.findings = self.findings, self.findings.changed(decision.plan, decision.factors, decision.order)
         self.changes.append(StageChange(step, decision.plan, reason, seconds))
         if self._verbose:
             say(
                 self._trainer,
-                f"hetero_pipeline: {_layers(decision.plan)} layers per rank from training step {step} on ({reason});"
-                f" moving them took {seconds:.2g} s",
+                f"hetero_pipeline: {_layers(decision.plan)} layers per rank{_other_way(before, self.findings)} from"
+                f" training step {step} on ({reason}); moving them took {seconds:.2g} s",
             )
 
     def _give_up(self, decision: StageDecision, reason: str, obstacle: str) -> None:
@@ -151,6 +151,12 @@ class StageWatcher:
             f"`hetero_pipeline`: {_layers(decision.plan)} layers per rank would be faster ({reason}), but they stay"
             f" where they are, because {obstacle}. A run that resumes from a checkpoint finds its stages again."
         )
+
+
+def _other_way(before: PipelineFindings, after: PipelineFindings) -> str:
+    if before.choice is None or after.choice is None or before.choice.name == after.choice.name:
+        return ""
+    return f' and schedule "{after.choice.name}"'
 
 
 def _layers(plan: StagePlan) -> list[int]:
