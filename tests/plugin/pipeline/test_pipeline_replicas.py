@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,21 @@ from unittest import mock
 import pytest
 import torch
 from harness import RankPools
+from lightning.pytorch import Trainer
 from profiles import thorough
-from replica_trainings import Case, Outcome, largest_difference, train
+from replica_trainings import Case, Outcome, largest_difference, planned, train
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.replicas.given import uniform_replicas
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
+from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.pipeline import runtime
+from lightning_hetero.plugin.pipeline.replicas import planning
+from lightning_hetero.plugin.pipeline.replicas.planning import ReplicaFindings, report_replicas
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 TOLERANCE = 1e-10
@@ -98,6 +105,45 @@ def test_drawn_planned_replicas_train_as_one_device(ranks: RankPools, seed: int)
         case, schedule=generator.choice(["auto", "v"]), speeds=None, way=way, layers=max(case.layers, 6), replicas=count
     )
     check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
+
+
+def test_it_is_said_how_each_replica_runs_and_why() -> None:
+    costs = LayerCosts.of_speeds([(0.01, 0.02)] * 12, [2, 2, 1, 1])
+    problem = ReplicaProblem(costs, 32, 8, 2.0, replicas=((0, 2), (1, 3)))
+    ordered = solve_ordered_replicas(problem)
+    lines: list[str] = []
+    with mock.patch.object(planning, "say", lambda _, line: lines.append(line)):
+        findings = ReplicaFindings(ordered.solution.plan, problem, ordered.solution, ordered)
+        report_replicas(Trainer(logger=False), findings, None)
+    assert re.search(r'\[.*\] layers on ranks \[0, 2, 0\], and 50% of the samples, schedule "v"$', lines[0])
+    assert "ranks [1, 3, 1]" in lines[1]
+    assert re.search(r"predicted were 2 replicas 1f1b \d+ ms, v \d+ ms", lines[2])
+    assert "of the limit" in lines[3]
+    assert [type(order) for order in findings.orders] == [Order, Order]
+
+
+def stuck(case: Case) -> str:
+    """Train with an order in which the ranks of the second replica wait for each other for ever."""
+
+    def solve(*args: Any, **options: Any) -> OrderedReplicas:
+        found = planned("v", *args, **options)
+        *others, last = found.orders
+        assert last is not None
+        actions = tuple(own[::-1] for own in last.actions)
+        return replace(found, orders=(*others, replace(last, actions=actions)))
+
+    with mock.patch.object(planning, "solve_ordered_replicas", solve):
+        try:
+            train(replace(case, way=None))
+        except ConfigurationError as error:
+            return str(error)
+    return ""
+
+
+def test_orders_that_do_not_end_are_refused_on_every_rank(ranks: RankPools) -> None:
+    case = Case(((0, 3), (1, 2)), micro_batches=4, schedule="auto")
+    for message in ranks.run(case.world_size, stuck, case, timeout_s=60):
+        assert "pipeline" in message or "stage" in message
 
 
 def drawn_case(seed: int) -> Case:
