@@ -226,12 +226,12 @@ def test_checkpoints_go_to_other_groupings_and_to_one_device(ranks: RankPools, t
 
     # in order: one device has a plain loader's shuffling in no checkpoint
     three = Case(((0, 2), (1,)), (1.0, 2.0, 1.0), epochs=1, shuffle=False)
-    two = Case(((0,), (1,)), (2.0, 1.0), epochs=2, shuffle=False)
+    other = Case(((0, 1), (2,)), micro_batches=4, epochs=2, shuffle=False, schedule="v", way="split v")
     last = Case((), epochs=3, shuffle=False)
     ranks.run(3, train, three, None, path("three"), timeout_s=90)
-    ranks.run(2, train, two, path("three"), path("two"), timeout_s=90)
-    found = train(last, path("two"), path("last"))
-    first, second = (train(case, None if n == 0 else path("one"), path("one")) for n, case in enumerate((three, two)))
+    ranks.run(3, train, other, path("three"), path("other"), timeout_s=90)
+    found = train(last, path("other"), path("last"))
+    first, second = (train(case, None if n == 0 else path("one"), path("one")) for n, case in enumerate((three, other)))
     expected = train(last, path("one"), path("one"))
     assert first.losses
     assert second.losses

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
@@ -94,7 +94,7 @@ def solve_ordered_replicas(problem: ReplicaProblem, *, always_v: bool = False) -
         >>> found.names, found.solution.samples
         (('v', 'v'), (16, 16))
     """
-    return _Search(problem, always_v=always_v).best()
+    return _Search(replace(problem, schedule="1f1b"), always_v=always_v).best()
 
 
 class _Search:
