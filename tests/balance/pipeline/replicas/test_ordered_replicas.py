@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import drawn
+from profiles import drawn, thorough
 from replica_problems import problems
 
 from lightning_hetero.balance.pipeline.orders.proof import most_held, verify_order
@@ -65,7 +65,7 @@ def check(problem: ReplicaProblem, found: OrderedReplicas) -> None:
             assert all(a <= b + 1e-6 for a, b in zip(most, memory.left_bytes(replica.stages), strict=True))
 
 
-@settings(max_examples=drawn(25, 300), deadline=None)
+@settings(max_examples=drawn(12, 300), deadline=None)
 @given(problems(ranks=(1, 4), layers=6, gradients=True), st.booleans(), st.booleans())
 def test_drawn_problems(problem: ReplicaProblem, always_v: bool, parts: bool) -> None:
     problem = replace(with_parts(problem) if parts else problem, schedule="1f1b")
@@ -167,7 +167,7 @@ def test_alike_groups_are_planned_once() -> None:
     assert searched.call_count == 1
 
 
-@pytest.mark.parametrize("speeds", [[4, 3, 2, 1] * 4, [1 + 0.01 * i for i in range(16)]])
+@pytest.mark.parametrize("speeds", [[4, 3, 2, 1] * 4, pytest.param([1 + 0.01 * i for i in range(16)], marks=thorough)])
 def test_many_ranks(speeds: list[float]) -> None:
     memory = StageMemory((1.0,) * 24, (0.01,) * 24, (9.0,) * 16)
     problem = problem_of(speeds, layers=24, samples=128, memory=memory)

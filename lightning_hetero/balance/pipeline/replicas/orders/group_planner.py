@@ -46,6 +46,7 @@ class GroupPlanner:
             for rank in range(problem.world_size)
         ]
         self._work_s = [sum(row) for row in costs.total_s]
+        self._splits = any(map(any, costs.weight_s))
         self._known: dict[object, list[_Found]] = {}
 
     def ways(
@@ -61,6 +62,7 @@ class GroupPlanner:
             always: Whether they are wanted even if passes are so short that messages matter.
         """
         ranks = self._canonical(known.ranks)
+        names = [name for name in names if self._splits or "split" not in name.split()]
         if len(ranks) == 1 or (
             not always and passes_are_short(self._times.searched(known.ranks, samples).costs, known.stages)
         ):
