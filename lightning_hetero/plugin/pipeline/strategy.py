@@ -66,8 +66,9 @@ class HeteroPipelineStrategy(WatchingStrategy):
             micro-batches, as far as memory allows, and each rank may compute gradients of parameters later than those
             that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
             and where `splits` or `speeds` give the stages. In such an order, two ranks may share the layer between
-            them: each runs it for some of the micro-batches. With several `replicas`, the order of each is planned, and
-            the first rank of each has both ends in a "v"; they share no layers.
+            them: each runs it for some of the micro-batches. If its steps take longer than those of "1f1b" would, it
+            changes to that. With several `replicas`, the order of each is planned, the first rank of each has both ends
+            in a "v", and no layers are shared.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
@@ -116,7 +117,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         splits: Literal["auto"] | list[int] = "auto",
         speeds: list[float] | None = None,
         num_microbatches: int = 4,
-        schedule: WantedSchedule = "1f1b",
+        schedule: WantedSchedule = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], float] | None = None,
         max_memory_bytes: int | list[int] | None = None,
@@ -239,7 +240,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
             return self.replica_findings.orders
         if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
             return self.findings.order
-        return "gpipe" if self.schedule == "gpipe" else "1f1b"
+        return self.known_schedule
 
     @override
     def _context_of(self, *, training: bool) -> AbstractContextManager[None]:
