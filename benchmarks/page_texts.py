@@ -101,7 +101,8 @@ REPLICAS = """
 
 Twelve equal layers of which three quarters fit into a rank, batches of {samples} samples, {micro_batches} micro-batches
 in each pipeline: the part of the limit that is reached, medians of {rounds} rounds of {steps} steps. *Equals* are two
-pipelines of a fast and a slow rank each, with equal numbers of layers and samples; *auto* is `replicas="auto"`.
+pipelines of a fast and a slow rank each, with equal numbers of layers and samples; *auto* is `replicas="auto"`, and
+*planned* is `schedule="auto"`.
 
 """
 REAL_PIPELINE = """

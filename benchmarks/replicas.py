@@ -47,31 +47,33 @@ def ways(ranks: int) -> dict[str, Callable[[], HeteroPipelineStrategy]]:
         "one pipeline": lambda: HeteroPipelineStrategy(schedule="1f1b", **common),
         "one, planned": lambda: HeteroPipelineStrategy(schedule="auto", **common),
         "equals": lambda: HeteroPipelineStrategy(replicas=pairs, speeds=[1.0] * ranks, **common),
-        "auto": lambda: HeteroPipelineStrategy(replicas="auto", **common),
+        "auto": lambda: HeteroPipelineStrategy(replicas="auto", schedule="1f1b", **common),
+        "auto, planned": lambda: HeteroPipelineStrategy(replicas="auto", schedule="auto", **common),
     }
 
 
 def measure_replicas(scenario: Scenario) -> dict[str, Any]:
-    """Return the seconds of a step for each way, and what was predicted for replicas."""
+    """Return the seconds of a step for each way, and what was predicted."""
     limit_s = LAYERS * scenario.seconds_per_sample * scenario.batch_size / sum(1 / f for f in scenario.factors)
     seconds: dict[str, list[float]] = {name: [] for name in ways(scenario.world_size)}
-    predicted: list[float] = []
-    found: set[str] = set()
+    predicted: dict[str, list[float]] = {}
+    found: dict[str, set[str]] = {}
     for _ in range(ROUNDS):
         for name, strategy_of in ways(scenario.world_size).items():
             strategy = strategy_of()
             seconds[name].append(median(train(scenario, strategy)))
-            if name == "auto":
-                assert strategy.replica_findings is not None
-                predicted.append(strategy.replica_findings.solution.step_s)
-                found.add(described(strategy))
+            if strategy.findings is not None:
+                predicted.setdefault(name, []).append(strategy.findings.advice.step_s)
+            if strategy.replica_findings is not None:
+                predicted.setdefault(name, []).append(strategy.replica_findings.solution.step_s)
+                found.setdefault(name, set()).add(described(strategy))
             dist.barrier()
     return {
         "limit_s": limit_s,
         "measured": {name: limit_s / median(values) for name, values in seconds.items()},
         "step_ms": {name: 1e3 * median(values) for name, values in seconds.items()},
-        "predicted_ms": 1e3 * median(predicted),
-        "found": sorted(found),
+        "predicted_ms": {name: 1e3 * median(values) for name, values in predicted.items()},
+        "found": {name: sorted(ways) for name, ways in found.items()},
     }
 
 
@@ -89,12 +91,17 @@ def train(scenario: Scenario, strategy: HeteroPipelineStrategy) -> list[float]:
 
 
 def described(strategy: HeteroPipelineStrategy) -> str:
-    """Return the ranks of the stages of each replica, their layers, and the replica's part of the batch."""
+    """Return the ranks of the stages of each replica, their layers, the replica's part of the batch, and its way."""
+    found = strategy.replica_findings
     assert strategy.replica_plan is not None
+    assert found is not None
+    names = [""] * len(strategy.replica_plan.replicas)
+    if found.ordered is not None:
+        names = [f", {name}" for name in found.ordered.names]
     total = sum(replica.share for replica in strategy.replica_plan.replicas)
     return " and ".join(
         f"ranks {', '.join(str(one.ranks[rank]) for rank in one.stages.ranks)} with layers"
         f" {':'.join(str(len(one.stages.layers(stage))) for stage in range(one.stages.num_stages))}"
-        f" ({one.share / total:.0%})"
-        for one in strategy.replica_plan.replicas
+        f" ({one.share / total:.0%}{name})"
+        for one, name in zip(strategy.replica_plan.replicas, names, strict=True)
     )

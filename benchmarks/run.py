@@ -176,11 +176,12 @@ def orders_text(results: dict[str, dict[str, Any]]) -> str:
 def replicas_text(results: dict[str, dict[str, Any]]) -> str:
     """Describe what several pipelines reach."""
     names = list(next(iter(results.values()))["measured"])
-    lines = f"| factors | {' | '.join(names)} | auto: step ms (predicted) | found |\n{'|---' * (len(names) + 3)}|\n"
+    lines = f"| factors | {' | '.join(names)} | step ms (predicted) | found |\n{'|---' * (len(names) + 3)}|\n"
     for scenario, r in results.items():
         values = " | ".join(f"{value:.3f}" for value in r["measured"].values())
-        step = f"{r['step_ms']['auto']:.0f} ({r['predicted_ms']:.0f})"
-        lines += f"| {scenario.removeprefix('replicas ')} | {values} | {step} | {' or '.join(r['found'])} |\n"
+        steps = "; ".join(f"{n} {r['step_ms'][n]:.0f} ({ms:.0f})" for n, ms in r["predicted_ms"].items())
+        found = "; ".join(f"{name}: {' or '.join(ways)}" for name, ways in r["found"].items())
+        lines += f"| {scenario.removeprefix('replicas ')} | {values} | {steps} | {found} |\n"
     samples = SCENARIOS[next(iter(results))].batch_size
     text = REPLICAS.format(
         samples=samples, micro_batches=replicas.MICRO_BATCHES, rounds=replicas.ROUNDS, steps=replicas.STEPS - 1

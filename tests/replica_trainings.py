@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,16 @@ from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
 from training import make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.orders import search
+from lightning_hetero.balance.pipeline.replicas.orders.group_orders import GroupOrder
+from lightning_hetero.balance.pipeline.replicas.orders.group_planner import GroupPlanner
+from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas
+from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
+from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.solver import solve_replicas
+from lightning_hetero.balance.pipeline.simulation import order_step_s
+from lightning_hetero.balance.pipeline.stages import LayerCosts
+from lightning_hetero.plugin.pipeline.replicas import planning
 
 FEATURES = 6
 
@@ -38,6 +52,7 @@ class Case:
     replicas: Any = None
     normalised: bool = False
     verbose: bool = False
+    way: str | None = None  # in which replicas are run whatever is predicted, with a schedule that is planned
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -137,6 +152,7 @@ class Outcome:
     predictions: list[Tensor]
     norms: list[float]
     plan: Any = None
+    ways: tuple[str, ...] = ()
 
 
 def loader_of(case: Case, samples: int | None = None, *, shuffle: bool = True) -> Any:
@@ -145,6 +161,29 @@ def loader_of(case: Case, samples: int | None = None, *, shuffle: bool = True) -
     x = torch.randn(size, FEATURES, generator=generator, dtype=torch.float64)
     weights = torch.randint(0, 4, (size,), generator=generator).double() + 0.5
     return DataLoader(TensorDataset(x, weights), case.batch_size, shuffle=shuffle)
+
+
+def planned(way: str, problem: ReplicaProblem, *, always_v: bool) -> OrderedReplicas:
+    """Plan the orders of replicas in a way, where there can be such an order; see ``solve_ordered_replicas``."""
+    # what such short passes take is noise
+    generator = Random(problem.samples)
+    speeds = [generator.choice([1.0, 2.0, 3.0]) for _ in range(problem.world_size)]
+    costs = LayerCosts.of_speeds([(1.0, 1.0)] * problem.num_layers, speeds)
+    halves = tuple(tuple(s / 2 for s in row) for row in costs.backward_s)
+    problem = replace(problem, costs=replace(costs, input_s=halves, weight_s=halves), overheads=None)
+    solution = solve_replicas(problem)
+    groups = []
+    with mock.patch.object(search, "with_whole_passes", lambda order, *times: (order, order_step_s(order, *times))):
+        for replica, samples in zip(solution.plan.replicas, solution.samples, strict=True):
+            first = GroupOrder(replica.ranks, replica.stages)
+            groups.append([*GroupPlanner(problem).ways(first, samples, 2_000, names=[way], always=True), first][0])
+    assert any(one.name == way for one in groups)
+    for one in groups:
+        kinds = {action.kind for actions in one.order.actions for action in actions} if one.order is not None else set()
+        assert ("weight" in kinds) == ("split" in one.name)
+    plan = ReplicaPlan(tuple(one.replica(n) for one, n in zip(groups, solution.samples, strict=True)))
+    orders, names = tuple(one.order for one in groups), tuple(one.name for one in groups)
+    return OrderedReplicas(replace(solution, plan=plan), orders, names, "")
 
 
 def train(case: Case, resume: str | None = None, save: str | None = None) -> Outcome:
@@ -170,14 +209,22 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
         )  # fmt: skip
     model = Deep(case)
     torch.manual_seed(11)
-    trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
+    solve = (
+        nullcontext()
+        if case.way is None
+        else mock.patch.object(planning, "solve_ordered_replicas", partial(planned, case.way))
+    )
+    with solve:
+        trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if save is not None:
         trainer.save_checkpoint(save)
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     predictions: list[Any] = trainer.predict(model, loader_of(case, 2 * case.batch_size + 3, shuffle=False)) or []
     plan = None if strategy is None else strategy.replica_plan
-    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan)
+    ordered = None if strategy is None or strategy.replica_findings is None else strategy.replica_findings.ordered
+    ways = () if ordered is None else ordered.names
+    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan, ways)
 
 
 def largest_difference(found: Outcome, expected: Outcome) -> float:

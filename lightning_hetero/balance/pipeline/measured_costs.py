@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_hetero.balance.pipeline.stages import LayerCosts
 
-__all__ = ["by_size", "with_loss_everywhere"]
+__all__ = ["by_size", "split_where_possible", "with_loss_everywhere"]
 
 _Rows = tuple[tuple[float, ...], ...]
 
@@ -14,7 +14,8 @@ _Rows = tuple[tuple[float, ...], ...]
 def with_loss_everywhere(costs: LayerCosts, is_timed: Sequence[bool]) -> LayerCosts:
     """Return costs in which the last layer contains the loss, also on ranks that have not timed it.
 
-    Relative to the other layers, the last one then takes as long there as where the loss was timed.
+    Relative to the other layers, the last one then takes as long there as where the loss was timed. The loss is part of
+    what other ranks wait for, if backward passes are split.
 
     Args:
         costs: Costs of the ranks.
@@ -32,7 +33,40 @@ def with_loss_everywhere(costs: LayerCosts, is_timed: Sequence[bool]) -> LayerCo
             for row, timed, least_s in zip(rows, is_timed, last, strict=True)
         )
 
-    return LayerCosts(completed(costs.forward_s), completed(costs.backward_s))
+    backward = completed(costs.backward_s)
+    inputs = tuple(
+        (*row[:-1], row[-1] + after[-1] - before[-1])
+        for row, before, after in zip(costs.input_s, costs.backward_s, backward, strict=bool(costs.input_s))
+    )
+    return LayerCosts(completed(costs.forward_s), backward, inputs, costs.weight_s)
+
+
+def split_where_possible(costs: Sequence[LayerCosts]) -> tuple[list[LayerCosts], tuple[int, ...]]:
+    """Return costs in which backward passes are split only of layers of which all ranks can split them.
+
+    Args:
+        costs: Costs of the ranks for each size of micro-batches.
+
+    Returns:
+        The costs, and the numbers of the layers that can be split.
+    """
+    rows = [row for one in costs for row in one.weight_s]
+    split = tuple(i for i in range(costs[0].num_layers) if rows and min(row[i] for row in rows) > 0)
+    if not split:
+        return [LayerCosts(one.forward_s, one.backward_s) for one in costs], ()
+
+    def chosen(parts: _Rows, otherwise: _Rows) -> _Rows:
+        return tuple(
+            tuple(a if i in split else b for i, (a, b) in enumerate(zip(x, y, strict=True)))
+            for x, y in zip(parts, otherwise, strict=True)
+        )
+
+    found = []
+    for one in costs:
+        none = tuple((0.0,) * one.num_layers for _ in one.weight_s)
+        parts = chosen(one.input_s, one.backward_s), chosen(one.weight_s, none)
+        found.append(LayerCosts(one.forward_s, one.backward_s, *parts))
+    return found, split
 
 
 def by_size(large: LayerCosts, small: LayerCosts, ratio: float) -> tuple[LayerCosts, LayerCosts]:
@@ -58,6 +92,11 @@ def by_size(large: LayerCosts, small: LayerCosts, ratio: float) -> tuple[LayerCo
     def without(a: _Rows, overhead: _Rows) -> _Rows:
         return tuple(tuple(p - q for p, q in zip(x, y, strict=True)) for x, y in zip(a, overhead, strict=True))
 
-    forward, backward = fixed_rows(large.forward_s, small.forward_s), fixed_rows(large.backward_s, small.backward_s)
-    growing = LayerCosts(without(large.forward_s, forward), without(large.backward_s, backward))
-    return growing, LayerCosts(forward, backward)
+    kinds = list(zip(_kinds(large), _kinds(small), strict=True))
+    overheads = [fixed_rows(a, b) for a, b in kinds]
+    growing = [without(a, overhead) for (a, _), overhead in zip(kinds, overheads, strict=True)]
+    return LayerCosts(*growing), LayerCosts(*overheads)
+
+
+def _kinds(costs: LayerCosts) -> tuple[_Rows, ...]:
+    return costs.forward_s, costs.backward_s, costs.input_s, costs.weight_s

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_hetero.balance.pipeline.moves import layer_moves
 from lightning_hetero.balance.pipeline.orders.order import Order
+from lightning_hetero.balance.pipeline.orders.proof import verify_order
 from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
 from lightning_hetero.distributed.collectives import all_gather, broadcast_from
 from lightning_hetero.distributed.data import single_process
@@ -37,9 +38,10 @@ from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 from lightning_hetero.plugin.pipeline.step import PipelineStep
 from lightning_hetero.plugin.pipeline.verification import verify_layers
 
-__all__ = ["Runtime"]
+__all__ = ["Orders", "Runtime"]
 
 LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
+Orders = Schedule | Order | tuple[Schedule | Order, ...]  # one for all, or one for each replica
 
 
 class Runtime:
@@ -50,7 +52,7 @@ class Runtime:
         plan: The stages to begin with, or the replicas and their stages.
         rank: This rank.
         device: This rank's device.
-        schedule: Order of the passes: the name of a known one, or an order.
+        schedule: Order of the passes: the name of a known one, or an order; with replicas, perhaps one for each.
         split_layers: Numbers of the layers whose backward pass an order may split.
         num_microbatches: Number of micro-batches per step.
         loss_weights: Function that returns the weight of each micro-batch's loss, given the micro-batches and their
@@ -78,7 +80,7 @@ class Runtime:
         *,
         rank: int,
         device: torch.device,
-        schedule: Schedule | Order,
+        schedule: Orders,
         split_layers: Sequence[int],
         num_microbatches: int,
         loss_weights: LossWeights,
@@ -124,7 +126,7 @@ class Runtime:
         return Pipeline(
             self.found.calls,
             seat.stages,
-            self._schedule,
+            self._schedule[seat.number] if isinstance(self._schedule, tuple) else self._schedule,
             seat.rank,
             self._device,
             self.timer,
@@ -201,13 +203,19 @@ class Runtime:
                 self.move(self.placement.plan, optimizers)
             verify_layers(self._module, self.found, self.placement, self._evaluate, self.seat.leader, call)
 
-    def reorder(self, schedule: Schedule | Order, split_layers: Sequence[int]) -> None:
+    def reorder(self, schedule: Orders, split_layers: Sequence[int]) -> None:
         """Run the next stages in another order; every rank must call :meth:`move` afterwards.
 
         Args:
-            schedule: Order of the passes.
+            schedule: Order of the passes; with replicas, perhaps one for each.
             split_layers: Numbers of the layers whose backward pass the order may split.
+
+        Raises:
+            ConfigurationError: In one of the orders ranks would wait for each other for ever; raised on every rank.
         """
+        for order in schedule if isinstance(schedule, tuple) else (schedule,):
+            if isinstance(order, Order):
+                verify_order(order)
         self._schedule, self._split_layers = schedule, split_layers
 
     def move(self, plan: Plan, optimizers: Sequence[Optimizer]) -> None:
@@ -252,11 +260,18 @@ class Runtime:
 
     def clip_whole_model(self, precision: Precision) -> None:
         """Clip by the norm of the whole model when Lightning asks ``precision`` to clip gradients by norm."""
+        by_value = precision.clip_grad_by_value
 
-        def clip(optimizer: Optimizer, clip_val: float) -> None:
+        def clip_norm(optimizer: Optimizer, clip_val: float) -> None:
             clip_by_norm(optimizer, clip_val, self.placement, self._device)
 
-        self._overrides.enter_context(overridden(precision, "clip_grad_by_norm", clip))
+        def clip_value(optimizer: Optimizer, clip_val: float) -> None:
+            # torch fails without any gradient, which a rank may be that has frozen layers only
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                by_value(optimizer, clip_val)
+
+        self._overrides.enter_context(overridden(precision, "clip_grad_by_norm", clip_norm))
+        self._overrides.enter_context(overridden(precision, "clip_grad_by_value", clip_value))
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

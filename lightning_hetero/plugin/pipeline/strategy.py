@@ -21,9 +21,8 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import Schedule, WantedSchedule
+from lightning_hetero.balance.pipeline.stages import WantedSchedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
@@ -38,7 +37,7 @@ from lightning_hetero.plugin.pipeline.refusals import (
     refuse_training,
 )
 from lightning_hetero.plugin.pipeline.replicas.arguments import check_division, check_replicas
-from lightning_hetero.plugin.pipeline.runtime import Runtime
+from lightning_hetero.plugin.pipeline.runtime import Orders, Runtime
 from lightning_hetero.plugin.pipeline.watching.strategy import WatchingStrategy
 from lightning_hetero.plugin.step.gradients import Gradients, put_back, taken_aside
 from lightning_hetero.plugin.step.loss_weights import loss_weights
@@ -68,7 +67,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
             that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
             and where `splits` or `speeds` give the stages. In such an order, two ranks may share the layer between
             them: each runs it for some of the micro-batches. If its steps take longer than those of "1f1b" would, it
-            changes to that.
+            changes to that. With several `replicas`, the order of each is planned, the first rank of each has both ends
+            in a "v", and no layers are shared.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
@@ -84,7 +84,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
             [[0, 3], [1, 2]], first the one with its last stage. Each has stages of its own, and gets samples in
-            proportion to its throughput. The passes of several run as "1f1b" or "gpipe".
+            proportion to its throughput.
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
@@ -229,13 +229,15 @@ class HeteroPipelineStrategy(WatchingStrategy):
             rank=self.global_rank,
             device=self.root_device,
             schedule=self._first_schedule(),
-            split_layers=() if self.findings is None else self.findings.split_layers,
+            split_layers=next((f.split_layers for f in (self.findings, self.replica_findings) if f is not None), ()),
             num_microbatches=self.num_microbatches,
             loss_weights=partial(loss_weights, loss_reduction=self.loss_reduction, num_loss_terms=self.num_loss_terms),
         )
 
-    def _first_schedule(self) -> Schedule | Order:
+    def _first_schedule(self) -> Orders:
         """Return the order of the passes of the stages to begin with."""
+        if self.replica_findings is not None and self.replica_plan == self.replica_findings.plan:
+            return self.replica_findings.orders
         if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
             return self.findings.order
         return self.known_schedule

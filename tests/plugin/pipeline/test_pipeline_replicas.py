@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,15 +12,21 @@ from unittest import mock
 import pytest
 import torch
 from harness import RankPools
+from lightning.pytorch import Trainer
 from profiles import thorough
-from replica_trainings import Case, Outcome, largest_difference, train
+from replica_trainings import Case, Outcome, largest_difference, planned, train
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.replicas.given import uniform_replicas
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
+from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links
 from lightning_hetero.exceptions import ConfigurationError
 from lightning_hetero.plugin.pipeline import runtime
+from lightning_hetero.plugin.pipeline.replicas import planning
+from lightning_hetero.plugin.pipeline.replicas.planning import ReplicaFindings, report_replicas
 from lightning_hetero.plugin.pipeline.replicas.seat import Seat
 
 TOLERANCE = 1e-10
@@ -39,13 +46,27 @@ CASES: list[Any] = [
     often(Case(((0,), (2, 1)), (2.0, 1.0, 3.0), tied=(0, 2), micro_batches=3, schedule="gpipe")),
     # two borders, which cross
     Case(((0, 3), (1, 2)), (3.0, 1.0, 1.0, 3.0), layers=7, tied=(1, 5), trainer=(("gradient_clip_val", 0.1),)),
-    # three stages beside one, and fewer samples than replicas in the last batch
-    Case(((0, 1, 3), (2,)), (1.0, 1.0, 5.0, 2.0), samples=17, terms=True, epochs=1),
+    # three stages beside one, of which one trains nothing, and fewer samples than replicas in the last batch
+    Case(
+        ((0, 1, 3), (2,)), (1.0, 3.0, 5.0, 1.0), samples=17, terms=True, epochs=1,
+        trainer=(("gradient_clip_val", 0.01), ("gradient_clip_algorithm", "value")),
+    ),
     # stages that are found by timing, then replicas too
     often(Case(((3, 1), (2,), (0,)), None, batch_size=5, samples=21, micro_batches=1)),
     Case(((0, 1, 2),), replicas=2, tied=(0, 2), terms=True),
-    Case(((0, 1, 2),), replicas="auto"),
-]
+    Case(((0, 1, 2),), replicas="auto", schedule="auto"),
+]  # fmt: skip
+PLANNED: list[Any] = [
+    # in both replicas the first rank has both ends of the model; fewer micro-batches at the end than planned
+    Case(
+        ((0, 3), (1, 2)), micro_batches=4, schedule="auto", layers=7, tied=(1, 5), terms=True, way="split v",
+        trainer=(("gradient_clip_val", 0.05), ("accumulate_grad_batches", 2)),
+    ),
+    # a replica of one rank beside one in which gradients of parameters are put off
+    Case(((0, 2), (1,)), micro_batches=3, schedule="auto", batch_size=7, optimizer="sgd", epochs=1, way="split"),
+    # three ranks in a V
+    often(Case(((0, 2, 1), (3,)), micro_batches=4, schedule="v", layers=6, tied=(0, 2), way="v")),
+]  # fmt: skip
 
 
 def check(found: list[Outcome], expected: Outcome) -> None:
@@ -58,6 +79,71 @@ def check(found: list[Outcome], expected: Outcome) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.replicas or case.groups))
 def test_replicas_train_as_one_device(ranks: RankPools, case: Case) -> None:
     check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
+
+
+@pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.way)
+def test_replicas_with_planned_orders_train_as_one_device(ranks: RankPools, case: Case) -> None:
+    found = ranks.run(case.world_size, train, case, timeout_s=90)
+    check(found, train(case))
+    assert case.way is not None
+    for outcome in found:
+        assert case.way in outcome.ways
+        firsts = outcome.plan.replicas[0].stages
+        assert (firsts.num_stages > firsts.world_size) == ("v" in case.way.split())
+
+
+@thorough
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_planned_replicas_train_as_one_device(ranks: RankPools, seed: int) -> None:
+    case, generator = drawn_case(seed), random.Random(-seed)
+    while max(map(len, case.groups)) == 1:
+        case = drawn_case(generator.randint(100, 10_000))
+    way = generator.choice(["v", "split", "split v"])
+    # some number of replicas, with which there is one of several ranks
+    count = generator.choice([None, max(len(case.groups) - 1, 1)])
+    case = replace(
+        case, schedule=generator.choice(["auto", "v"]), speeds=None, way=way, layers=max(case.layers, 6), replicas=count
+    )
+    check(ranks.run(case.world_size, train, case, timeout_s=90), train(case))
+
+
+def test_it_is_said_how_each_replica_runs_and_why() -> None:
+    costs = LayerCosts.of_speeds([(0.01, 0.02)] * 12, [2, 2, 1, 1])
+    problem = ReplicaProblem(costs, 32, 8, 2.0, replicas=((0, 2), (1, 3)))
+    ordered = solve_ordered_replicas(problem)
+    lines: list[str] = []
+    with mock.patch.object(planning, "say", lambda _, line: lines.append(line)):
+        findings = ReplicaFindings(ordered.solution.plan, problem, ordered.solution, ordered)
+        report_replicas(Trainer(logger=False), findings, None)
+    assert re.search(r'\[.*\] layers on ranks \[0, 2, 0\], and 50% of the samples, schedule "v"$', lines[0])
+    assert "ranks [1, 3, 1]" in lines[1]
+    assert re.search(r"predicted were 2 replicas 1f1b \d+ ms, v \d+ ms", lines[2])
+    assert "of the limit" in lines[3]
+    assert [type(order) for order in findings.orders] == [Order, Order]
+
+
+def stuck(case: Case) -> str:
+    """Train with an order in which the ranks of the second replica wait for each other for ever."""
+
+    def solve(*args: Any, **options: Any) -> OrderedReplicas:
+        found = planned("v", *args, **options)
+        *others, last = found.orders
+        assert last is not None
+        actions = tuple(own[::-1] for own in last.actions)
+        return replace(found, orders=(*others, replace(last, actions=actions)))
+
+    with mock.patch.object(planning, "solve_ordered_replicas", solve):
+        try:
+            train(replace(case, way=None))
+        except ConfigurationError as error:
+            return str(error)
+    return ""
+
+
+def test_orders_that_do_not_end_are_refused_on_every_rank(ranks: RankPools) -> None:
+    case = Case(((0, 3), (1, 2)), micro_batches=4, schedule="auto")
+    for message in ranks.run(case.world_size, stuck, case, timeout_s=60):
+        assert "pipeline" in message or "stage" in message
 
 
 def drawn_case(seed: int) -> Case:
@@ -153,14 +239,14 @@ def test_checkpoints_go_to_other_groupings_and_to_one_device(ranks: RankPools, t
 
     # in order: one device has a plain loader's shuffling in no checkpoint
     three = Case(((0, 2), (1,)), (1.0, 2.0, 1.0), epochs=1, shuffle=False)
-    two = Case(((0,), (1,)), (2.0, 1.0), epochs=2, shuffle=False)
+    other = Case(((0, 1), (2,)), micro_batches=4, epochs=2, shuffle=False, schedule="v", way="split v")
     one = Case(((0, 1),), epochs=3, shuffle=False, replicas=1)
     last = Case((), epochs=4, shuffle=False)
     ranks.run(3, train, three, None, path("three"), timeout_s=90)
-    ranks.run(2, train, two, path("three"), path("two"), timeout_s=90)
-    ranks.run(2, train, one, path("two"), path("pipeline"), timeout_s=90)
+    ranks.run(3, train, other, path("three"), path("other"), timeout_s=90)
+    ranks.run(2, train, one, path("other"), path("pipeline"), timeout_s=90)
     found = train(last, path("pipeline"), path("last"))
-    for number, case in enumerate((three, two, one)):
+    for number, case in enumerate((three, other, one)):
         assert train(case, path("one") if number else None, path("one")).losses
     expected = train(last, path("one"), path("one"))
     assert largest_difference(found, expected) < TOLERANCE
@@ -217,8 +303,9 @@ def test_links_within_and_between_nodes(nodes: list[int], pairs: Any) -> None:
         ({"replicas": [[0, 1], [1]]}, "each rank once"),
         ({"replicas": [[1], [2, 0]]}, "first of its replica"),
         ({"replicas": [[0], [1]], "splits": [3]}, "Leave out `splits`"),
-        ({"replicas": 2, "schedule": "v"}, '"auto", "1f1b" or "gpipe"'),
+        ({"replicas": 2, "schedule": "v", "speeds": [1, 2]}, "found by timing"),
         ({"replicas": "auto", "speeds": [1, 2]}, "timed"),
+        ({"replicas": "auto", "schedule": "zigzag"}, "'auto', '1f1b', 'gpipe', 'v'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -18,12 +18,12 @@ from lightning_hetero.balance.pipeline.orders.search import (
 )
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.exceptions import InfeasiblePlanError
 
-__all__ = ["PipelineChoice", "choose_order", "problem_of_way"]
+__all__ = ["NEARLY", "PipelineChoice", "choose_order", "passes_are_short", "problem_of_way"]
 
-_NEARLY = 1.02  # times as long as the shortest step: worth being simpler
+NEARLY = 1.02  # times as long as the shortest step: worth being simpler
 _EFFORT_OF_ADVICE = 20_000  # it need not be as close as what is run
 _SHORT_PASS_S = 0.003  # what it takes to send more messages is then no longer small
 
@@ -68,7 +68,7 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
         found.append(_one_by_one(problem))
     except InfeasiblePlanError as raised:
         error = raised
-    is_short = bool(found) and _longest_forward_s(problem, found[0].stages) < _SHORT_PASS_S
+    is_short = bool(found) and passes_are_short(problem.costs, found[0].stages)
     if always_v or not is_short:
         found += _planned(problem)
     if not always_v and not is_short and problem.shared:
@@ -79,7 +79,7 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
         assert error is not None
         raise error
     shortest_s = min(one.step_s for one in found)
-    chosen = next(one for one in found if one.step_s <= _NEARLY * shortest_s)
+    chosen = next(one for one in found if one.step_s <= NEARLY * shortest_s)
     order = chosen.order or known_order(chosen.stages.ranks, problem.micro_batches, "1f1b")
     compared = ", ".join(f"{one.name} {1e3 * one.step_s:.0f} ms" for one in found)
     is_last = chosen is found[-1]
@@ -114,10 +114,10 @@ def _planned(problem: OrderProblem) -> Iterator[PipelineChoice]:
 def _planned_with_shared(problem: OrderProblem, shortest_s: float) -> Iterator[PipelineChoice]:
     """Yield plans with shared layers that are more than 2 % faster than all simpler ones."""
     for name in ("shared v", "shared split", "shared split v") if problem.split else ("shared v",):
-        if problem.limit_s >= shortest_s / _NEARLY:
+        if problem.limit_s >= shortest_s / NEARLY:
             break
         plan = _plan(problem, name)
-        if plan is not None and plan.step_s < shortest_s / _NEARLY:
+        if plan is not None and plan.step_s < shortest_s / NEARLY:
             shortest_s = plan.step_s
             yield PipelineChoice(name, plan.stages, plan.order, plan.step_s, "")
 
@@ -162,10 +162,11 @@ def _what_more_brings(problem: OrderProblem, chosen: PipelineChoice) -> str:
         (f"memory for all {m}", replace(problem, memory=None, most_held=None)),
     ):
         plan = _plan(other, chosen.name, _EFFORT_OF_ADVICE)
-        if plan is not None and plan.step_s < chosen.step_s / _NEARLY:
+        if plan is not None and plan.step_s < chosen.step_s / NEARLY:
             found.append(f"{what} would reach {other.limit_s / plan.step_s:.0%}")
     return f"; {', '.join(found)}" if found else "; neither more micro-batches nor more memory would bring 2 %"
 
 
-def _longest_forward_s(problem: OrderProblem, stages: StagePlan) -> float:
-    return max(problem.costs.of_stages(stages).forward_s)
+def passes_are_short(costs: LayerCosts, stages: StagePlan) -> bool:
+    """Return whether stages have only passes so short that other orders than "1f1b" are not worth their messages."""
+    return max(costs.of_stages(stages).forward_s) < _SHORT_PASS_S

@@ -61,7 +61,9 @@ def _ratio(one: Floats, other: Floats) -> float:
 
 def _averaged(costs: LayerCosts, kinds: Sequence[Sequence[int]]) -> LayerCosts:
     found = []
-    for rows in (costs.forward_s, costs.backward_s):
+    for rows in (costs.forward_s, costs.backward_s, costs.input_s, costs.weight_s):
+        if not rows:
+            continue
         values = np.array(rows)
         for kind in map(list, kinds):
             if (values[kind] != values[kind[0]]).any():  # the mean of equal numbers may be another one

@@ -40,7 +40,7 @@ from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
 from lightning_hetero.exceptions import ConfigurationError, InfeasiblePlanError
 
-__all__ = ["ReplicaSolution", "predict_replicas", "solve_replicas"]
+__all__ = ["ReplicaSolution", "good_solutions", "predict_replicas", "solve_replicas"]
 
 _FEW_RANKS = 8  # of more ranks, those that differ by some per cent are alike while groups are searched
 _MANY_RANKS = 48
@@ -48,6 +48,7 @@ _DIVIDED = 16  # groupings of many ranks that are compared with real layers
 _NEARLY = 1.1  # times the best step: moving borders may make it better
 _EXCHANGES = 8  # exchanges of ranks between groups of many ranks that are tried at the end
 _REFINED = 5  # groupings of many ranks whose stages are refined
+_OF_TWO = 2  # groupings into two that are among the good ones
 _IMPROVED = 12  # groupings that are improved with the time for averages in view
 
 
@@ -101,14 +102,34 @@ def solve_replicas(problem: ReplicaProblem) -> ReplicaSolution:
         >>> [replica.ranks for replica in found.plan.replicas], found.samples
         ([(0,), (1, 2)], (11, 5))
     """
+    return good_solutions(problem, 0)[0]
+
+
+def good_solutions(problem: ReplicaProblem, most: int) -> list[ReplicaSolution]:
+    """Return the best solution, and after it those of some other groupings.
+
+    If the number of replicas is open, one pipeline of all ranks and two groupings into two are among the others.
+
+    Args:
+        problem: The layers, the ranks and the links.
+        most: How many other groupings to return, besides those into one or two; 0 to return the best solution only.
+
+    Raises:
+        InfeasiblePlanError: The layers do not fit into the memory of the ranks.
+    """
     if problem.world_size > _FEW_RANKS and not isinstance(problem.replicas, tuple):
         alike = with_fewer_kinds(problem)
         if alike != problem:
             try:
-                return _adapted(problem, _Search(alike).best().plan)
+                search = _Search(alike)
+                best = _adapted(problem, search.best().plan)
             except InfeasiblePlanError:
                 pass  # it may fit with all that each rank has
-    return _Search(problem).best()
+            else:
+                return [best, *(predict_replicas(problem, other.plan) for other in search.others(best, most))]
+    search = _Search(problem)
+    best = search.best()
+    return [best, *search.others(best, most)]
 
 
 def _adapted(problem: ReplicaProblem, plan: ReplicaPlan) -> ReplicaSolution:
@@ -124,6 +145,10 @@ def _in_order(replica: Replica) -> Replica:
     *others, last = (replica.ranks[own] for own in replica.stages.ranks)
     own = (*range(1, len(replica.ranks)), 0)
     return Replica((last, *others), replace(replica.stages, ranks=own), replica.share)
+
+
+def _is_grouping_of(solution: ReplicaSolution, groups: Groups) -> bool:
+    return {frozenset(replica.ranks) for replica in solution.plan.replicas} == {frozenset(group) for group in groups}
 
 
 def predict_replicas(
@@ -166,18 +191,23 @@ class _Search:
         self._problem = problem
         self._groups = GroupSolver(problem)
         self._speeds = [1 / max(sum(row), 1e-12) for row in problem.costs.total_s]
+        self._known: list[Groups] = []  # groupings, the most promising first
 
     def best(self) -> ReplicaSolution:
         groupings, is_complete = self._groupings()
         if not is_complete:
             divided = self._all_divided(groupings)
             divided.sort(key=lambda one: self._solution(*one[1:]).step_s)
+            self._known = [*(groups for *_, groups in divided), *self._known]
             groupings = [groups for *_, groups in divided[: self._effort(_REFINED)]]
             if alone := [groups for *_, groups in divided if len(groups) == 1]:
                 groupings.append(alone[0])  # it gains most by refining, having the most stages
         self._groups.refine()
         found: list[ReplicaSolution] = []
-        for passes_s, samples, groups in self._all_divided(groupings):
+        divided = self._all_divided(groupings)
+        if is_complete:
+            self._known = [groups for *_, groups in divided]
+        for passes_s, samples, groups in divided:
             if found and passes_s >= min(one.step_s for one in found):
                 break
             found.append(self._solution(samples, groups))
@@ -192,6 +222,23 @@ class _Search:
             best = self._exchanged(best)
         plan = ReplicaPlan(tuple(map(_in_order, best.plan.replicas)))
         return replace(best, plan=plan, is_complete=is_complete and self._groups.is_complete)
+
+    def others(self, best: ReplicaSolution, most: int) -> list[ReplicaSolution]:
+        """Return solutions of other groupings that were known when the best one was found."""
+        if not most:
+            return []
+        known = [groups for groups in self._known if not _is_grouping_of(best, groups)]
+        wanted = known[:most]
+        if self._problem.replicas is None:
+            wanted += [groups for groups in known if len(groups) == 1][:1]
+            wanted += [groups for groups in known if len(groups) == 2][:_OF_TWO]
+        found = []
+        for groups in dict.fromkeys(wanted):
+            divided = self._divided(groups)
+            if divided is not None:
+                solution = self._solution(divided[1], groups)
+                found.append(replace(solution, plan=ReplicaPlan(tuple(map(_in_order, solution.plan.replicas)))))
+        return found
 
     def improved(self, solution: ReplicaSolution) -> ReplicaSolution:
         """Return a solution with the same groups whose averages end earlier, or the same one."""
@@ -241,7 +288,8 @@ class _Search:
         if found is not None:
             return found, True
         estimate = Estimate(problem, self._groups)
-        return good_groupings(problem, estimate, counts)[: self._effort(_DIVIDED)], False
+        self._known = good_groupings(problem, estimate, counts)
+        return self._known[: self._effort(_DIVIDED)], False
 
     def _counts(self) -> range:
         """Return the numbers of replicas that are allowed."""

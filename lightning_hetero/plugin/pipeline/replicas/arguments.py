@@ -36,11 +36,6 @@ def check_division(splits: Any, speeds: Any, schedule: Any, replicas: Any) -> No
         raise ConfigurationError(
             '`replicas="auto"` needs layers that are timed, got `speeds`. Leave them out, or say how many replicas.'
         )
-    if schedule == "v":
-        raise ConfigurationError(
-            f'`schedule` must be "auto", "1f1b" or "gpipe" with several `replicas`, whose passes are not planned, got'
-            f" {schedule!r}."
-        )
 
 
 def check_replicas(replicas: Any, world_size: int | None = None) -> None:

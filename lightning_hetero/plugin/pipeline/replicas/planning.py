@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_hetero.balance.pipeline.measured_costs import by_size, with_loss_everywhere
+from lightning_hetero.balance.pipeline.measured_costs import by_size, split_where_possible, with_loss_everywhere
+from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds, uniform_groups, uniform_replicas
+from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedGroups
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
-from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, WantedSchedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
@@ -40,12 +42,22 @@ class Wanted:
     Attributes:
         replicas: The user's ``replicas``.
         micro_batches: Number of micro-batches per step of each replica.
-        schedule: Pipeline schedule.
+        schedule: The user's ``schedule``.
     """
 
     replicas: Any
     micro_batches: int
-    schedule: Schedule
+    schedule: WantedSchedule
+
+    @property
+    def known_schedule(self) -> Schedule:
+        """The pipeline schedule with which groupings are found, and which runs until orders are planned."""
+        return "gpipe" if self.schedule == "gpipe" else "1f1b"
+
+    @property
+    def plans_orders(self) -> bool:
+        """Whether the order of passes is planned within each replica."""
+        return self.schedule in ("auto", "v")
 
     @property
     def of_solver(self) -> WantedGroups:
@@ -86,11 +98,22 @@ class ReplicaFindings:
         plan: The replicas and their stages.
         problem: The measurements.
         solution: What is predicted for the plan.
+        ordered: How each replica is run, if that was chosen; None for the pipeline schedule that the user has named.
+        split_layers: Numbers of the layers whose backward pass can be split.
     """
 
     plan: ReplicaPlan
     problem: ReplicaProblem
     solution: ReplicaSolution
+    ordered: OrderedReplicas | None = None
+    split_layers: tuple[int, ...] = ()
+
+    @property
+    def orders(self) -> tuple[Schedule | Order, ...]:
+        """The passes of each replica: an order, or the name of a known pipeline schedule."""
+        if self.ordered is None:
+            return (self.problem.schedule,) * len(self.plan.replicas)
+        return tuple(self.problem.schedule if order is None else order for order in self.ordered.orders)
 
 
 def first_replicas(
@@ -112,7 +135,7 @@ def first_replicas(
         problem = ReplicaProblem(costs, samples, wanted.micro_batches, replicas=wanted.of_solver)
         return solve_replicas(problem).plan
     if speeds is not None:
-        return replicas_of_speeds(num_layers, groups, speeds, wanted.micro_batches, wanted.schedule)
+        return replicas_of_speeds(num_layers, groups, speeds, wanted.micro_batches, wanted.known_schedule)
     fits = found is not None and (found.world_size, found.num_layers) == (world_size, num_layers)
     return found if found is not None and fits else uniform_replicas(num_layers, groups)
 
@@ -144,7 +167,8 @@ def find_replicas(
         ConfigurationError: The batch has fewer samples than there are replicas; raised on every rank.
         InfeasiblePlanError: The layers do not fit into the ranks' memory; raised on every rank.
     """
-    profiles = [profile_layers(placement, calls, one.call, one.loss_of, device) for one in examples]
+    split = wanted.plans_orders
+    profiles = [profile_layers(placement, calls, one.call, one.loss_of, device, split=split) for one in examples]
     links = [seconds for pair in pairs_of_links(nodes) for seconds in timed_link(pair, device)]
     budget = inf if budget_bytes is None else budget_bytes
     numbers = [budget, float(examples[0].loss_of is not None), *links, *(n for p in profiles for n in p.to_numbers())]
@@ -174,16 +198,13 @@ def _decided(
             activations_bytes=tuple(float(n) for n in kept.activations_bytes),
             budgets_bytes=budgets,
             micro_batches=wanted.micro_batches,
-            schedule=wanted.schedule,
+            schedule=wanted.known_schedule,
             received_bytes=tuple(float(wanted.micro_batches * n) for n in kept.boundary_bytes),
         )
     within, between = (None if pair is None else rows[pair[0]] for pair in pairs_of_links(nodes))
     link = Link() if within is None else Link(*within[2:4])
     with_loss = [bool(row[1]) for row in rows]
-    times = [
-        with_loss_everywhere(LayerCosts(tuple(p.forward_s for p in of), tuple(p.backward_s for p in of)), with_loss)
-        for of in of_sizes
-    ]
+    times, split_layers = split_where_possible([with_loss_everywhere(_costs(of), with_loss) for of in of_sizes])
     costs, overheads = times[0], None
     if len(examples) > 1:
         costs, overheads = by_size(times[0], times[1], examples[0].size / examples[1].size)
@@ -192,7 +213,7 @@ def _decided(
         samples=examples[0].samples,
         micro_batches=wanted.micro_batches,
         micro_batch_size=examples[0].size,
-        schedule=wanted.schedule,
+        schedule=wanted.known_schedule,
         overheads=overheads,
         parameter_bytes=tuple(map(float, kept.parameter_bytes)),
         output_bytes=tuple(map(float, kept.boundary_bytes)),
@@ -202,8 +223,20 @@ def _decided(
         nodes=tuple(nodes) if len({*nodes}) > 1 else (),
         replicas=wanted.of_solver,
     )
+    if wanted.plans_orders:
+        ordered = solve_ordered_replicas(problem, always_v=wanted.schedule == "v")
+        return ReplicaFindings(ordered.solution.plan, problem, ordered.solution, ordered, split_layers)
     solution = solve_replicas(problem)
     return ReplicaFindings(solution.plan, problem, solution)
+
+
+def _costs(profiles: Sequence[LayerProfile]) -> LayerCosts:
+    return LayerCosts(
+        tuple(p.forward_s for p in profiles),
+        tuple(p.backward_s for p in profiles),
+        tuple(p.input_s for p in profiles),
+        tuple(p.weight_s for p in profiles),
+    )
 
 
 def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | None) -> None:
@@ -220,11 +253,14 @@ def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | 
     for number, replica in enumerate(findings.plan.replicas):
         order = [replica.ranks[rank] for rank in replica.stages.ranks]
         layers = [len(replica.stages.layers(stage)) for stage in range(replica.stages.num_stages)]
+        way = "" if findings.ordered is None else f', schedule "{findings.ordered.names[number]}"'
         say(
             trainer,
             f"hetero_pipeline: replica {number} has {layers} layers on ranks {order}, and {replica.share / total:.0%}"
-            f" of the samples",
+            f" of the samples{way}",
         )
+    if findings.ordered is not None:
+        say(trainer, f"hetero_pipeline: {findings.ordered.reason}")
     found = findings.solution
     say(
         trainer,

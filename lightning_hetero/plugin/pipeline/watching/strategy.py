@@ -103,7 +103,7 @@ class WatchingStrategy(SavingStrategy):
 
     @property
     def _wanted(self) -> Wanted:
-        return Wanted(self.replicas, self.num_microbatches, self.known_schedule)
+        return Wanted(self.replicas, self.num_microbatches, self.schedule)
 
     @property
     def known_schedule(self) -> Schedule:
@@ -190,7 +190,8 @@ class WatchingStrategy(SavingStrategy):
                 max((state_per_parameter(optimizer) for optimizer in self.optimizers), default=0.0),
             )
         self.replica_plan = found.plan
-        if found.plan != running.placement.plan:
+        running.reorder(found.orders, found.split_layers)
+        if found.ordered is not None or found.plan != running.placement.plan:
             running.move(found.plan, self.optimizers)
         if self.verbose:
             report_replicas(module.trainer, found, reason)
