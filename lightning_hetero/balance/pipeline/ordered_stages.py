@@ -34,11 +34,10 @@ class OrderedStageProblem(StageProblem):
         order = self.orders[plan].first(self.micro_batches)
         return order_step_s(order, self._times(plan, factors), self.transfer_s) + self.searched.sharing_of(plan)
 
-    def own_s(self, plan: StagePlan) -> tuple[float, ...]:
-        """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""
+    def _own_s(self, plan: StagePlan) -> tuple[float, ...]:
         times = self._times(plan, (1.0,) * plan.world_size)
         actions = self.orders[plan].first(self.micro_batches).actions
-        return tuple(max(sum(map(times.seconds, own)), self.least_own_s) for own in actions)
+        return tuple(sum(map(times.seconds, own)) for own in actions)
 
     def order_of(self, plan: StagePlan) -> Order | None:
         """Return the order that is known for a plan."""
@@ -49,7 +48,7 @@ class OrderedStageProblem(StageProblem):
         if order is not None:
             self.orders[plan] = order
 
-    def allows(self, plan: StagePlan) -> bool:
+    def allows(self, plan: StagePlan, current: StagePlan) -> bool:  # noqa: ARG002
         """Return True: stages were found within memory."""
         return plan in self.orders
 
