@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any
@@ -16,12 +16,13 @@ from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds,
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedGroups
-from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, predict_replicas, solve_replicas
+from lightning_hetero.balance.pipeline.replicas.watching.problem import WatchedReplicas, on_devices
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, moving_times_s, profile_layers
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links, timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.console import say
@@ -86,11 +87,22 @@ class ReplicaFindings:
         plan: The replicas and their stages.
         problem: The measurements.
         solution: What is predicted for the plan.
+        moving_s: Seconds that each layer takes to move, with its gradients and the state of its optimiser.
     """
 
     plan: ReplicaPlan
     problem: ReplicaProblem
     solution: ReplicaSolution
+    moving_s: tuple[float, ...]
+
+    @property
+    def watched(self) -> WatchedReplicas:
+        """The measurements as the watching of the replicas needs them."""
+        return WatchedReplicas(self.problem, self.moving_s)
+
+    def changed(self, plan: ReplicaPlan, factors: Sequence[float]) -> ReplicaFindings:
+        """Return the findings for a plan on devices that take ``factors`` times as long as when they were timed."""
+        return replace(self, plan=plan, solution=predict_replicas(on_devices(self.problem, factors), plan))
 
 
 def first_replicas(
@@ -203,7 +215,7 @@ def _decided(
         replicas=wanted.of_solver,
     )
     solution = solve_replicas(problem)
-    return ReplicaFindings(solution.plan, problem, solution)
+    return ReplicaFindings(solution.plan, problem, solution, moving_times_s(profiles, state_per_parameter))
 
 
 def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | None) -> None:
