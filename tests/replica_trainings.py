@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from stage_trainings import scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
@@ -37,11 +39,26 @@ class Case:
     shuffle: bool = True
     replicas: Any = None
     normalised: bool = False
+    constant: bool = False  # whether a layer has a buffer
+    plans: tuple[Any, ...] = ()  # on which rank 0 decides, one after each of the first measured steps
+    fits: int = 1
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
     def world_size(self) -> int:
         return sum(map(len, self.groups))
+
+
+class Shifted(nn.Linear):
+    """Adds a constant that is saved with the model."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, FEATURES)
+        self.constant: Tensor
+        self.register_buffer("constant", torch.rand(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.constant
 
 
 class Deep(LightningModule):
@@ -56,6 +73,8 @@ class Deep(LightningModule):
         ]
         if case.tied is not None:
             layers[case.tied[1]] = layers[case.tied[0]]
+        if case.constant:
+            layers[1] = Shifted()
         layers[-2].requires_grad_(False)
         if case.normalised:
             layers.append(nn.BatchNorm1d(FEATURES))
@@ -136,6 +155,8 @@ class Outcome:
     predictions: list[Tensor]
     norms: list[float]
     plan: Any = None
+    changes: tuple[Any, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def loader_of(case: Case, samples: int | None = None, *, shuffle: bool = True) -> Any:
@@ -159,6 +180,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
             schedule=case.schedule,  # type: ignore[arg-type]
             num_loss_terms=weight_of if case.terms else None,
             verbose=False,
+            watch_steps=1 if case.plans else 10,
         )
         trainer = make_trainer(strategy, dist.get_world_size(), [seen], **options)
         torch.manual_seed(17 if dist.get_rank() == 0 else 5)  # only rank 0's random numbers decide
@@ -169,14 +191,25 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
         )  # fmt: skip
     model = Deep(case)
     torch.manual_seed(11)
-    trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
+    warned: list[str] = []
+    with (
+        scripted(case.plans),
+        mock.patch("lightning_hetero.plugin.pipeline.watching.watcher.rank_zero_warn", warned.append),
+    ):
+        for number in range(case.fits):
+            trainer.fit_loop.max_epochs = case.epochs * (number + 1)
+            trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if save is not None:
         trainer.save_checkpoint(save)
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     predictions: list[Any] = trainer.predict(model, loader_of(case, 2 * case.batch_size + 3, shuffle=False)) or []
     plan = None if strategy is None else strategy.replica_plan
-    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan)
+    changes = () if strategy is None else tuple((change.step, change.plan) for change in strategy.changes)
+    if changes:
+        found = strategy.replica_findings
+        assert found.plan == found.solution.plan == plan
+    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan, changes, tuple(warned))
 
 
 def largest_difference(found: Outcome, expected: Outcome) -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from profiles import thorough
-from stage_trainings import TWO, Deep, Outcome, alone, data, train
+from stage_trainings import TWO, Averaged, Deep, Outcome, alone, data, known_times, train
 from training import assert_close, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
@@ -26,23 +25,12 @@ from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_o
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
-from lightning_hetero.balance.types import StepTiming, WindowTiming
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
 from lightning_hetero.plugin.pipeline import planning
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.testing import SlowLayers
 
 # ---- what cannot move ------------------------------------------------------------------------------------------------
-
-
-class Averaged(torch.optim.SGD):
-    """Keeps averages beside the states of parameters."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.averages = [p.detach().clone() for p in own]
-        return loss
 
 
 class Shared(torch.optim.SGD):
@@ -122,26 +110,12 @@ def test_what_cannot_move_stays_and_is_named_once(ranks: RankPools) -> None:
 # ---- devices that change ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def known_times(factors: Callable[[], list[float]]) -> Iterator[None]:
-    """Have ranks measure what was predicted times ``factors()``, whatever else runs on this machine."""
-
-    def summary(watch: StageWatch, timings: Sequence[StepTiming]) -> WindowTiming:
-        rank = dist.get_rank()
-        own_s = watch._problem.own_s(watch.plan)[rank] * factors()[rank]
-        return WindowTiming(timings[-1].samples, len(timings), own_s, own_s / 100)
-
-    often = mock.patch.object(stage_rebalancer, "steps_between_windows", return_value=0)
-    with mock.patch.object(StageWatch, "summary", summary), often:
-        yield
-
-
 @dataclass
 class Drifted:
     """What a rank has seen of a training with devices that change."""
 
     first: StagePlan
-    changes: list[tuple[int, StagePlan]]
+    changes: list[tuple[int, Any]]
     lines: list[str]
     parameters: list[float]
 
@@ -187,7 +161,7 @@ def drift(folder: str, moving_s: float, *, planned: bool = False) -> Drifted:
     plans: list[StagePlan] = []
     ended = StageWatch.step_ended
 
-    def note(watch: StageWatch) -> None:
+    def note(watch: StageWatch[Any]) -> None:
         plans.append(watch.plan)
         ended(watch)
 
