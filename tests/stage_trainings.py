@@ -141,13 +141,20 @@ def scripted(plans: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def known_times(factors: Callable[[], list[float]]) -> Iterator[None]:
-    """Have ranks measure what was predicted times ``factors()``, whatever else runs on this machine."""
+def known_times(factors: Callable[[], list[float]], delay: float = 1.0) -> Iterator[None]:
+    """Have ranks measure what was predicted times ``factors()``, whatever else runs on this machine.
+
+    Steps in an order of their own take ``delay`` times as long as predicted.
+    """
 
     def summary(watch: StageWatch[Any], timings: Sequence[StepTiming]) -> WindowTiming:
-        rank = dist.get_rank()
-        own_s = watch._problem.own_s(watch.plan, timings[-1].samples)[rank] * factors()[rank]
-        return WindowTiming(timings[-1].samples, len(timings), own_s, own_s / 100)
+        rank, problem = dist.get_rank(), watch._problem
+        last = ([timing for timing in timings if timing.samples == problem.samples] or timings)[-1]
+        size = last.samples
+        own_s = problem.own_s(watch.plan, size)[rank] * factors()[rank]
+        step_s = problem.step_s(watch.plan, factors()) * (1.0 if problem.way_of(watch.plan) == "1f1b" else delay)
+        assert last.waiting_s > 0 or not last.own_s, "ranks of a pipeline wait for each other"
+        return WindowTiming(size, len(timings), own_s, own_s / 100, max(step_s - own_s, 0.0))
 
     often = mock.patch.object(stage_rebalancer, "steps_between_windows", return_value=0)
     with mock.patch.object(StageWatch, "summary", summary), often:

@@ -1,8 +1,8 @@
-"""Measure how long the passes of a rank take in a step, without waiting for other ranks or for the device."""
+"""Measure how long the passes of a rank take in a step, and how long the rank waits between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ class PassTimer:
         self._make_clock = make_clock
         self._runs = self._synchronised = False
         self._spans: list[tuple[Any, Any]] = []
-        self._measured: list[tuple[int, list[tuple[Any, Any]]]] = []
+        self._measured: list[tuple[int, bool, list[tuple[Any, Any]]]] = []
 
     def begin_step(self, *, synchronised: bool = False) -> None:
         """Measure the passes from here on.
@@ -65,7 +65,7 @@ class PassTimer:
             samples: Number of samples in the step.
         """
         if self._runs:
-            self._measured.append((samples, self._spans))
+            self._measured.append((samples, self._synchronised, self._spans))
         self._runs, self._spans = False, []
 
     def discard(self) -> None:
@@ -73,9 +73,16 @@ class PassTimer:
         self._runs, self._spans, self._measured = False, [], []
 
     def take(self) -> list[StepTiming]:
-        """Return the steps measured since the last call; waits until the device has done the latest of them."""
+        """Return the steps measured since the last call; waits until the device has done the latest of them.
+
+        The waiting of a step is what passes between its first pass and its last one without a pass. Of synchronised
+        steps it is 0, because hosts that wait make a step longer than others.
+        """
         measured, self._measured = self._measured, []
-        return [
-            StepTiming(samples, sum(self._clock.seconds(start, end) for start, end in spans))
-            for samples, spans in measured
-        ]
+        return [StepTiming(samples, *self._own_and_waiting(spans, known=not wait)) for samples, wait, spans in measured]
+
+    def _own_and_waiting(self, spans: Sequence[tuple[Any, Any]], *, known: bool) -> tuple[float, float]:
+        own_s = sum(self._clock.seconds(start, end) for start, end in spans)
+        if not spans or not known:
+            return own_s, 0.0
+        return own_s, max(self._clock.seconds(spans[0][0], spans[-1][1]) - own_s, 0.0)

@@ -46,7 +46,7 @@ def test_only_passes_of_measured_steps_count() -> None:
         timer.end_step(8)
         timer.time(clock.run, 7.0)
     assert clock.waits == 0
-    assert timer.take() == [StepTiming(8, 3.0), StepTiming(8, 6.0)]
+    assert timer.take() == [StepTiming(8, 3.0, 100.0), StepTiming(8, 6.0, 100.0)], "waiting lies between passes"
     assert timer.take() == []
 
 
@@ -55,11 +55,14 @@ def test_the_host_waits_before_each_pass_of_a_synchronised_step_only() -> None:
     timer = PassTimer(clock.make)
     timer.begin_step(synchronised=True)
     timer.time(clock.run, 1.0)
+    clock.run(100.0)
     timer.time(clock.run, 1.0)
     timer.end_step(8)
     timer.begin_step()
     timer.time(clock.run, 1.0)
     assert clock.waits == 2
+    assert timer.take() == [StepTiming(8, 2.0)], "the hosts' waiting is none of the step's"
+    timer.begin_step()
     timer.discard()
     timer.end_step(8)
     assert timer.take() == []

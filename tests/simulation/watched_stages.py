@@ -11,7 +11,7 @@ from typing import Any
 from lightning_hetero.balance.pipeline.stage_watch import StageReport, StageWatch
 from lightning_hetero.balance.types import StepTiming
 
-__all__ = ["Run", "simulate", "unbiased"]
+__all__ = ["Run", "on_time", "simulate", "unbiased"]
 
 Factors = Callable[[int], Sequence[float]]
 Bias = Callable[[Any, int], float]
@@ -31,6 +31,10 @@ def unbiased(_: Any, __: int) -> float:
     return 1.0
 
 
+def on_time(_: Any) -> float:
+    return 1.0
+
+
 def simulate(
     problem: Any,
     plan: Any,
@@ -40,6 +44,7 @@ def simulate(
     *,
     seed: int = 0,
     bias: Bias = unbiased,
+    delay: Callable[[Any], float] = on_time,
     asynchronous: bool = False,
     slack: float = 0.0,
     remaining: float = inf,
@@ -56,6 +61,7 @@ def simulate(
         jitter: Relative standard deviation of a rank's own time from step to step.
         seed: Seed of the jitter.
         bias: Factor of a rank under a plan besides.
+        delay: How many times as long as predicted the steps of a plan take.
         asynchronous: Whether devices work asynchronously to their hosts.
         slack: Part of its time that a rank that waits does not show while hosts do not wait for devices.
         remaining: Number of steps that are left at the beginning.
@@ -82,11 +88,14 @@ def simulate(
             run.measured += 1
             size = problem.samples if samples is None else samples(step)
             own = [s * f for s, f in zip(problem.own_s(watch.plan, size), factors(step), strict=True)]
+            step_s = delay(watch.plan) * problem.step_s(watch.plan, factors(step)) * size / problem.samples
+            step_s *= max(generator.gauss(1, jitter), 0.1)
             for rank in ranks:
                 waits = 1 - own[rank] / max(own)
                 hidden = 1 - slack * (waits > 0.02) if asynchronous and not watch.synchronised else 1.0
                 noise = max(generator.gauss(1.0, jitter), 0.1)
                 own_s = own[rank] * bias(watch.plan, rank) * noise * hidden
-                timings[rank].append(StepTiming(size, own_s))
+                waiting_s = 0.0 if watch.synchronised else max(step_s - own_s, 0.0)
+                timings[rank].append(StepTiming(size, own_s, waiting_s))
         watch.step_ended()
     return run

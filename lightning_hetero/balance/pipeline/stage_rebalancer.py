@@ -16,11 +16,14 @@ mini-batch size.
 - A layer may take another part of a step within a stage than it took alone. What a stage takes differently right after
   a move is therefore put down to that plan and not to the devices, within limits. Otherwise layers could move to and
   fro between two plans, each of which seems better from the other.
+- Stages may run in more than one way, for example in a planned order of passes or as "1f1b". Messages and what else no
+  prediction knows may delay one way more than another. So each way has a delay: how many times as long as predicted its
+  steps were measured to take. A way that was not tried yet is taken to have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean
@@ -54,6 +57,8 @@ _UNITS_PER_S = 1e9  # sizes of the model of step times are whole numbers, here n
 _MOST_BIAS = 1.25
 # Stages are solved again when a rank has changed by this fraction of `min_gain`.
 _NOTEWORTHY = 0.2
+# A step may have been disturbed, so a delay approaches what the latest window shows by this part.
+_LEARNED = 0.5
 # Of trainings without an end, so many further steps count.
 _HORIZON_STEPS = 100_000
 # A move that does not pay is proposed again only if the gain becomes larger by this factor.
@@ -105,6 +110,15 @@ class StageProblem:
         """Return None: all plans run in the order of the pipeline schedule."""
         return None
 
+    @property
+    def has_ways(self) -> bool:
+        """False: all plans run as the pipeline schedule says."""
+        return False
+
+    def way_of(self, plan: StagePlan) -> str:  # noqa: ARG002
+        """Return the name of the way in which a plan runs; steps of one way are delayed alike."""
+        return self.schedule
+
     def use(self, plan: StagePlan, order: Order | None) -> None:
         """Note the order that a plan is to have."""
 
@@ -113,6 +127,7 @@ class StageProblem:
         plan: StagePlan,
         factors: Sequence[float],
         min_gain: float,  # noqa: ARG002
+        delays: Mapping[str, float],  # noqa: ARG002
     ) -> tuple[StagePlan, ...]:
         """Return stages of the same ranks that may be faster on devices that take ``factors`` times as long.
 
@@ -120,6 +135,7 @@ class StageProblem:
             plan: The current stages.
             factors: Factor of each rank, rank 0 first.
             min_gain: Gain below which nothing is to be found.
+            delays: How many times as long as predicted the steps of each way take; of other ways, 1.
         """
         costs = self.costs.times(factors)
         starts = [plan]
@@ -154,6 +170,8 @@ class StageDecision(Generic[PlanT]):
         window: The steps to measure next.
         tuned: True, since the first stages are found before the first step.
         order: The passes of each rank under ``plan``, in the form of the problem; None for the pipeline schedule.
+        delay: How many times as long as predicted steps have taken, if ``plan`` runs in another way because of that; 1
+            otherwise.
     """
 
     plan: PlanT
@@ -164,6 +182,7 @@ class StageDecision(Generic[PlanT]):
     window: Window
     tuned: bool = True
     order: Any = None
+    delay: float = 1.0
 
 
 class StageRebalancer(Generic[PlanT]):
@@ -195,6 +214,7 @@ class StageRebalancer(Generic[PlanT]):
         self._measured: PlanT | None = None  # the plan of the latest window
         self._speeds: tuple[float, ...] = (1.0,) * current.world_size
         self._bias: dict[PlanT, tuple[float, ...]] = {current: (1.0,) * current.world_size}
+        self._delays: dict[str, float] = {}
         self._windows_since_change = COOL_DOWN_WINDOWS
         self._declined: dict[PlanT, float] = {}
         self._solved: tuple[PlanT, tuple[float, ...], tuple[PlanT, ...]] | None = None
@@ -211,6 +231,7 @@ class StageRebalancer(Generic[PlanT]):
         self.current, self.exchange_s = other.current, other.exchange_s
         self.remaining_steps, self.moving_factor = other.remaining_steps, other.moving_factor
         self._declined = dict(other._declined)
+        self._delays = other._delays  # not a copy: what is learned here holds there, too
 
     def first_window(self) -> Window:
         """Return the first window to measure."""
@@ -234,6 +255,7 @@ class StageRebalancer(Generic[PlanT]):
         sizes = self._model.samples
         times, deviations = shrink(self._model, fmean(sizes), doubt)
         self._speeds = tuple(time.seconds(n) / n * _UNITS_PER_S for time, n in zip(times, sizes, strict=True))
+        self._learn_delay(windows)
         now_s = self._step_s(self.current)
         target = self._best(now_s)
         if target is None:
@@ -241,7 +263,7 @@ class StageRebalancer(Generic[PlanT]):
         gain, takes_s = now_s / self._step_s(target) - 1, self._moving_s(target)
         least = [1 - min(doubt * deviation, 1.0) for deviation in deviations]
         sure = self._step_s(self.current, least) / self._step_s(target) - 1
-        pays = self._pays(target, now_s)
+        pays, before = self._pays(target, now_s), self.current
         known = not pays and gain <= _LARGER * self._declined.get(target, 0.0)
         if known or not self._worth_it(gain, sure):
             return self._kept(self._speeds)
@@ -250,7 +272,8 @@ class StageRebalancer(Generic[PlanT]):
         else:
             self._declined[target] = gain
         kept, order = self._kept(self._speeds), self.problem.order_of(target)
-        return replace(kept, plan=target, pays=pays, gain=gain, moving_s=takes_s, order=order)
+        delay = self._delay_of(before) if self.problem.way_of(target) != self.problem.way_of(before) else 1.0
+        return replace(kept, plan=target, pays=pays, gain=gain, moving_s=takes_s, order=order, delay=delay)
 
     def _worth_it(self, gain: float, sure: float) -> bool:
         if gain > LARGE_GAIN and sure > 0:
@@ -290,6 +313,20 @@ class StageRebalancer(Generic[PlanT]):
                 found[rank] = min(max(window.own_s / expected_s, 1 / _MOST_BIAS), _MOST_BIAS)
         return tuple(found)
 
+    def _learn_delay(self, windows: Sequence[WindowTiming | None]) -> None:
+        """Learn how much longer than predicted steps of the current way take, unless hosts wait for their devices."""
+        usual = self.problem.samples
+        steps_s = [(w.own_s + w.waiting_s) * usual / w.samples for w in windows if w is not None and w.waiting_s > 0]
+        if not steps_s:
+            return
+        way = self.problem.way_of(self.current)
+        found = max(max(steps_s) * self._delay_of(self.current) / self._step_s(self.current), 1.0)
+        before = self._delays.get(way, found)
+        self._delays[way] = before + _LEARNED * (found - before)
+
+    def _delay_of(self, plan: PlanT) -> float:
+        return self._delays.get(self.problem.way_of(plan), 1.0)
+
     def _bias_of(self, plan: PlanT) -> tuple[float, ...]:
         """Return how many times as long stages take as their layers alone; of unknown plans, as those of this one."""
         return self._bias.get(plan) or self._bias.get(self.current) or (1.0,) * plan.world_size
@@ -298,7 +335,7 @@ class StageRebalancer(Generic[PlanT]):
         """Return the predicted seconds of a step, where each rank takes only ``parts`` of its time."""
         parts = parts or [1.0] * plan.world_size
         factors = [a * b * c for a, b, c in zip(self._speeds, self._bias_of(plan), parts, strict=True)]
-        return self.problem.step_s(plan, factors)
+        return self._delay_of(plan) * self.problem.step_s(plan, factors)
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
@@ -321,19 +358,19 @@ class StageRebalancer(Generic[PlanT]):
         return min(better, key=steps_s.__getitem__, default=None)
 
     def _candidates(self) -> tuple[PlanT, ...]:
+        delay = self._delay_of(self.current) if self.problem.has_ways else 1.0
         if self._solved is not None:
-            current, speeds, found = self._solved
-            near = all(
-                abs(a / b - 1) <= _NOTEWORTHY * self._min_gain for a, b in zip(self._speeds, speeds, strict=True)
-            )
+            current, known, found = self._solved
+            now = (*self._speeds, delay)
+            near = all(abs(a / b - 1) <= _NOTEWORTHY * self._min_gain for a, b in zip(now, known, strict=True))
             if current == self.current and near:
                 return found
-        self._solved = self.current, self._speeds, self._solve()
+        self._solved = self.current, (*self._speeds, delay), self._solve()
         return self._solved[2]
 
     def _solve(self) -> tuple[PlanT, ...]:
         problem, plan = self.problem, self.current
         factors = [a * b for a, b in zip(self._speeds, self._bias_of(plan), strict=True)]
-        found = problem.candidates(plan, factors, self._min_gain)
+        found = problem.candidates(plan, factors, self._min_gain, self._delays)
         known = (former for former in self._bias if problem.allows(former, plan))
         return tuple(dict.fromkeys((*found, *known))) if found else ()

@@ -132,6 +132,8 @@ class StageWatch(Generic[PlanT]):
         ranks = BatchPlan((1,) * self.plan.world_size)
         times = [tuple(StepTime(0.0, factor) for factor in factors) for factors in (before, decision.factors)]
         reason = change_reason(decision.gain, ranks, *times)
+        if decision.delay > 1:
+            reason = f"steps take {decision.delay:.2f} times as long as predicted; {reason}"
         if refused:
             self._rebalancer.current = self.plan
         elif decision.pays:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from typing_extensions import Self
@@ -48,16 +48,26 @@ class WatchedProblem(Protocol[PlanT]):
     def order_of(self, plan: PlanT) -> Any:
         """Return the order of passes that is known for a plan; None if it is that of the pipeline schedule."""
 
+    @property
+    def has_ways(self) -> bool:
+        """Whether plans may run in more than one way."""
+
+    def way_of(self, plan: PlanT) -> str:
+        """Return the name of the way in which a plan runs; steps of one way are delayed alike."""
+
     def use(self, plan: PlanT, order: Any) -> None:
         """Note the order of passes that a plan is to have."""
 
-    def candidates(self, plan: PlanT, factors: Sequence[float], min_gain: float) -> tuple[PlanT, ...]:
+    def candidates(
+        self, plan: PlanT, factors: Sequence[float], min_gain: float, delays: Mapping[str, float]
+    ) -> tuple[PlanT, ...]:
         """Return plans that may be faster on devices that take ``factors`` times as long.
 
         Args:
             plan: The current plan.
             factors: Factor of each rank, rank 0 first.
             min_gain: Gain below which nothing is to be found.
+            delays: How many times as long as predicted the steps of each way take; of other ways, 1.
         """
 
     def allows(self, plan: PlanT, current: PlanT) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hetero.balance.pipeline.typical_times import LayerRuns, PassSeconds, typical_times
 from lightning_hetero.distributed.collectives import all_wait
 from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
@@ -102,8 +103,7 @@ def moving_times_s(profiles: Sequence[LayerProfile], state_per_parameter: float)
 
 @dataclass(frozen=True)
 class _Timing:
-    forward_s: float
-    backward_s: float
+    runs: LayerRuns
     kept_bytes: int
     shared_bytes: int
 
@@ -134,7 +134,6 @@ def profile_layers(
         share: Whether to find out too which layers two ranks may share.
     """
     timings: list[_Timing] = []
-    parts: list[tuple[float, float]] = []
     shared: list[bool] = []
     sizes: list[tuple[int, int]] = []
     boundaries: list[int] = []
@@ -151,33 +150,37 @@ def profile_layers(
                 tensors = list(copies.values())
                 timing, value = _timed_often(layer_of_model, tensors, device)
                 two = split_times(layer, layer_of_model.made, tensors, device) if split else None
+                if two is not None:
+                    timing = replace(timing, runs=replace(timing.runs, input_s=two[0], weight_s=two[1]))
                 shared.append(share and can_be_shared(layer, layer_of_model.made, tensors))
             timings.append(timing)
-            parts.append((timing.backward_s, 0.0) if two is None else two)
             sizes.append(_bytes_of(copies))
             del copies  # before the next layer takes memory
             torch.clear_autocast_cache()  # it keeps the layer and its cast
             boundaries.append(sum(t.numel() * t.element_size() for t in tensors_of(value)))
         if loss_of is not None:
-            tail, _ = _timed_often(_Loss(loss_of, value), [], device)
-            last = timings[-1]
-            parts[-1] = (parts[-1][0] + tail.backward_s, parts[-1][1])
-            timings[-1] = _Timing(
-                last.forward_s + tail.forward_s,
-                last.backward_s + tail.backward_s,
-                last.kept_bytes + tail.kept_bytes,
-                last.shared_bytes + tail.shared_bytes,
-            )
+            timings.append(_timed_often(_Loss(loss_of, value), [], device)[0])
             torch.clear_autocast_cache()
+    times = typical_times([timing.runs for timing in timings])
+    if loss_of is not None:  # belongs to the last layer
+        tail, loss = timings.pop(), times.pop()
+        last, before = timings[-1], times[-1]
+        timings[-1] = _Timing(last.runs, last.kept_bytes + tail.kept_bytes, last.shared_bytes + tail.shared_bytes)
+        times[-1] = PassSeconds(
+            before.forward_s + loss.forward_s,
+            before.backward_s + loss.backward_s,
+            before.input_s + loss.input_s,
+            before.weight_s,
+        )
     return LayerProfile(
-        forward_s=tuple(t.forward_s for t in timings),
-        backward_s=tuple(t.backward_s for t in timings),
+        forward_s=tuple(t.forward_s for t in times),
+        backward_s=tuple(t.backward_s for t in times),
         parameter_bytes=tuple(trained for trained, _ in sizes),
         constant_bytes=tuple(n + t.shared_bytes for (_, n), t in zip(sizes, timings, strict=True)),
         activations_bytes=tuple(t.kept_bytes for t in timings),
         boundary_bytes=tuple(boundaries),
-        input_s=tuple(first for first, _ in parts),
-        weight_s=tuple(second for _, second in parts),
+        input_s=tuple(t.input_s for t in times),
+        weight_s=tuple(t.weight_s for t in times),
         can_be_shared=tuple(shared),
         copy_s=tuple(copy_s),
         transfer_s=_transfer_s(int(median(boundaries)), device),
@@ -232,7 +235,7 @@ class _Loss:
 
 
 def _timed_often(part: _Part, copies: list[Tensor], device: torch.device) -> tuple[_Timing, Any]:
-    """Return the median times and an output; a first run warms up and shows which tensors are kept."""
+    """Return the times and an output; a first run warms up and shows which tensors are kept."""
     own = set(map(_storage, copies))
     kept, (_, made) = _kept(part, own)
     again = _kept(part, own)[0]
@@ -253,7 +256,7 @@ def _timed_often(part: _Part, copies: list[Tensor], device: torch.device) -> tup
         backward_s.append(timed_call(lambda made=made: _backward(made, copies), device)[1])  # type: ignore[misc]
     shared_bytes = sum(shared.values())
     kept_bytes = sum(kept.values()) - shared_bytes
-    return _Timing(median(forward_s), median(backward_s), kept_bytes, shared_bytes), _without_graph(output)
+    return _Timing(LayerRuns(tuple(forward_s), tuple(backward_s)), kept_bytes, shared_bytes), _without_graph(output)
 
 
 def _given(value: Any) -> Any:

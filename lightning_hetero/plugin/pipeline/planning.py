@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
 from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
 from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order, problem_of_way
-from lightning_hetero.balance.pipeline.orders.order import Order
+from lightning_hetero.balance.pipeline.orders.order import Order, known_order
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageProblem
@@ -81,7 +81,7 @@ class PipelineFindings:
         costs = known.costs.times(factors)
         if order is not None and choice is not None:
             planned_s = known.step_s(plan, factors)
-            choice = replace(choice, stages=plan, order=order, step_s=planned_s)
+            choice = replace(choice, name=known.way_of(plan), stages=plan, order=order, step_s=planned_s)
         arguments = (known.micro_batches, known.schedule, known.transfer_s, known.samples, known.memory, planned_s)
         return replace(self, plan=plan, costs=costs, choice=choice, advice=advise_pipeline(costs, plan, *arguments))
 
@@ -170,7 +170,10 @@ def _decision(
         known = (example.micro_batches, example.samples, schedule, transfer_s, memory, moving_s)
         watched = StageProblem(costs, *known)
         if choice is not None and choice.order is not None and problem is not None:
-            watched = OrderedStageProblem(costs, *known, problem, {plan: choice.order})
+            orders = {plan: choice.order}
+            if choice.one_by_one is not None:
+                orders[choice.one_by_one] = known_order(choice.one_by_one.ranks, micro_batches, "1f1b")
+            watched = OrderedStageProblem(costs, *known, problem, orders, choice.name)
         return PipelineFindings(plan, costs, transfer_s, advice, example.training, watched, choice, split_layers)
 
     return decide

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -11,8 +11,10 @@ from simulation.watched_stages import simulate
 
 from lightning_hetero.balance.pipeline.moves import LayerMove, layer_moves
 from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
+from lightning_hetero.balance.pipeline.orders.order import known_order
 from lightning_hetero.balance.pipeline.orders.proof import verify_order
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
+from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 
@@ -26,6 +28,14 @@ def problem_of(speeds: tuple[float, ...], *, v: bool, shares: bool, in_example: 
     assert found is not None
     known = (in_example, 32, "1f1b", 0.0001, None, (0.01,) * 12)
     return OrderedStageProblem(costs, *known, searched, {found.stages: found.order})  # type: ignore[arg-type]
+
+
+def with_one_by_one(problem: OrderedStageProblem) -> OrderedStageProblem:
+    """Return a problem that also knows the best stages for "1f1b"."""
+    searched = problem.searched
+    plan = plan_pipeline(searched.costs, searched.micro_batches, "1f1b", searched.transfer_s)
+    order = known_order(plan.ranks, searched.micro_batches, "1f1b")
+    return replace(problem, orders={**fresh(problem).orders, plan: order}, way="v")
 
 
 def first_of(problem: OrderedStageProblem) -> StagePlan:
@@ -109,6 +119,74 @@ def test_what_shared_layers_cost_counts_also_when_devices_change() -> None:
     costly = replace(free, searched=searched, orders={found.stages: found.order, **free.orders})
     assert costly.step_s(shared, slowed) == pytest.approx(free.step_s(shared, slowed) + searched.sharing_of(shared))
     alone = replace(costly, orders={found.stages: found.order})
-    others = alone.candidates(found.stages, slowed, 0.05)
+    others = alone.candidates(found.stages, slowed, 0.05, {})
     assert len(others) == 2, "stages without shared layers, which follow the slow device"
     assert all(plan.shared == () for plan in others)
+
+
+# ---- steps that take longer than predicted ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Delays:
+    """How many times as long as predicted the steps of each way take."""
+
+    problem: OrderedStageProblem
+    planned: float
+    one_by_one: float
+
+    def __call__(self, plan: StagePlan) -> float:
+        return self.one_by_one if self.problem.way_of(plan) == "1f1b" else self.planned
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("speeds", [(2.0, 1.0), pytest.param((2.0, 1.0, 1.0), marks=thorough)])
+def test_one_forward_one_backward_takes_over_where_a_planned_order_is_slower_than_it_would_be(
+    speeds: tuple[float, ...], asynchronous: bool
+) -> None:
+    for seed in range(drawn(1, 20)):
+        problem = with_one_by_one(problem_of(speeds, v=True, shares=False))
+        first = first_of(problem)
+        run = simulate(
+            problem,
+            first,
+            lambda _: [1.0] * len(speeds),
+            400,
+            seed=seed,
+            asynchronous=asynchronous,
+            delay=Delays(problem, 1.5, 1.05),
+        )
+        assert [problem.way_of(plan) for plan in dict.fromkeys(run.plans)] == ["v", "1f1b"]
+        assert run.plans[60] == run.plans[-1]
+        ((_, reason),) = run.reasons
+        assert reason.startswith(("steps take 1.4", "steps take 1.5"))
+        assert problem.order_of(run.plans[-1]) == known_order(run.plans[-1].ranks, 8, "1f1b")
+
+
+@pytest.mark.parametrize(("planned", "one_by_one", "most_changes"), [(1.5, 1.6, 2), (1.04, 1.0, 0), (1.3, 1.28, 2)])
+def test_the_faster_way_is_kept_after_one_trial(planned: float, one_by_one: float, most_changes: int) -> None:
+    for seed in range(drawn(2, 20)):
+        problem = with_one_by_one(problem_of((2.0, 1.0), v=True, shares=False))
+        delays = Delays(problem, planned, one_by_one)
+        run = simulate(problem, first_of(problem), lambda _: (1.0, 1.0), 800, seed=seed, delay=delays)
+        assert len(run.reasons) <= most_changes
+        steps_s = {plan: delays(plan) * problem.step_s(plan, (1.0, 1.0)) for plan in {*run.plans}}
+        assert steps_s[run.plans[-1]] <= 1.06 * min(steps_s.values())
+
+
+def test_a_way_is_left_only_for_one_that_is_known() -> None:
+    problem = fresh(problem_of((2.0, 1.0), v=True, shares=False))
+    run = simulate(problem, first_of(problem), lambda _: (1.0, 1.0), 200, delay=lambda _: 1.5)
+    assert not run.reasons
+
+
+def test_both_ways_follow_a_device_that_changes() -> None:
+    problem = with_one_by_one(problem_of((2.0, 1.0), v=True, shares=False))
+    delays = Delays(problem, 1.5, 1.0)
+    slowed = lambda step: (1.0, 2.0) if step >= 200 else (1.0, 1.0)  # noqa: E731
+    run = simulate(problem, first_of(problem), slowed, 500, delay=delays)
+    last = run.plans[-1]
+    assert problem.way_of(last) == problem.way_of(run.plans[190]) == "1f1b"
+    best = plan_pipeline(problem.costs.times((1.0, 2.0)), 8, "1f1b", problem.transfer_s)
+    assert problem.own_s(last) == pytest.approx(problem.own_s(best), rel=0.15)
+    assert last != run.plans[190]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from training import assert_close, flat, make_trainer
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
 from lightning_hetero.balance.pipeline import stage_rebalancer
 from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
+from lightning_hetero.balance.pipeline.orders.order import known_order
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, v_shapes
+from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
@@ -127,7 +130,8 @@ def choose_shared(problem: OrderProblem, *, always_v: bool) -> PipelineChoice:
     problem = replace(problem, most_held=4)
     plan = plan_order(problem, v_shapes(problem.costs, problem.last_rank), effort=8_000)
     assert plan is not None
-    return PipelineChoice("shared split v", plan.stages, plan.order, plan.step_s, "")
+    other = plan_pipeline(problem.costs, problem.micro_batches, "1f1b", problem.transfer_s)
+    return PipelineChoice("shared split v", plan.stages, plan.order, plan.step_s, "", other)
 
 
 def steady(measured: LayerProfile) -> LayerProfile:
@@ -143,7 +147,7 @@ def steady(measured: LayerProfile) -> LayerProfile:
     )
 
 
-def drift(folder: str, moving_s: float, *, planned: bool = False) -> Drifted:
+def drift(folder: str, moving_s: float, *, planned: bool = False, delay: float = 1.0, slower: float = 3.0) -> Drifted:
     world_size = dist.get_world_size()
     strategy = HeteroPipelineStrategy(num_microbatches=4, schedule="auto" if planned else "1f1b")
     recorder = PipelineRecorder(step=5, record=folder)
@@ -153,7 +157,7 @@ def drift(folder: str, moving_s: float, *, planned: bool = False) -> Drifted:
 
     def factors() -> list[float]:
         changed = 30 <= trainer.fit_loop.total_batch_idx < 70
-        return [1.0] * (world_size - 1) + [3.0 if changed else 1.0]
+        return [1.0] * (world_size - 1) + [slower if changed else 1.0]
 
     where = "lightning_hetero.plugin.pipeline.watching.watcher.say"
     said = mock.patch(where, lambda _, message: lines.append(message))
@@ -169,7 +173,7 @@ def drift(folder: str, moving_s: float, *, planned: bool = False) -> Drifted:
     chosen = mock.patch.object(planning, "choose_order", choose_shared)
     profile = LayerProfile.from_numbers
     times = mock.patch.object(LayerProfile, "from_numbers", lambda numbers: steady(profile(numbers)))
-    with said, moving, begun, known_times(factors), chosen, times if planned else nullcontext():
+    with said, moving, begun, known_times(factors, delay), chosen, times if planned else nullcontext():
         trainer.fit(module, data(40))
     assert strategy.findings is not None
     assert strategy.findings.plan == strategy.plan == plans[-1]
@@ -197,7 +201,7 @@ def test_a_slow_device_gets_fewer_layers_until_it_has_recovered(
     assert "layers have moved before step" in record.stages.sentences[0]
 
 
-def drift_in_order(folder: str) -> tuple[Drifted, list[Any]]:
+def drift_in_order(folder: str, **options: Any) -> tuple[Drifted, list[Any]]:
     """Return also the orders that the rank was told to run."""
     used: list[Any] = []
     reorder = Runtime.reorder
@@ -207,7 +211,7 @@ def drift_in_order(folder: str) -> tuple[Drifted, list[Any]]:
         reorder(runtime, schedule, split_layers)
 
     with mock.patch.object(Runtime, "reorder", note):
-        return drift(folder, 0.0, planned=True), used
+        return drift(folder, 0.0, planned=True, **options), used
 
 
 def test_stages_in_a_planned_order_follow_devices_with_a_new_order(ranks: RankPools, tmp_path: Path) -> None:
@@ -223,6 +227,22 @@ def test_stages_in_a_planned_order_follow_devices_with_a_new_order(ranks: RankPo
         assert used == found[0][1], "all ranks run the same orders"
         assert len(used) == 1 + len(outcome.changes)
     assert any(plan.shared for _, plan in (*found[0][0].changes, (0, found[0][0].first)))
+
+
+def test_a_planned_order_with_longer_steps_than_predicted_is_left(ranks: RankPools, tmp_path: Path) -> None:
+    expected = flat(alone("adamw", 110))
+    for outcome, (first, *then) in ranks.run(2, partial(drift_in_order, str(tmp_path), delay=1.6, slower=1.0)):
+        ((step, plan),) = outcome.changes
+        assert step <= 40
+        assert outcome.first.ranks == first.ranks == (0, 1, 0)
+        assert then == [known_order(plan.ranks, 4, "1f1b")]
+        assert plan.ranks == (1, 0)
+        assert 'layers per rank and schedule "1f1b" from training step' in outcome.lines[0]
+        assert "(steps take 1.60 times as long as predicted; predicted: 1." in outcome.lines[0]
+        assert_close(outcome.parameters, expected)
+    record = parse_record((tmp_path / "hetero_run.jsonl").read_text().splitlines())
+    assert record.stages is not None
+    assert record.stages.ranks == (1, 0)
 
 
 def work_of(plan: StagePlan) -> list[int]:

@@ -39,6 +39,8 @@ class PipelineChoice:
         order: The passes of each rank; None for "1f1b".
         step_s: Predicted seconds per step.
         reason: What was compared, for the user.
+        one_by_one: The best stages for "1f1b", which take its place if its steps take longer than predicted; None if
+            they do not fit into memory or were not wanted, and if this is "1f1b".
     """
 
     name: str
@@ -46,6 +48,7 @@ class PipelineChoice:
     order: Order | None
     step_s: float
     reason: str
+    one_by_one: StagePlan | None = None
 
 
 def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineChoice:
@@ -89,7 +92,8 @@ def choose_order(problem: OrderProblem, *, always_v: bool = False) -> PipelineCh
         + _shared_by(chosen.stages, problem.micro_batches)
         + (_what_more_brings(problem, chosen) if chosen.order is not None else "")
     )
-    return replace(chosen, reason=reason)
+    other = None if always_v or chosen.order is None or found[0].order is not None else found[0].stages
+    return replace(chosen, reason=reason, one_by_one=None if other == chosen.stages else other)
 
 
 def _one_by_one(problem: OrderProblem) -> PipelineChoice:

@@ -1,9 +1,8 @@
-"""Find out by trying whether the backward pass of a layer can be split, and how long its two parts take."""
+"""Find out by trying whether the backward pass of a layer can be split, and time its two parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, tor
 
 def split_times(
     layer: nn.Module, forward: Callable[[], Sequence[Tensor]], tensors: Sequence[Tensor], device: torch.device
-) -> tuple[float, float] | None:
-    """Return the seconds of both parts of a layer's backward pass; None if the layer has to be run whole.
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the seconds of some runs of both parts of a layer's backward pass; None if it has to be run whole.
 
     That is so if no gradients of parameters can be put off, if trying it fails, or if it gives other gradients.
 
@@ -50,7 +49,7 @@ def split_times(
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return median(first for first, _ in found), median(second for _, second in found)
+    return tuple(first for first, _ in found), tuple(second for _, second in found)
 
 
 def _gradients(

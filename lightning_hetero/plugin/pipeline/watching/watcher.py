@@ -152,13 +152,14 @@ class StageWatcher:
         seconds = time.perf_counter() - begun_s
         watch.moved_in(seconds, decision)
         order = () if decision.order is None else (decision.order,)
-        self.findings = self.findings.changed(plan, decision.factors, *order)
+        known, self.findings = self.findings, self.findings.changed(plan, decision.factors, *order)
         self.changes.append(StageChange(step, plan, reason, seconds))
         if self._verbose:
             took = "" if is_redivision else f"; moving them took {seconds:.2g} s"
             say(
                 self._trainer,
-                f"hetero_pipeline: {_described(before, plan)} from training step {step} on ({reason}){took}",
+                f"hetero_pipeline: {_described(before, plan)}{_other_way(known, self.findings)} from training step"
+                f" {step} on ({reason}){took}",
             )
 
     def _keep_layers(self, watch: StageWatch[Any], advice: str, obstacle: str) -> None:
@@ -186,3 +187,11 @@ def _described(before: Plan, after: Plan) -> str:
         assert isinstance(before, ReplicaPlan)
         return changed_replicas(before, after)
     return f"{list(after.layers_of_ranks)} layers per rank"
+
+
+def _other_way(before: PipelineFindings | ReplicaFindings, after: PipelineFindings | ReplicaFindings) -> str:
+    if isinstance(before, ReplicaFindings) or isinstance(after, ReplicaFindings):
+        return ""
+    if before.choice is None or after.choice is None or before.choice.name == after.choice.name:
+        return ""
+    return f' and schedule "{after.choice.name}"'

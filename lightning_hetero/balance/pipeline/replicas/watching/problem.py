@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from typing_extensions import Self
@@ -66,16 +66,32 @@ class WatchedReplicas:
     def order_of(self, plan: ReplicaPlan) -> None:
         """Return None: all plans run in the order of the pipeline schedule."""
 
+    @property
+    def has_ways(self) -> bool:
+        """False: all plans run as the pipeline schedule says."""
+        return False
+
+    def way_of(self, plan: ReplicaPlan) -> str:  # noqa: ARG002
+        """Return the name of the pipeline schedule."""
+        return self.measured.schedule
+
     def use(self, plan: ReplicaPlan, order: None) -> None:
         """Note the order that a plan is to have: that of the pipeline schedule."""
 
-    def candidates(self, plan: ReplicaPlan, factors: Sequence[float], min_gain: float) -> tuple[ReplicaPlan, ...]:
+    def candidates(
+        self,
+        plan: ReplicaPlan,
+        factors: Sequence[float],
+        min_gain: float,
+        delays: Mapping[str, float],  # noqa: ARG002
+    ) -> tuple[ReplicaPlan, ...]:
         """Return other shares, and other borders with other shares, that may be faster.
 
         Args:
             plan: The current replicas.
             factors: Factor of each rank, rank 0 first.
             min_gain: Gain below which nothing is to be found.
+            delays: How many times as long as predicted the steps of each way take.
         """
         search = self._search(factors)
         if search.step_s(plan) <= (1 + min_gain) * search.problem.bound_s:
