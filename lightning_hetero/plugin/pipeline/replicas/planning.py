@@ -16,8 +16,8 @@ from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds,
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedGroups
-from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, predict_replicas, solve_replicas
-from lightning_hetero.balance.pipeline.replicas.watching.problem import WatchedReplicas, on_devices
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
+from lightning_hetero.balance.pipeline.replicas.watching.problem import WatchedReplicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
@@ -102,7 +102,7 @@ class ReplicaFindings:
 
     def changed(self, plan: ReplicaPlan, factors: Sequence[float]) -> ReplicaFindings:
         """Return the findings for a plan on devices that take ``factors`` times as long as when they were timed."""
-        return replace(self, plan=plan, solution=predict_replicas(on_devices(self.problem, factors), plan))
+        return replace(self, plan=plan, solution=self.watched.solution(plan, factors))
 
 
 def first_replicas(

@@ -113,6 +113,17 @@ def test_samples_move_where_that_is_enough_and_layers_where_it_is_not() -> None:
     assert layers_of(one.plans[-1])[1] != layers_of(plan)[1]
 
 
+def test_layers_stay_where_other_shares_do_nearly_as_much() -> None:
+    problem, plan = watched(problem_of(((0, 2), (1,)), [1.0, 2.0, 1.0]))
+    slowed = [2.0, 1.0, 1.6]
+    found = {now: problem.step_s(now, slowed) for now in problem.candidates(plan, slowed, 0.05, {})}
+    shares_s = min(step_s for now, step_s in found.items() if now.is_redivision_of(plan))
+    assert 1.01 * min(found.values()) < shares_s < 1.04 * min(found.values())
+    run = simulate(problem, plan, lambda step: slowed if step >= 60 else [1.0] * 3, 300)
+    assert {tuple(layers_of(now)) for now in run.plans} == {tuple(layers_of(plan))}
+    assert problem.step_s(run.plans[-1], slowed) < 1.02 * shares_s
+
+
 def test_what_was_measured_wrongly_before_the_first_step_is_put_right() -> None:
     problem, plan = watched(problem_of(((0,), (1,)), [1.0, 1.0]))
     run = simulate(problem, plan, lambda _: [1.0, 1.6], 200, 0.0)
@@ -204,7 +215,10 @@ def test_plans_that_are_found_fit_and_are_predicted_like_all_others(
     wanted = WatchedReplicas(problem, (0.0,) * problem.num_layers)
     slowed = on_devices(problem, factors)
     for found in wanted.candidates(plan, factors, 0.0, {}):
-        assert wanted.step_s(found, factors) == pytest.approx(predict_replicas(slowed, found).step_s)
+        expected, solution = predict_replicas(slowed, found), wanted.solution(found, factors)
+        assert wanted.step_s(found, factors) == solution.step_s == pytest.approx(expected.step_s)
+        assert solution.pipelines_s == pytest.approx(expected.pipelines_s)
+        assert (solution.samples, solution.bound_s) == (expected.samples, pytest.approx(expected.bound_s))
         for one, before, n in zip(found.replicas, plan.replicas, found.samples(problem.samples), strict=True):
             assert (one.ranks, one.stages.ranks) == (before.ranks, before.stages.ranks)
             ranks = tuple(one.ranks[own] for own in one.stages.ranks)

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from lightning_hetero.balance.pipeline.moves import moving_s
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution
 from lightning_hetero.balance.pipeline.replicas.watching.search import PlanSearch
 from lightning_hetero.balance.pipeline.watched_problem import LEAST_OWN_S
 
@@ -43,6 +44,10 @@ class WatchedReplicas:
     def step_s(self, plan: ReplicaPlan, factors: Sequence[float]) -> float:
         """Return the seconds of a step on devices that take ``factors`` times as long, shape ``(world_size,)``."""
         return self._search(factors).step_s(plan)
+
+    def solution(self, plan: ReplicaPlan, factors: Sequence[float]) -> ReplicaSolution:
+        """Return what is predicted for a plan on devices that take ``factors`` times as long."""
+        return self._search(factors).solution(plan)
 
     def own_s(self, plan: ReplicaPlan, samples: int | None = None) -> tuple[float, ...]:
         """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""

@@ -20,6 +20,7 @@ from lightning_hetero.balance.pipeline.replicas.group_times import GroupTimes, I
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution
 
 __all__ = ["PlanSearch"]
 
@@ -59,9 +60,13 @@ class PlanSearch:
 
     def step_s(self, plan: ReplicaPlan) -> float:
         """Return the seconds of a step."""
+        return reduced_s(self.problem, plan.replicas, self._all_passes_s(plan))
+
+    def solution(self, plan: ReplicaPlan) -> ReplicaSolution:
+        """Return what is predicted for a plan."""
+        passes_s = tuple(map(max, self._all_passes_s(plan)))
         samples = plan.samples(self.problem.samples)
-        ends_s = [self._passes_s(replica, n) for replica, n in zip(plan.replicas, samples, strict=True)]
-        return reduced_s(self.problem, plan.replicas, ends_s)
+        return ReplicaSolution(plan, samples, self.step_s(plan), passes_s, self.problem.bound_s)
 
     def plans(self, plan: ReplicaPlan, *, layers_move: bool) -> tuple[ReplicaPlan, ...]:
         """Return a plan and others that may be faster.
@@ -82,6 +87,10 @@ class PlanSearch:
         return tuple(dict.fromkeys(found))
 
     # ---- times -----------------------------------------------------------------------------------------------------
+
+    def _all_passes_s(self, plan: ReplicaPlan) -> list[tuple[float, ...]]:
+        samples = plan.samples(self.problem.samples)
+        return [self._passes_s(replica, n) for replica, n in zip(plan.replicas, samples, strict=True)]
 
     def _passes_s(self, replica: Replica, samples: int) -> tuple[float, ...]:
         """Return when the last pass of each stage of a replica ends."""
@@ -174,8 +183,7 @@ class PlanSearch:
     def _improved(self, plan: ReplicaPlan, moving: Collection[int]) -> ReplicaPlan:
         """Return a plan whose step is shorter with the averages of gradients in it, or the same one."""
         best_s, left = self.step_s(plan), _EFFORT
-        passes_s = max(max(self._passes_s(replica, round(replica.share))) for replica in plan.replicas)
-        while left > 0 and passes_s < best_s * (1 - _LEAST):
+        while left > 0 and max(map(max, self._all_passes_s(plan))) < best_s * (1 - _LEAST):
             better: ReplicaPlan | None = None
             for near in self._near(plan, moving):
                 if (left := left - 1) < 0:
@@ -186,7 +194,6 @@ class PlanSearch:
             if better is None:
                 break
             plan = better
-            passes_s = max(max(self._passes_s(replica, round(replica.share))) for replica in plan.replicas)
         return plan
 
     def _near(self, plan: ReplicaPlan, moving: Collection[int]) -> Iterator[ReplicaPlan]:
