@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import RankPools
 from profiles import thorough
-from replica_trainings import Case, Outcome, largest_difference, train
+from replica_trainings import Case, Deep, Outcome, largest_difference, loader_of, train
+from training import flat, make_trainer
 
+from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan
 
@@ -107,3 +110,29 @@ def test_a_checkpoint_after_changes_is_resumed(ranks: RankPools, tmp_path: Path)
     found = ranks.run(2, train, second, path, timeout_s=90)
     check(found, train(second, other))
     assert [len(outcome.changes) for outcome in found] == [2, 2]
+
+
+def fit_two_models(replicas: Any) -> list[list[float]]:
+    """Train a model, and then one with more layers, with the same Trainer; return the parameters of both."""
+    strategy = HeteroPipelineStrategy(replicas=replicas, num_microbatches=2, verbose=False, watch_steps=1)
+    trainer = make_trainer(strategy, dist.get_world_size(), max_epochs=2)
+    found = []
+    for number, layers in enumerate((5, 8)):
+        case = Case(TWO, layers=layers, optimizer="sgd")
+        trainer.fit_loop.max_epochs = 2 * (number + 1)
+        module = Deep(case)
+        torch.manual_seed(11)
+        trainer.fit(module, loader_of(case, shuffle=False))
+        found.append(flat(module))
+        plan: Any = strategy.replica_plan or strategy.plan
+        findings: Any = strategy.replica_findings or strategy.findings
+        assert plan.num_layers == layers
+        assert findings.plan == plan
+    return found
+
+
+@thorough
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_stages_of_another_model_are_found_again(ranks: RankPools, replicas: Any) -> None:
+    first, second = ranks.run(2, fit_two_models, replicas, timeout_s=90)
+    assert first == second
