@@ -42,7 +42,8 @@ from lightning_hetero.plugin.pipeline.verification import verify_layers
 __all__ = ["Orders", "Runtime"]
 
 LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
-Orders = Schedule | Order | tuple[Schedule | Order, ...]  # one for all, or one for each replica
+# one for all, or one for each replica, of which None stands for "1f1b"
+Orders = Schedule | Order | tuple[Schedule | Order | None, ...]
 
 
 class Runtime:
@@ -127,7 +128,7 @@ class Runtime:
         return Pipeline(
             self.found.calls,
             seat.stages,
-            self._schedule[seat.number] if isinstance(self._schedule, tuple) else self._schedule,
+            (self._schedule[seat.number] or "1f1b") if isinstance(self._schedule, tuple) else self._schedule,
             seat.rank,
             self._device,
             self.timer,

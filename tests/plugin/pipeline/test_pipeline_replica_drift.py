@@ -17,6 +17,7 @@ from torch import nn
 from training import assert_close, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import solve_ordered_replicas
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.solver import solve_replicas
 from lightning_hetero.balance.pipeline.stages import LayerCosts
@@ -67,6 +68,16 @@ def steady(*arguments: Any) -> ReplicaFindings:
     return replace(found, plan=solution.plan, problem=problem, solution=solution)
 
 
+def steady_and_planned(*arguments: Any) -> ReplicaFindings:
+    """Return the same for replicas in which the first rank has both ends of the model."""
+    found = steady(*arguments)
+    costs = LayerCosts.of_speeds([(0.01, 0.02)] * 12, [1.0] * dist.get_world_size())
+    half = tuple(tuple(s / 2 for s in row) for row in costs.backward_s)
+    problem = replace(found.problem, costs=replace(costs, input_s=half, weight_s=half))
+    ordered = solve_ordered_replicas(problem, always_v=True)
+    return replace(found, plan=ordered.solution.plan, problem=problem, solution=ordered.solution, ordered=ordered)
+
+
 def data() -> Any:
     """Return batches of which the last one of each epoch is smaller."""
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +86,12 @@ def data() -> Any:
 
 
 def drift(
-    replicas: Any, slow: tuple[float, ...], optimizer: str = "adamw", slow_from: int = SLOW_FROM, options: Any = None
+    replicas: Any,
+    slow: tuple[float, ...],
+    optimizer: str = "adamw",
+    slow_from: int = SLOW_FROM,
+    options: Any = None,
+    find: Any = steady,
 ) -> Drifted:
     """Train while ranks take ``slow`` times as long in the middle of the training."""
     world_size = dist.get_world_size()
@@ -111,7 +127,7 @@ def drift(
         for context in (
             mock.patch.object(watcher, "say", said),
             mock.patch.object(watcher, "rank_zero_warn", warnings.append),
-            mock.patch.object(watching, "find_replicas", steady),
+            mock.patch.object(watching, "find_replicas", find),
             mock.patch.object(watcher.StageWatcher, "after_step", note),
             known_times(factors),
         ):
@@ -165,6 +181,19 @@ def test_samples_move_where_layers_cannot_and_a_warning_says_why(ranks: RankPool
         assert {plan.replicas[0].stages for plan in outcome.plans} == {outcome.first.replicas[0].stages}
         assert min(plan.samples(SAMPLES)[0] for plan in outcome.plans) < outcome.first.samples(SAMPLES)[0]
         assert outcome.plans[-1].samples(SAMPLES) == outcome.first.samples(SAMPLES)
+        assert_close(outcome.parameters, expected)
+
+
+@thorough
+def test_planned_orders_follow_a_slow_device(ranks: RankPools) -> None:
+    arguments = [[0, 2], [1, 3]], (1.0, 1.0, 1.0, 3.0), "adamw", SLOW_FROM, {"gradient_clip_val": 0.3}
+    expected = alone(options=arguments[-1])
+    for outcome in ranks.run(4, drift, *arguments, steady_and_planned, timeout_s=90):
+        stages = [plan.replicas[1].stages for plan in (outcome.first, *outcome.plans)]
+        assert {one.ranks for one in stages} == {(0, 1, 0)}
+        held = [len(one.layers_of(1)) for one in stages]
+        assert min(held) < held[0] == held[-1]
+        assert not outcome.warnings
         assert_close(outcome.parameters, expected)
 
 

@@ -123,12 +123,24 @@ class ReplicaFindings:
     def watched(self) -> WatchedReplicas | WatchedOrders:
         """The measurements as the watching of the replicas needs them."""
         if self.ordered is not None and any(self.ordered.orders):
-            return WatchedOrders(self.problem, self.ordered)
+            return WatchedOrders(self.problem, self.ordered, self.moving_s)
         return WatchedReplicas(self.problem, self.moving_s)
 
-    def changed(self, plan: ReplicaPlan, factors: Sequence[float]) -> ReplicaFindings:
-        """Return the findings for a plan on devices that take ``factors`` times as long as when they were timed."""
-        return replace(self, plan=plan, solution=self.watched.solution(plan, factors))
+    def changed(
+        self, plan: ReplicaPlan, factors: Sequence[float], orders: tuple[Order | None, ...] | None = None
+    ) -> ReplicaFindings:
+        """Return the findings for a plan on devices that take ``factors`` times as long as when they were timed.
+
+        Args:
+            plan: The replicas.
+            factors: Factor of each rank, rank 0 first.
+            orders: The passes of each replica; None if they are as they were.
+        """
+        found = self
+        if orders is not None and self.ordered is not None:
+            ordered = replace(self.ordered, orders=orders, solution=replace(self.ordered.solution, plan=plan))
+            found = replace(self, ordered=ordered)
+        return replace(found, plan=plan, solution=found.watched.solution(plan, factors))
 
 
 def first_replicas(
