@@ -25,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy
 from profiles import thorough
+from replica_trainings import planned
 from stage_trainings import always_shared, scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,6 +37,7 @@ from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.shards.exchange import NcclExchange
 from lightning_hetero.plugin.pipeline import planning
+from lightning_hetero.plugin.pipeline.replicas import planning as replica_planning
 
 EXACT = 1e-12
 
@@ -355,12 +357,21 @@ def replicas(folder: str, *, accelerated: bool) -> Outcome:
         return trained(case, folder, accelerated=accelerated)
 
 
+def planned_replicas(folder: str, *, accelerated: bool) -> Outcome:
+    with mock.patch.object(replica_planning, "solve_ordered_replicas", partial(planned, "split v")):
+        case = Case("hetero_pipeline", {"replicas": [[0, 2], [1]]}, {"gradient_clip_val": 0.5})
+        return trained(case, folder, accelerated=accelerated)
+
+
 def shared(folder: str, *, accelerated: bool) -> Outcome:
     with mock.patch.object(planning, "choose_order", partial(always_shared, v_shapes)):
         return trained(Case("hetero_pipeline", {"schedule": "auto"}), folder, accelerated=accelerated)
 
 
-@pytest.mark.parametrize(("run", "size"), [(moved, 2), (shared, 2), pytest.param(replicas, 3, marks=thorough)])
+@pytest.mark.parametrize(
+    ("run", "size"),
+    [(moved, 2), (shared, 2), *(pytest.param(run, 3, marks=thorough) for run in (replicas, planned_replicas))],
+)
 def test_layers_move_between_devices(
     run: Any, size: int, accelerated: RankPools, ranks: RankPools, tmp_path: Path
 ) -> None:
