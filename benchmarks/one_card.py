@@ -190,8 +190,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "hetero_ddp": ("hetero_ddp", {}),
     "hetero_pipeline, equal stages": ("hetero_pipeline", {"splits": [6], "watch_steps": 0}),
+    "hetero_pipeline, 1f1b": ("hetero_pipeline", {"schedule": "1f1b"}),
     "hetero_pipeline": ("hetero_pipeline", {}),
-    "hetero_pipeline, planned order": ("hetero_pipeline", {"schedule": "auto"}),
 }
 
 if __name__ == "__main__":

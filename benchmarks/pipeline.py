@@ -72,7 +72,7 @@ def measure_splits(scenario: Scenario) -> dict[str, Any]:
     for _ in range(ROUNDS):
         fixed = HeteroPipelineStrategy(splits=list(uniform.ends[:-1]), num_microbatches=MICRO_BATCHES)
         found["uniform"] += train(scenario, fixed, ranks, STEPS, factors, recorders["uniform"])
-        strategy = HeteroPipelineStrategy(num_microbatches=MICRO_BATCHES, verbose=False)
+        strategy = HeteroPipelineStrategy(num_microbatches=MICRO_BATCHES, schedule="1f1b", verbose=False)
         found["auto"] += train(scenario, strategy, ranks, STEPS, factors, recorders["auto"])
         assert strategy.findings is not None
         plans.append(strategy.findings.plan)

@@ -44,7 +44,7 @@ def ways(ranks: int) -> dict[str, Callable[[], HeteroPipelineStrategy]]:
     pairs = [[rank, rank + ranks // 2] for rank in range(ranks // 2)]
     common: dict[str, Any] = {"num_microbatches": MICRO_BATCHES, "verbose": False, "max_memory_bytes": MEMORY_BYTES}
     return {
-        "one pipeline": lambda: HeteroPipelineStrategy(**common),
+        "one pipeline": lambda: HeteroPipelineStrategy(schedule="1f1b", **common),
         "one, planned": lambda: HeteroPipelineStrategy(schedule="auto", **common),
         "equals": lambda: HeteroPipelineStrategy(replicas=pairs, speeds=[1.0] * ranks, **common),
         "auto": lambda: HeteroPipelineStrategy(replicas="auto", **common),

@@ -150,7 +150,8 @@ class CharacterModel(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"])
+        # Biases of keys have no gradient but for rounding, which AdamW would scale up with its usual `eps`.
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], eps=1e-6)
 
 
 class StepTimes(Callback):

@@ -184,7 +184,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     module = module_of(optimizer)
-    strategy = HeteroPipelineStrategy(num_microbatches=4, watch_steps=1, verbose=False)
+    strategy = HeteroPipelineStrategy(num_microbatches=4, schedule="1f1b", watch_steps=1, verbose=False)
     saving = [] if save is None else [SaveAt(*save)]
     trainer = make_trainer(
         strategy,

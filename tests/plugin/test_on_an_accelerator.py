@@ -296,7 +296,7 @@ def shards_on_a_virtual_device() -> Iterator[None]:
         yield
 
 
-SENT_AS_BYTES = ("layer_profile.py", "flat.py", "shard_tensor.py")
+SENT_AS_BYTES = ("layer_profile.py", "links.py", "flat.py", "shard_tensor.py")
 
 
 def flat_values(state: dict[str, Tensor]) -> list[float]:

@@ -163,7 +163,7 @@ def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
         forward_s=() if times is None else times.forward_s,
         backward_s=() if times is None else times.backward_s,
         micro_batches=strategy.num_microbatches,
-        schedule=strategy.schedule if found is None or found.choice is None else found.choice.name,
+        schedule=strategy.known_schedule if found is None or found.choice is None else found.choice.name,
         transfer_s=0.0 if found is None else found.transfer_s,
         step_s=0.0 if found is None else found.advice.step_s,
         uniform_step_s=0.0 if found is None else found.advice.uniform_step_s,

@@ -67,7 +67,8 @@ class HeteroPipelineStrategy(WatchingStrategy):
             micro-batches, as far as memory allows, and each rank may compute gradients of parameters later than those
             that other ranks wait for. "auto" takes "1f1b" unless another order is predicted to be more than 2 % faster,
             and where `splits` or `speeds` give the stages. In such an order, two ranks may share the layer between
-            them: each runs it for some of the micro-batches.
+            them: each runs it for some of the micro-batches. If its steps take longer than those of "1f1b" would, it
+            changes to that.
         loss_reduction: How the training loss is reduced over a batch, "mean" or "sum".
         num_loss_terms: Function that takes a micro-batch and returns the number of terms over which the training loss
             is averaged, or the sum of their weights. Give it if these terms are not the samples but, for example,
@@ -83,7 +84,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
             [[0, 3], [1, 2]], first the one with its last stage. Each has stages of its own, and gets samples in
-            proportion to its throughput. Several need the schedule "1f1b" or "gpipe".
+            proportion to its throughput. The passes of several run as "1f1b" or "gpipe".
         start_method: How ranks are started. "popen" runs the script again; the others are those of multiprocessing.
         timeout: How long ranks wait for each other.
         process_group_backend: How ranks communicate, "gloo" or "nccl"; by default it fits the accelerator.
@@ -116,7 +117,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         splits: Literal["auto"] | list[int] = "auto",
         speeds: list[float] | None = None,
         num_microbatches: int = 4,
-        schedule: WantedSchedule = "1f1b",
+        schedule: WantedSchedule = "auto",
         loss_reduction: Literal["mean", "sum"] = "mean",
         num_loss_terms: Callable[[Any], float] | None = None,
         max_memory_bytes: int | list[int] | None = None,
@@ -237,7 +238,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         """Return the order of the passes of the stages to begin with."""
         if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
             return self.findings.order
-        return "gpipe" if self.schedule == "gpipe" else "1f1b"
+        return self.known_schedule
 
     @override
     def _context_of(self, *, training: bool) -> AbstractContextManager[None]:

@@ -70,7 +70,7 @@ class Found:
 
 
 def train(factors: list[float], folder: str, epochs: int = 1, resume: str | None = None, **options: Any) -> Found:
-    strategy = HeteroPipelineStrategy(num_microbatches=8, verbose=False, **options)
+    strategy = HeteroPipelineStrategy(num_microbatches=8, schedule="1f1b", verbose=False, **options)
     slow = SlowLayers(factors, seconds_per_sample=0.003)
     recorder = PipelineRecorder(step=3, record=folder)
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)

@@ -202,9 +202,8 @@ def test_links_within_and_between_nodes(nodes: list[int], pairs: Any) -> None:
         ({"replicas": [[0, 1], [1]]}, "each rank once"),
         ({"replicas": [[1], [2, 0]]}, "first of its replica"),
         ({"replicas": [[0], [1]], "splits": [3]}, "Leave out `splits`"),
-        ({"replicas": 2, "schedule": "v"}, '"1f1b" or "gpipe"'),
+        ({"replicas": 2, "schedule": "v"}, '"auto", "1f1b" or "gpipe"'),
         ({"replicas": "auto", "speeds": [1, 2]}, "timed"),
-        ({"replicas": "auto", "schedule": "auto"}, '"1f1b" or "gpipe"'),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:

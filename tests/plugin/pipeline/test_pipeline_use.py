@@ -362,8 +362,7 @@ def received_in_training(num_microbatches: int) -> tuple[int, float, list[Any]]:
     if dist.get_rank() == 0:
         plan, memory = strategy.plan, StageMemory(**memories.call_args.kwargs)
         assert plan is not None
-        alone = replace(memory, received_bytes=())
-        needed = memory.needed_bytes(plan)[-1] - alone.needed_bytes(plan)[-1]
+        needed = replace(memory, received_bytes=()).left_bytes(plan)[0] - memory.left_bytes(plan)[0]
     return max(held), needed, forked
 
 

@@ -36,9 +36,9 @@ def check_division(splits: Any, speeds: Any, schedule: Any, replicas: Any) -> No
         raise ConfigurationError(
             '`replicas="auto"` needs layers that are timed, got `speeds`. Leave them out, or say how many replicas.'
         )
-    if schedule not in ("1f1b", "gpipe"):
+    if schedule == "v":
         raise ConfigurationError(
-            f'`schedule` must be "1f1b" or "gpipe" with several `replicas`, whose passes are not planned, got'
+            f'`schedule` must be "auto", "1f1b" or "gpipe" with several `replicas`, whose passes are not planned, got'
             f" {schedule!r}."
         )
 
