@@ -46,9 +46,12 @@ def train(ranks: list[int], *, watched: bool, from_step: int) -> tuple[HeteroPip
     clock = StepClock()
     slow = SlowLayers([SLOWER if rank in ranks and not from_step else 1.0 for rank in range(4)], SECONDS_PER_SAMPLE)
     strategy = HeteroPipelineStrategy(
-        replicas=GROUPS, num_microbatches=MICRO_BATCHES, schedule="1f1b", watch_steps=10 if watched else 0,
+        replicas=GROUPS,
+        num_microbatches=MICRO_BATCHES,
+        schedule="1f1b",
+        watch_steps=10 if watched else 0,
         verbose=watched,
-    )  # fmt: skip
+    )
     trainer = Trainer(
         accelerator="cpu", devices=4, strategy=strategy, max_steps=STEPS, max_epochs=-1,
         callbacks=[slow, Slower(slow, ranks, from_step), clock], **QUIET,

@@ -106,7 +106,8 @@ def test_what_cannot_move_stays_and_is_named_once(ranks: RankPools) -> None:
             assert not outcome.changes, name
             (warning,) = outcome.warnings
             assert OBSTACLES[name] in warning
-            assert "[9, 3] layers per rank would be faster" in warning
+            # the first stages that are asked for, or the second ones if those were found before
+            assert any(f"{layers} layers per rank would be faster" in warning for layers in ([9, 3], [2, 10]))
             assert_close(outcome.parameters, expected[name])
 
 

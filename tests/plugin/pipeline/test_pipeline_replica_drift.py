@@ -95,7 +95,7 @@ def drift(
 ) -> Drifted:
     """Train while ranks take ``slow`` times as long in the middle of the training."""
     world_size = dist.get_world_size()
-    strategy = HeteroPipelineStrategy(replicas=replicas, num_microbatches=4)
+    strategy = HeteroPipelineStrategy(replicas=replicas, num_microbatches=4, schedule="1f1b")
     trainer = make_trainer(strategy, world_size, max_steps=STEPS, **(options or {}))
     module = Stack(optimizer)
     lines: list[str] = []

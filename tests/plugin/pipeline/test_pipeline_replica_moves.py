@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,49 @@ def test_parameters_are_those_of_one_device(ranks: RankPools, case: Case) -> Non
         assert outcome.plan == case.plans[-1]
         every = dict(case.trainer).get("accumulate_grad_batches", 1)
         assert all(step % every == 0 for step, _ in outcome.changes)
+
+
+def drawn_case(seed: int) -> Case:
+    generator = random.Random(seed)
+    groups = generator.choice([TWO, THREE, FOUR, LONG, ((0,), (2, 1)), ((0, 2, 1), (3,)), ((0,), (1,), (2,))])
+    layers = generator.randint(5, 9)
+    plans: list[ReplicaPlan] = []
+    for number in range(generator.randint(3, 6)):
+        borders = [sorted(generator.sample(range(1, layers), len(ranks) - 1)) for ranks in groups]
+        shares = [generator.choice([1.0, 1.5, 2.0, 5.0, 40.0]) for _ in groups]
+        if number and generator.random() < 0.4:
+            borders = [one.stages.ends[:-1] for one in plans[-1].replicas]
+        shares[0] += number / 100  # each plan is another one
+        plans.append(plan_of(groups, borders, shares, layers))
+    options: list[tuple[str, Any]] = []
+    if generator.random() < 0.4:
+        options.append(("accumulate_grad_batches", generator.randint(2, 3)))
+    if generator.choice([False, True, False]):
+        options.append(("gradient_clip_val", 0.05))
+    first = generator.randrange(layers - 4)
+    return Case(
+        groups,
+        micro_batches=generator.randint(1, 5),
+        schedule=generator.choice(["1f1b", "gpipe"]),
+        samples=generator.randint(20, 30),
+        batch_size=generator.randint(4, 9),
+        layers=layers,
+        tied=(first, first + 2) if generator.random() < 0.4 else None,
+        optimizer=generator.choice(["sgd", "adamw"]),
+        terms=generator.random() < 0.5,
+        epochs=generator.randint(5, 8),
+        plans=tuple(plans),
+        trainer=tuple(options),
+    )
+
+
+@thorough
+@pytest.mark.parametrize("seed", range(30))
+def test_drawn_changes_leave_the_training_as_it_is(ranks: RankPools, seed: int) -> None:
+    case = drawn_case(seed)
+    found = ranks.run(case.world_size, train, case, timeout_s=90)
+    check(found, train(case))
+    assert [plan for _, plan in found[0].changes] == list(case.plans)
 
 
 def test_a_checkpoint_after_changes_is_resumed(ranks: RankPools, tmp_path: Path) -> None:
