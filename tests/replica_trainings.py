@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from stage_trainings import scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
@@ -53,11 +55,26 @@ class Case:
     normalised: bool = False
     verbose: bool = False
     way: str | None = None  # in which replicas are run whatever is predicted, with a schedule that is planned
+    constant: bool = False  # whether a layer has a buffer
+    plans: tuple[Any, ...] = ()  # on which rank 0 decides, one after each of the first measured steps
+    fits: int = 1
     trainer: tuple[tuple[str, Any], ...] = ()
 
     @property
     def world_size(self) -> int:
         return sum(map(len, self.groups))
+
+
+class Shifted(nn.Linear):
+    """Adds a constant that is saved with the model."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, FEATURES)
+        self.constant: Tensor
+        self.register_buffer("constant", torch.rand(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.constant
 
 
 class Deep(LightningModule):
@@ -72,6 +89,8 @@ class Deep(LightningModule):
         ]
         if case.tied is not None:
             layers[case.tied[1]] = layers[case.tied[0]]
+        if case.constant:
+            layers[1] = Shifted()
         layers[-2].requires_grad_(False)
         if case.normalised:
             layers.append(nn.BatchNorm1d(FEATURES))
@@ -152,6 +171,8 @@ class Outcome:
     predictions: list[Tensor]
     norms: list[float]
     plan: Any = None
+    changes: tuple[Any, ...] = ()
+    warnings: tuple[str, ...] = ()
     ways: tuple[str, ...] = ()
 
 
@@ -161,6 +182,12 @@ def loader_of(case: Case, samples: int | None = None, *, shuffle: bool = True) -
     x = torch.randn(size, FEATURES, generator=generator, dtype=torch.float64)
     weights = torch.randint(0, 4, (size,), generator=generator).double() + 0.5
     return DataLoader(TensorDataset(x, weights), case.batch_size, shuffle=shuffle)
+
+
+def with_shares(shares: Sequence[float], plan: ReplicaPlan) -> ReplicaPlan:
+    """Return a plan with other shares."""
+    pairs = zip(plan.replicas, shares, strict=True)
+    return ReplicaPlan(tuple(replace(replica, share=float(share)) for replica, share in pairs))
 
 
 def planned(way: str, problem: ReplicaProblem, *, always_v: bool) -> OrderedReplicas:
@@ -199,6 +226,7 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
             schedule=case.schedule,  # type: ignore[arg-type]
             num_loss_terms=weight_of if case.terms else None,
             verbose=case.verbose,
+            watch_steps=1 if case.plans else 10,
         )
         trainer = make_trainer(strategy, dist.get_world_size(), [seen], **options)
         torch.manual_seed(17 if dist.get_rank() == 0 else 5)  # only rank 0's random numbers decide
@@ -209,22 +237,33 @@ def train(case: Case, resume: str | None = None, save: str | None = None) -> Out
         )  # fmt: skip
     model = Deep(case)
     torch.manual_seed(11)
-    solve = (
+    warned: list[str] = []
+    with (
         nullcontext()
         if case.way is None
-        else mock.patch.object(planning, "solve_ordered_replicas", partial(planned, case.way))
-    )
-    with solve:
-        trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
+        else mock.patch.object(planning, "solve_ordered_replicas", partial(planned, case.way)),
+        scripted(case.plans),
+        mock.patch("lightning_hetero.plugin.pipeline.watching.watcher.rank_zero_warn", warned.append),
+    ):
+        for number in range(case.fits):
+            trainer.fit_loop.max_epochs = case.epochs * (number + 1)
+            trainer.fit(model, loader_of(case, shuffle=case.shuffle), loader_of(case, 11), ckpt_path=resume)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if save is not None:
         trainer.save_checkpoint(save)
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     predictions: list[Any] = trainer.predict(model, loader_of(case, 2 * case.batch_size + 3, shuffle=False)) or []
     plan = None if strategy is None else strategy.replica_plan
-    ordered = None if strategy is None or strategy.replica_findings is None else strategy.replica_findings.ordered
-    ways = () if ordered is None else ordered.names
-    return Outcome(seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan, ways)
+    changes: tuple[Any, ...] = ()
+    found: Any = None
+    if strategy is not None:
+        changes, found = tuple((change.step, change.plan) for change in strategy.changes), strategy.replica_findings
+    if changes:
+        assert found.plan == found.solution.plan == plan
+    ways = () if found is None or found.ordered is None else found.ordered.names
+    return Outcome(
+        seen.losses, seen.found, metrics, parameters, predictions, model.norms, plan, changes, tuple(warned), ways
+    )
 
 
 def largest_difference(found: Outcome, expected: Outcome) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import SaveAt, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy
+from lightning_hetero.balance.pipeline import stage_rebalancer
 from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageDecision
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 from lightning_hetero.balance.tuning.rebalancer import Window
+from lightning_hetero.balance.types import StepTiming, WindowTiming
 
 FEATURES, BATCH_SIZE = 6, 8
 
@@ -76,6 +79,16 @@ class Deep(LightningModule):
         return {"optimizer": found, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Averaged(torch.optim.SGD):
+    """Keeps averages beside the states of parameters."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.averages = [p.detach().clone() for p in own]
+        return loss
+
+
 class Stack(nn.Module):
     """Blocks that nobody has named as layers, and a parameter between them that belongs to none."""
 
@@ -115,16 +128,38 @@ def data(steps: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(samples), BATCH_SIZE)
 
 
-def scripted(plans: Sequence[StagePlan]) -> Any:
+def scripted(plans: Sequence[Any]) -> Any:
     """Return a context in which rank zero decides on these plans, one after the other, after one measured step each."""
     left = list(plans)
 
-    def decide(watch: StageWatch, reports: Any) -> StageDecision:
-        assert all(report.window.own_s > 0 for report in reports)
+    def decide(watch: StageWatch[Any], reports: Any) -> StageDecision[Any]:
+        assert any(report.window.own_s > 0 for report in reports)
         plan = left.pop(0) if left else watch.plan
-        return StageDecision(plan, True, 0.5, 0.1, (1.0,) * plan.num_stages, Window(0, 1))
+        plan = plan(watch.plan) if callable(plan) else plan
+        return StageDecision(plan, True, 0.5, 0.1, (1.0,) * plan.world_size, Window(0, 1))
 
     return mock.patch.object(StageWatch, "decide", decide)
+
+
+@contextmanager
+def known_times(factors: Callable[[], list[float]], delay: float = 1.0) -> Iterator[None]:
+    """Have ranks measure what was predicted times ``factors()``, whatever else runs on this machine.
+
+    Steps in an order of their own take ``delay`` times as long as predicted.
+    """
+
+    def summary(watch: StageWatch[Any], timings: Sequence[StepTiming]) -> WindowTiming:
+        rank, problem = dist.get_rank(), watch._problem
+        last = ([timing for timing in timings if timing.samples == problem.samples] or timings)[-1]
+        size = last.samples
+        own_s = problem.own_s(watch.plan, size)[rank] * factors()[rank]
+        step_s = problem.step_s(watch.plan, factors()) * (1.0 if problem.way_of(watch.plan) == "1f1b" else delay)
+        assert last.waiting_s > 0 or not last.own_s, "ranks of a pipeline wait for each other"
+        return WindowTiming(size, len(timings), own_s, own_s / 100, max(step_s - own_s, 0.0))
+
+    often = mock.patch.object(stage_rebalancer, "steps_between_windows", return_value=0)
+    with mock.patch.object(StageWatch, "summary", summary), often:
+        yield
 
 
 @dataclass
@@ -132,7 +167,7 @@ class Outcome:
     """What a rank has seen."""
 
     parameters: list[float]
-    changes: list[tuple[int, StagePlan]]
+    changes: list[tuple[int, Any]]
     calls: int
     norms: list[float]
     warnings: list[str]

@@ -24,6 +24,8 @@ from harness import RankPools
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy
+from profiles import thorough
+from replica_trainings import planned
 from stage_trainings import always_shared, scripted
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,9 +33,11 @@ from training import assert_close, make_trainer
 
 from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy, HeteroPipelineStrategy, LoadBalancer
 from lightning_hetero.balance.pipeline.orders.search import v_shapes
+from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.shards.exchange import NcclExchange
 from lightning_hetero.plugin.pipeline import planning
+from lightning_hetero.plugin.pipeline.replicas import planning as replica_planning
 
 EXACT = 1e-12
 
@@ -343,16 +347,37 @@ def moved(folder: str, *, accelerated: bool) -> Outcome:
         return trained(Case("hetero_pipeline", {"watch_steps": 1}), folder, accelerated=accelerated)
 
 
+def replicas(folder: str, *, accelerated: bool) -> Outcome:
+    """Other shares, and layers that move within the first replica."""
+    alone = Replica((1,), StagePlan((0,), (6,)), 1.0)
+    plans = [(5, 1.0), (5, 3.0), (2, 3.0), (3, 0.5)]
+    held = [ReplicaPlan((Replica((0, 2), StagePlan((1, 0), (end, 6)), share), alone)) for end, share in plans]
+    with scripted(held):
+        case = Case("hetero_pipeline", {"watch_steps": 1, "replicas": [[0, 2], [1]]}, {"gradient_clip_val": 0.5})
+        return trained(case, folder, accelerated=accelerated)
+
+
+def planned_replicas(folder: str, *, accelerated: bool) -> Outcome:
+    with mock.patch.object(replica_planning, "solve_ordered_replicas", partial(planned, "split v")):
+        case = Case("hetero_pipeline", {"replicas": [[0, 2], [1]]}, {"gradient_clip_val": 0.5})
+        return trained(case, folder, accelerated=accelerated)
+
+
 def shared(folder: str, *, accelerated: bool) -> Outcome:
     with mock.patch.object(planning, "choose_order", partial(always_shared, v_shapes)):
         return trained(Case("hetero_pipeline", {"schedule": "auto"}), folder, accelerated=accelerated)
 
 
-@pytest.mark.parametrize("run", [moved, shared])
-def test_layers_move_between_devices(run: Any, accelerated: RankPools, ranks: RankPools, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("run", "size"),
+    [(moved, 2), (shared, 2), *(pytest.param(run, 3, marks=thorough) for run in (replicas, planned_replicas))],
+)
+def test_layers_move_between_devices(
+    run: Any, size: int, accelerated: RankPools, ranks: RankPools, tmp_path: Path
+) -> None:
     (tmp_path / "host").mkdir()
-    expected = ranks.run(2, partial(run, accelerated=False), f"{tmp_path}/host")
-    for one, other in zip(accelerated.run(2, partial(run, accelerated=True), str(tmp_path)), expected, strict=True):
+    expected = ranks.run(size, partial(run, accelerated=False), f"{tmp_path}/host")
+    for one, other in zip(accelerated.run(size, partial(run, accelerated=True), str(tmp_path)), expected, strict=True):
         assert_close(one.parameters, other.parameters, EXACT)
         assert all(call.on_device for step in one.calls for call in step)
 

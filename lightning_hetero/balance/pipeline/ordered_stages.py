@@ -40,15 +40,19 @@ class OrderedStageProblem(StageProblem):
         order = self.orders[plan].first(self.micro_batches)
         return order_step_s(order, self._times(plan, factors), self.transfer_s) + self.searched.sharing_of(plan)
 
-    def own_s(self, plan: StagePlan) -> tuple[float, ...]:
-        """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""
+    def _own_s(self, plan: StagePlan) -> tuple[float, ...]:
         times = self._times(plan, (1.0,) * plan.world_size)
         actions = self.orders[plan].first(self.micro_batches).actions
-        return tuple(max(sum(map(times.seconds, own)), self.least_own_s) for own in actions)
+        return tuple(sum(map(times.seconds, own)) for own in actions)
 
     def order_of(self, plan: StagePlan) -> Order | None:
         """Return the order that is known for a plan."""
         return self.orders.get(plan)
+
+    @property
+    def has_ways(self) -> bool:
+        """True: stages may run in a planned order, or as "1f1b"."""
+        return True
 
     def way_of(self, plan: StagePlan) -> str:
         """Return "1f1b" or the name of the other way."""
@@ -61,7 +65,7 @@ class OrderedStageProblem(StageProblem):
         if order is not None:
             self.orders[plan] = order
 
-    def allows(self, plan: StagePlan) -> bool:
+    def allows(self, plan: StagePlan, current: StagePlan) -> bool:  # noqa: ARG002
         """Return True: stages were found within memory."""
         return plan in self.orders
 

@@ -1,14 +1,18 @@
-"""Decide, window after window, whether layers move to other ranks because devices have become slower or faster.
+"""Decide, window after window, whether plans change because devices have become slower or faster.
+
+A plan says which rank has which layers, and with several replicas also how they divide a batch.
 
 Before the first step, every rank has timed every layer. While the training runs, each rank measures what its own passes
 take per step. Divided by what they were predicted to take, that is the factor by which its device is slower now. The
 layers' times, multiplied by these factors, give new stages (``stage_solver``), with the ranks in the order that they
-have. The factors are learned with the model that also learns the step times of data-parallel ranks
-(``step_time_model``), in which the predicted time of a stage takes the place of the mini-batch size.
+have, and new shares of replicas (``replicas/watching``). The factors are learned with the model that also learns the
+step times of data-parallel ranks (``step_time_model``), in which the predicted time of a stage takes the place of the
+mini-batch size.
 
 - Layers move only if the gain exceeds ``min_gain`` beyond doubt: the slowest rank must be slow even if it was measured
   too slow by chance. A large gain is taken at once, a small one only some time after the latest move.
 - Layers move only if the remaining steps save more time than the move takes. Otherwise the decision says so, once.
+- Where other shares alone are faster, layers move only if that gains more than ``min_gain`` again.
 - A layer may take another part of a step within a stage than it took alone. What a stage takes differently right after
   a move is therefore put down to that plan and not to the devices, within limits. Otherwise layers could move to and
   fro between two plans, each of which seems better from the other.
@@ -23,12 +27,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean
+from typing import Any, Generic
+
+from typing_extensions import Self
 
 from lightning_hetero.balance.pipeline.moves import moving_s
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.simulation import pipeline_step_s
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, refine_stages, solve_stages
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan
+from lightning_hetero.balance.pipeline.watched_problem import LEAST_OWN_S, PlanT, WatchedProblem
 from lightning_hetero.balance.tuning.rebalancer import (
     COOL_DOWN_WINDOWS,
     LARGE_GAIN,
@@ -84,21 +92,28 @@ class StageProblem:
         times = self.costs.times(factors).of_stages(plan)
         return pipeline_step_s(times, self.micro_batches, self.schedule, self.transfer_s)
 
-    def own_s(self, plan: StagePlan) -> tuple[float, ...]:
+    def own_s(self, plan: StagePlan, samples: int | None = None) -> tuple[float, ...]:
         """Return the predicted seconds of the passes of each rank in one step, rank 0 first."""
+        part = 1.0 if samples is None else samples / self.samples
+        return tuple(max(part * seconds, LEAST_OWN_S) for seconds in self._own_s(plan))
+
+    def _own_s(self, plan: StagePlan) -> tuple[float, ...]:
         times = self.costs.of_stages(plan)
-        each = zip(times.forward_s, times.backward_s, strict=True)
-        by_stage = [max(self.micro_batches * (f + b), self.least_own_s) for f, b in each]
+        by_stage = [self.micro_batches * (f + b) for f, b in zip(times.forward_s, times.backward_s, strict=True)]
         return tuple(sum(by_stage[stage] for stage in plan.stages_of(rank)) for rank in range(plan.world_size))
 
-    @property
-    def least_own_s(self) -> float:
-        """Seconds that every rank takes at least, so that its time can be compared with another one."""
-        return 1 / _UNITS_PER_S
+    def changing_s(self, before: StagePlan, after: StagePlan) -> float:
+        """Return the seconds that it takes to move layers from one plan to another."""
+        return moving_s(before, after, self.moving_s)
 
     def order_of(self, plan: StagePlan) -> Order | None:  # noqa: ARG002
         """Return None: all plans run in the order of the pipeline schedule."""
         return None
+
+    @property
+    def has_ways(self) -> bool:
+        """False: all plans run as the pipeline schedule says."""
+        return False
 
     def way_of(self, plan: StagePlan) -> str:  # noqa: ARG002
         """Return the name of the way in which a plan runs; steps of one way are delayed alike."""
@@ -132,17 +147,21 @@ class StageProblem:
         refined = [refine_stages(costs, start, *arguments, swaps=False) for start in starts]
         return (*starts, *refined)
 
-    def allows(self, plan: StagePlan) -> bool:
+    def allows(self, plan: StagePlan, current: StagePlan) -> bool:  # noqa: ARG002
         """Return whether stages that were current before fit into memory."""
         return self.memory is None or self.memory.allows(plan)
 
+    def without_moves(self, plan: StagePlan) -> Self | None:  # noqa: ARG002
+        """Return None: only layers can change."""
+        return None
+
 
 @dataclass(frozen=True)
-class StageDecision:
+class StageDecision(Generic[PlanT]):
     """The decision on what all ranks do next.
 
     Attributes:
-        plan: The stages to change to, or that would be faster; the current ones if there are no better ones.
+        plan: The plan to change to, or that would be faster; the current one if there is no better one.
         pays: Whether changing to ``plan`` takes less time than it saves in the remaining steps.
         gain: Predicted gain of ``plan`` over the current one; 0.25 is a quarter more samples/s.
         moving_s: Seconds that changing to ``plan`` takes.
@@ -150,39 +169,40 @@ class StageDecision:
             until every rank was measured.
         window: The steps to measure next.
         tuned: True, since the first stages are found before the first step.
-        order: The passes of each rank under ``plan``; None for the pipeline schedule.
+        order: The passes of each rank under ``plan``, in the form of the problem; None for the pipeline schedule.
         delay: How many times as long as predicted steps have taken, if ``plan`` runs in another way because of that; 1
             otherwise.
     """
 
-    plan: StagePlan
+    plan: PlanT
     pays: bool
     gain: float
     moving_s: float
     factors: tuple[float, ...]
     window: Window
     tuned: bool = True
-    order: Order | None = None
+    order: Any = None
     delay: float = 1.0
 
 
-class StageRebalancer:
-    """Decides on the stages of one run; lives on rank 0.
+class StageRebalancer(Generic[PlanT]):
+    """Decides on the stages and shares of one run; lives on rank 0.
 
     Args:
         problem: What is known about the layers.
-        current: The stages that hold now.
+        current: The plan that holds now.
         min_gain: Minimum predicted gain that justifies a move.
         watch_steps: Number of steps of a window.
 
     Attributes:
-        current: The stages that hold now; set it after a decision that was followed.
+        problem: What is known about the layers.
+        current: The plan that holds now; set it after a decision that was followed.
         exchange_s: Seconds that an exchange of measurements takes without waiting.
         remaining_steps: Number of steps until the training ends; infinite if it is unknown.
         moving_factor: How many times as long moves take as predicted.
     """
 
-    def __init__(self, problem: StageProblem, current: StagePlan, min_gain: float, watch_steps: int) -> None:
+    def __init__(self, problem: WatchedProblem[PlanT], current: PlanT, min_gain: float, watch_steps: int) -> None:
         self.problem = problem
         self.current = current
         self.exchange_s = 0.0
@@ -191,22 +211,23 @@ class StageRebalancer:
         self._min_gain = min_gain
         self._watch_steps = watch_steps
         self._model = StepTimeModel(current.world_size)
-        self._measured: StagePlan | None = None  # the plan of the latest window
+        self._measured: PlanT | None = None  # the plan of the latest window
         self._speeds: tuple[float, ...] = (1.0,) * current.world_size
-        self._bias: dict[StagePlan, tuple[float, ...]] = {current: (1.0,) * current.world_size}
+        self._bias: dict[PlanT, tuple[float, ...]] = {current: (1.0,) * current.world_size}
         self._delays: dict[str, float] = {}
         self._windows_since_change = COOL_DOWN_WINDOWS
-        self._declined: dict[StagePlan, float] = {}
-        self._solved: tuple[StagePlan, tuple[float, ...], tuple[StagePlan, ...]] | None = None
+        self._declined: dict[PlanT, float] = {}
+        self._solved: tuple[PlanT, tuple[float, ...], tuple[PlanT, ...]] | None = None
 
     @property
     def must_change(self) -> bool:
         """False: what fits into memory when it is found fits later, too."""
         return False
 
-    def follow(self, other: StageRebalancer) -> None:
+    def follow(self, other: StageRebalancer[PlanT]) -> None:
         """Take over everything but measurements from another rebalancer."""
-        self.problem = other.problem  # which knows the orders of all plans that were found
+        if self.problem is not other.problem:
+            self.problem, self._solved = other.problem, None  # it knows the orders of all plans that were found
         self.current, self.exchange_s = other.current, other.exchange_s
         self.remaining_steps, self.moving_factor = other.remaining_steps, other.moving_factor
         self._declined = dict(other._declined)
@@ -216,7 +237,15 @@ class StageRebalancer:
         """Return the first window to measure."""
         return Window(0, self._watch_steps)
 
-    def update(self, windows: Sequence[WindowTiming | None]) -> StageDecision:
+    def keep_layers(self) -> bool:
+        """Let no layer move from now on; return whether anything else can change."""
+        problem = self.problem.without_moves(self.current)
+        if problem is None:
+            return False
+        self.problem, self._solved = problem, None
+        return True
+
+    def update(self, windows: Sequence[WindowTiming | None]) -> StageDecision[PlanT]:
         """Learn from the latest window of each rank, shape ``(world_size,)``, and decide."""
         self._observe(windows)
         self._windows_since_change += 1
@@ -251,7 +280,7 @@ class StageRebalancer:
             return True
         return sure > self._min_gain / 2 and self._windows_since_change > COOL_DOWN_WINDOWS
 
-    def _kept(self, factors: tuple[float, ...]) -> StageDecision:
+    def _kept(self, factors: tuple[float, ...]) -> StageDecision[PlanT]:
         settles = self._windows_since_change == 0
         skipped = SETTLE_STEPS
         if factors and not settles:
@@ -262,34 +291,32 @@ class StageRebalancer:
     # ---- times -----------------------------------------------------------------------------------------------------
 
     def _observe(self, windows: Sequence[WindowTiming | None]) -> None:
-        own_s = self.problem.own_s(self.current)
+        of_size = {w.samples: self.problem.own_s(self.current, w.samples) for w in windows if w is not None}
+        own_s = [0.0 if w is None else of_size[w.samples][rank] for rank, w in enumerate(windows)]
         if self._measured not in (None, self.current) and self.current not in self._bias:
-            self._bias[self.current] = self._bias_after_move(windows, own_s)
+            self._bias[self.current] = self._bias_after_change(windows, own_s)
         self._measured = self.current
         bias = self._bias_of(self.current)
         self._model.observe(
             [
-                None if w is None else replace(w, samples=max(round(_UNITS_PER_S * s * b * self._part(w)), 1))
+                None if w is None else replace(w, samples=max(round(_UNITS_PER_S * s * b), 1))
                 for w, s, b in zip(windows, own_s, bias, strict=True)
             ]
         )
 
-    def _part(self, window: WindowTiming) -> float:
-        """Return how large a batch was, compared with that with which layers were timed."""
-        return window.samples / self.problem.samples
-
-    def _bias_after_move(self, windows: Sequence[WindowTiming | None], own_s: Sequence[float]) -> tuple[float, ...]:
+    def _bias_after_change(self, windows: Sequence[WindowTiming | None], own_s: Sequence[float]) -> tuple[float, ...]:
         assert self._measured is not None
         found = list(self._bias_of(self._measured))
         for rank, window in enumerate(windows):
             if window is not None:
-                expected_s = self._speeds[rank] * own_s[rank] * self._part(window)
+                expected_s = self._speeds[rank] * own_s[rank]
                 found[rank] = min(max(window.own_s / expected_s, 1 / _MOST_BIAS), _MOST_BIAS)
         return tuple(found)
 
     def _learn_delay(self, windows: Sequence[WindowTiming | None]) -> None:
         """Learn how much longer than predicted steps of the current way take, unless hosts wait for their devices."""
-        steps_s = [(w.own_s + w.waiting_s) / self._part(w) for w in windows if w is not None and w.waiting_s > 0]
+        usual = self.problem.samples
+        steps_s = [(w.own_s + w.waiting_s) * usual / w.samples for w in windows if w is not None and w.waiting_s > 0]
         if not steps_s:
             return
         way = self.problem.way_of(self.current)
@@ -297,14 +324,14 @@ class StageRebalancer:
         before = self._delays.get(way, found)
         self._delays[way] = before + _LEARNED * (found - before)
 
-    def _delay_of(self, plan: StagePlan) -> float:
+    def _delay_of(self, plan: PlanT) -> float:
         return self._delays.get(self.problem.way_of(plan), 1.0)
 
-    def _bias_of(self, plan: StagePlan) -> tuple[float, ...]:
+    def _bias_of(self, plan: PlanT) -> tuple[float, ...]:
         """Return how many times as long stages take as their layers alone; of unknown plans, as those of this one."""
         return self._bias.get(plan) or self._bias.get(self.current) or (1.0,) * plan.world_size
 
-    def _step_s(self, plan: StagePlan, parts: Sequence[float] | None = None) -> float:
+    def _step_s(self, plan: PlanT, parts: Sequence[float] | None = None) -> float:
         """Return the predicted seconds of a step, where each rank takes only ``parts`` of its time."""
         parts = parts or [1.0] * plan.world_size
         factors = [a * b * c for a, b, c in zip(self._speeds, self._bias_of(plan), parts, strict=True)]
@@ -312,23 +339,26 @@ class StageRebalancer:
 
     # ---- plans -----------------------------------------------------------------------------------------------------
 
-    def _moving_s(self, plan: StagePlan) -> float:
-        return self.moving_factor * moving_s(self.current, plan, self.problem.moving_s)
+    def _moving_s(self, plan: PlanT) -> float:
+        return self.moving_factor * self.problem.changing_s(self.current, plan)
 
-    def _pays(self, plan: StagePlan, now_s: float) -> bool:
-        return self._moving_s(plan) <= self.remaining_steps * (now_s - self._step_s(plan))
+    def _pays(self, plan: PlanT, now_s: float, step_s: float | None = None) -> bool:
+        return self._moving_s(plan) <= self.remaining_steps * (now_s - (step_s or self._step_s(plan)))
 
-    def _best(self, now_s: float) -> StagePlan | None:
+    def _best(self, now_s: float) -> PlanT | None:
         """Return the plan with which the training ends soonest; if none pays, the fastest one; None if none gains."""
-        better = [plan for plan in self._candidates() if now_s / self._step_s(plan) - 1 > self._min_gain]
-        paying = [plan for plan in better if self._pays(plan, now_s)]
+        steps_s = {plan: self._step_s(plan) for plan in self._candidates()}
+        better = [plan for plan, step_s in steps_s.items() if now_s / step_s - 1 > self._min_gain]
+        paying = {plan: self._moving_s(plan) for plan in better if self._pays(plan, now_s, steps_s[plan])}
+        free_s = min((steps_s[plan] for plan, takes_s in paying.items() if not takes_s), default=inf)
         left = min(self.remaining_steps, _HORIZON_STEPS)
         if paying:
-            return min(paying, key=lambda plan: left * self._step_s(plan) + self._moving_s(plan))
-        return min(better, key=self._step_s, default=None)
+            worth_it = [p for p, takes_s in paying.items() if not takes_s or free_s / steps_s[p] - 1 > self._min_gain]
+            return min(worth_it, key=lambda plan: left * steps_s[plan] + paying[plan])
+        return min(better, key=steps_s.__getitem__, default=None)
 
-    def _candidates(self) -> tuple[StagePlan, ...]:
-        delay = self._delay_of(self.current)
+    def _candidates(self) -> tuple[PlanT, ...]:
+        delay = self._delay_of(self.current) if self.problem.has_ways else 1.0
         if self._solved is not None:
             current, known, found = self._solved
             now = (*self._speeds, delay)
@@ -338,8 +368,9 @@ class StageRebalancer:
         self._solved = self.current, (*self._speeds, delay), self._solve()
         return self._solved[2]
 
-    def _solve(self) -> tuple[StagePlan, ...]:
+    def _solve(self) -> tuple[PlanT, ...]:
         problem, plan = self.problem, self.current
         factors = [a * b for a, b in zip(self._speeds, self._bias_of(plan), strict=True)]
         found = problem.candidates(plan, factors, self._min_gain, self._delays)
-        return tuple(dict.fromkeys((*found, *(p for p in self._bias if problem.allows(p))))) if found else ()
+        known = (former for former in self._bias if problem.allows(former, plan))
+        return tuple(dict.fromkeys((*found, *known))) if found else ()

@@ -1,4 +1,4 @@
-"""Watch the stages of one training: which steps are measured, when the ranks exchange them, what follows.
+"""Watch the stages and shares of one training: which steps are measured, when the ranks exchange them, what follows.
 
 Every rank holds a :class:`StageWatch` and tells it of each training step. What it answers depends on the steps alone,
 so all ranks get the same answers at the same step. Rank zero decides (:meth:`StageWatch.decide`), and every rank
@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
+from typing import Generic
 
-from lightning_hetero.balance.pipeline.stage_rebalancer import StageDecision, StageProblem, StageRebalancer
-from lightning_hetero.balance.pipeline.stages import StagePlan
+from lightning_hetero.balance.pipeline.stage_rebalancer import StageDecision, StageRebalancer
+from lightning_hetero.balance.pipeline.watched_problem import PlanT, WatchedProblem
 from lightning_hetero.balance.tuning.change_reason import change_reason
 from lightning_hetero.balance.tuning.window import summarise
 from lightning_hetero.balance.tuning.window_judge import WindowJudge
@@ -53,27 +54,27 @@ class StageReport:
         return cls(WindowTiming.from_numbers(window), exchange_s, remaining_steps)
 
 
-class StageWatch:
+class StageWatch(Generic[PlanT]):
     """The watching of one training.
 
     Args:
         problem: What was known about the layers before the first step.
-        plan: The stages that hold now.
+        plan: The plan that holds now.
         min_gain: Minimum predicted gain that justifies a move.
         watch_steps: Number of training steps per window.
         asynchronous: Whether a rank's device works asynchronously to its host; the same on all ranks.
 
     Attributes:
-        plan: The stages that hold now.
+        plan: The plan that holds now.
     """
 
     def __init__(
-        self, problem: StageProblem, plan: StagePlan, min_gain: float, watch_steps: int, *, asynchronous: bool
+        self, problem: WatchedProblem[PlanT], plan: PlanT, min_gain: float, watch_steps: int, *, asynchronous: bool
     ) -> None:
         self.plan = plan
         self._problem = problem
         self._rebalancer = StageRebalancer(problem, plan, min_gain, watch_steps)
-        self._judge: WindowJudge[StageDecision] = WindowJudge(asynchronous)
+        self._judge: WindowJudge[StageDecision[PlanT]] = WindowJudge(asynchronous)
         self._exchanges_s: deque[float] = deque(maxlen=_EXCHANGES)
         self._window = replace(self._rebalancer.first_window(), synchronised=asynchronous)
         self._skips = _WARMUP_STEPS
@@ -106,7 +107,7 @@ class StageWatch:
         whole = [timing for timing in timings if timing.samples == self._problem.samples]
         return summarise(whole or timings) or _NOTHING_MEASURED
 
-    def decide(self, reports: Sequence[StageReport]) -> StageDecision:
+    def decide(self, reports: Sequence[StageReport]) -> StageDecision[PlanT]:
         """Decide on rank zero what follows from a window, given the reports of all ranks, rank 0 first."""
         self._exchanges_s.append(min(report.exchange_s for report in reports))  # the last rank has not waited
         self._rebalancer.exchange_s = median_low(self._exchanges_s)
@@ -114,8 +115,13 @@ class StageWatch:
         windows = [report.window if report.window.steps else None for report in reports]
         return self._judge.judge(self._rebalancer, windows, self._window.synchronised)
 
-    def follow(self, decision: StageDecision) -> str | None:
-        """Follow the decision of rank zero; return the reason if the stages change, or would be faster if they did."""
+    def follow(self, decision: StageDecision[PlanT], *, refused: bool = False) -> str | None:
+        """Follow the decision of rank zero; return the reason if the plan changes, or would be faster if it did.
+
+        Args:
+            decision: What rank zero has decided.
+            refused: Whether the plan stays all the same, because something cannot move.
+        """
         self._window = decision.window
         self._skips, self._measured_steps = decision.window.skipped_steps, 0
         before = self._factors_at_last_change
@@ -128,13 +134,19 @@ class StageWatch:
         reason = change_reason(decision.gain, ranks, *times)
         if decision.delay > 1:
             reason = f"steps take {decision.delay:.2f} times as long as predicted; {reason}"
-        if decision.pays:
+        if refused:
+            self._rebalancer.current = self.plan
+        elif decision.pays:
             self._problem.use(decision.plan, decision.order)
             self.plan = self._rebalancer.current = decision.plan
             self._factors_at_last_change = decision.factors
         return reason
 
-    def moved_in(self, seconds: float, decision: StageDecision) -> None:
+    def keep_layers(self) -> bool:
+        """Let no layer move from now on; return whether anything else can change."""
+        return self._rebalancer.keep_layers()
+
+    def moved_in(self, seconds: float, decision: StageDecision[PlanT]) -> None:
         """Learn how long a move has taken."""
         if decision.moving_s > 0:
             self._rebalancer.moving_factor *= seconds / decision.moving_s

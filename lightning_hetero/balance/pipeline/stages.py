@@ -105,6 +105,10 @@ class StagePlan:
         """Return the ranks that hold a layer, in ascending order."""
         return tuple(sorted({rank for stage, rank in enumerate(self.ranks) if layer in self.held(stage)}))
 
+    def nearest(self, owners: Sequence[int], rank: int) -> int:  # noqa: ARG002
+        """Return which of some owners, in ascending order, gives a rank what it has not got: the first one."""
+        return owners[0]
+
     def runner_of(self, layer: int) -> int:
         """Return the rank that runs a layer, for most of the micro-batches if two share it."""
         return next(rank for stage, rank in enumerate(self.ranks) if layer in self.layers(stage))

@@ -29,7 +29,7 @@ from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call, flatten, mapped, tensors_of
 from lightning_hetero.hardware.timed_call import timed_call
 
-__all__ = ["LayerProfile", "profile_layers"]
+__all__ = ["LayerProfile", "moving_times_s", "profile_layers"]
 
 _FEWEST_TIMES, _MOST_TIMES = 3, 10
 _ENOUGH_S = 0.05
@@ -83,6 +83,22 @@ class LayerProfile:
         parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in (a, b, c, d))
         sizes = (parameters, constants, activations, boundaries)
         return cls(forward_s, backward_s, *sizes, input_s, weight_s, tuple(map(bool, shared)), copy_s, transfer_s)
+
+
+def moving_times_s(profiles: Sequence[LayerProfile], state_per_parameter: float) -> tuple[float, ...]:
+    """Return the seconds that each layer takes to move, with its gradients and the state of its optimiser.
+
+    Args:
+        profiles: The profiles of all ranks.
+        state_per_parameter: Number of values that the optimisers keep for each trained value.
+    """
+    of_layers = list(zip(profiles[0].parameter_bytes, profiles[0].constant_bytes, strict=True))
+    more = [
+        (trained * (2 + state_per_parameter) + constant) / max(trained + constant, 1) for trained, constant in of_layers
+    ]
+    # all ranks have copied a layer at the same time; the last of them has not waited
+    copy_s = [min(profile.copy_s[layer] for profile in profiles) for layer in range(len(of_layers))]
+    return tuple(seconds * max(times, 1.0) for seconds, times in zip(copy_s, more, strict=True))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class TensorPlacement:
         ranks_of |= {key: {*range(plan.world_size)} for key in self._everywhere}
         return {id(t): tuple(sorted(ranks_of.get(id(t), plan.last_ranks))) for t in self._tensors()}
 
+    def divide(self, plan: Plan) -> None:
+        """Note a plan that differs in nothing but the shares of replicas."""
+        self.plan = plan
+
     @property
     def has_replicas(self) -> bool:
         """Whether several pipelines have the layers."""
@@ -250,35 +254,34 @@ class TensorPlacement:
             optimizers: The optimisers.
             layers: The layers in a new order; None if it is the same.
         """
-        tensors, had_replicas = list(self._tensors()), self.has_replicas
+        tensors, had_replicas, nearest = list(self._tensors()), self.has_replicas, self.plan.nearest
         before = self._owners_of_tensors(self.plan)
         if layers is not None:
             self._layers = list(layers)
         self._set_owners(plan)
         moves = [
-            (tensor, before[id(tensor)], self._owners[id(tensor)])
+            (tensor, old, new, [(nearest(old, rank), rank) for rank in new if rank not in old])
             for tensor in tensors
+            for old, new in [(before[id(tensor)], self._owners[id(tensor)])]
             if id(tensor) not in self._everywhere  # perhaps only since a step has replaced a buffer, on one rank
         ]
         # What leaves goes first, so that no device holds more than its old stage or its new one.
         leaving: dict[int, Parcel] = {}
-        for tensor, old, new in moves:
+        for tensor, old, new, sent in moves:
             if self._rank in old and self._rank not in new:
-                if self._rank == old[0]:
+                if self._rank in dict(sent):
                     leaving[id(tensor)] = pack(tensor, optimizers)
                 for optimizer in optimizers:
                     optimizer.state.pop(tensor, None)
                 swap(tensor, _without_memory(tensor))
-        for tensor, old, new in moves:
+        for tensor, _, _, sent in moves:
             parcel = leaving.pop(id(tensor), None)
-            for target in new:
-                if target in old:
-                    continue
-                if self._rank == old[0]:
+            for source, target in sent:
+                if self._rank == source:
                     parcel = parcel or pack(tensor, optimizers)
                     send(parcel, target)
                 elif self._rank == target:
-                    self._take(tensor, receive(old[0], tensor), optimizers)
+                    self._take(tensor, receive(source, tensor), optimizers)
         for tensor in tensors if self.has_replicas and not had_replicas else ():
             if id(tensor) in self._everywhere:  # only one rank has run whole steps with them
                 equalise(tensor, self._owners[id(tensor)])

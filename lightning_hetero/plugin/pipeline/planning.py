@@ -21,7 +21,7 @@ from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_st
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan, WantedSchedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, moving_times_s, profile_layers
 from lightning_hetero.distributed.pipeline.passes.links import timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import ConfigurationError
@@ -58,6 +58,11 @@ class PipelineFindings:
     problem: StageProblem
     choice: PipelineChoice | None = None
     split_layers: tuple[int, ...] = ()
+
+    @property
+    def watched(self) -> StageProblem:
+        """The measurements as the watching of the stages needs them."""
+        return self.problem
 
     @property
     def order(self) -> Order | None:
@@ -133,7 +138,7 @@ def _decision(
         split_layers = tuple(i for i in range(costs.num_layers) if min(p.weight_s[i] for p in profiles) > 0)
         budgets, byte_s = tuple(row[0] for row in rows), rows[0][1]
         memory, kept = None, profiles[0]
-        of_layers = list(zip(kept.parameter_bytes, kept.constant_bytes, strict=True))
+        of_layers = zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
         weights = [trained * (2 + state_per_parameter) + constant for trained, constant in of_layers]
         if min(budgets) < inf:
             memory = StageMemory(
@@ -161,10 +166,7 @@ def _decision(
         advice = advise_pipeline(
             costs, plan, example.micro_batches, schedule, transfer_s, example.samples, memory, planned_s
         )
-        # all ranks have copied a layer at the same time; the last of them has not waited
-        copy_s = [min(profile.copy_s[layer] for profile in profiles) for layer in range(costs.num_layers)]
-        more = [n / max(sum(sizes), 1) for n, sizes in zip(weights, of_layers, strict=True)]
-        moving_s = tuple(seconds * max(times, 1.0) for seconds, times in zip(copy_s, more, strict=True))
+        moving_s = moving_times_s(profiles, state_per_parameter)
         known = (example.micro_batches, example.samples, schedule, transfer_s, memory, moving_s)
         watched = StageProblem(costs, *known)
         if choice is not None and choice.order is not None and problem is not None:

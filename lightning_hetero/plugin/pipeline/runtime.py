@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_hetero.balance.pipeline.moves import layer_moves
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.orders.proof import verify_order
-from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan
+from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
+from lightning_hetero.balance.pipeline.stages import Schedule
 from lightning_hetero.distributed.collectives import all_gather, broadcast_from
 from lightning_hetero.distributed.data import single_process
 from lightning_hetero.distributed.pass_timer import PassTimer
@@ -41,7 +42,8 @@ from lightning_hetero.plugin.pipeline.verification import verify_layers
 __all__ = ["Orders", "Runtime"]
 
 LossWeights = Callable[[Sequence[Any], Sequence[int]], "list[float]"]
-Orders = Schedule | Order | tuple[Schedule | Order, ...]  # one for all, or one for each replica
+# one for all, or one for each replica, of which None stands for "1f1b"
+Orders = Schedule | Order | tuple[Schedule | Order | None, ...]
 
 
 class Runtime:
@@ -126,7 +128,7 @@ class Runtime:
         return Pipeline(
             self.found.calls,
             seat.stages,
-            self._schedule[seat.number] if isinstance(self._schedule, tuple) else self._schedule,
+            (self._schedule[seat.number] or "1f1b") if isinstance(self._schedule, tuple) else self._schedule,
             seat.rank,
             self._device,
             self.timer,
@@ -227,14 +229,22 @@ class Runtime:
         self.pipeline = self._new_pipeline()
         self.steps.use(self.pipeline, self.seat, self._new_left_behind())
 
-    def why_not_moved(self, plan: StagePlan, optimizers: Sequence[Optimizer]) -> str | None:
+    def divide(self, plan: ReplicaPlan) -> None:
+        """Divide batches otherwise from the next step on; every rank must call this at the same point.
+
+        Args:
+            plan: A plan that differs from the current one in nothing but shares.
+        """
+        self.placement.divide(plan)
+        self.seat.divide(plan)
+
+    def why_not_moved(self, plan: Plan, optimizers: Sequence[Optimizer]) -> str | None:
         """Return why layers cannot move without a trace while a training runs, on all ranks; None if they can.
 
         Every rank must call this at the same point.
         """
         traces, placement = self.hooks.traces, self.placement
         traces.equalise()
-        assert isinstance(placement.plan, StagePlan), "replicas are not watched"
         moves = layer_moves(placement.plan, plan)
         parts = placement.modules_of_layers([move.layer for move in moves])
         reason = placement.why_not_moved(plan, optimizers) or traces.why_not_moved(parts) or self._hook_on_shared(plan)
@@ -244,7 +254,7 @@ class Runtime:
                 reason = f"layer {move.layer}, which the model does not contain, keeps what it has computed"
         return next((found for found, _ in gathered if found is not None), reason)
 
-    def _hook_on_shared(self, plan: StagePlan) -> str | None:
+    def _hook_on_shared(self, plan: Plan) -> str | None:
         for layer in plan.shared:
             hook = foreign_hook(self.found.layers[layer])
             if hook is not None:

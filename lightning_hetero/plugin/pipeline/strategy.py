@@ -75,11 +75,11 @@ class HeteroPipelineStrategy(WatchingStrategy):
             tokens without padding. In YAML it is an import path, for example my_package.count_tokens.
         max_memory_bytes: Memory that each rank may use, one number for all or one per rank. By default it is 92 % of
             what a GPU has for this process, and unlimited on processors. Only stages found by timing respect it.
-        min_gain: Minimum predicted gain that justifies moving layers to other ranks while the training runs, because a
-            device has become slower or faster; 0.05 is 5 % more samples/s.
+        min_gain: Minimum predicted gain that justifies moving layers to other ranks, or samples to other replicas,
+            while the training runs, because a device has become slower or faster; 0.05 is 5 % more samples/s.
         watch_steps: Number of training steps per window while watching for such changes. The ranks exchange a few
-            numbers after each window, at most about four times per second. 0 leaves layers where they are. Stages given
-            by ``splits`` or ``speeds``, and those of several replicas, are not watched.
+            numbers after each window, at most about four times per second. 0 leaves layers and samples where they are.
+            Stages given by ``splits`` or ``speeds`` are not watched.
         verbose: Whether to print the stages that were found, the predictions for them, and what moves.
         replicas: Pipelines that train the model side by side, each on its part of every batch. "auto" asks for as many
             as are predicted to be fastest, a number for that many, and a list holds the ranks of each, for example
@@ -103,7 +103,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
         replica_plan: The replicas and their stages; None before set-up, and if there is one pipeline.
         findings: The measurements and predictions; None if nothing was measured, and with several replicas.
         replica_findings: The same for replicas.
-        changes: The changes of stages during the training.
+        changes: The changes of stages, and of the shares of replicas, during the training.
 
     Example::
 

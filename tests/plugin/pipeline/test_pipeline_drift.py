@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPools
 from profiles import thorough
-from stage_trainings import TWO, Deep, Outcome, alone, data, train
+from stage_trainings import TWO, Averaged, Deep, Outcome, alone, data, known_times, train
 from training import assert_close, flat, make_trainer
 
 from lightning_hetero import HeteroPipelineStrategy, PipelineRecorder
@@ -29,23 +28,12 @@ from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_watch import StageWatch
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.record.run_record_parser import parse_record
-from lightning_hetero.balance.types import StepTiming, WindowTiming
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
 from lightning_hetero.plugin.pipeline import planning
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 from lightning_hetero.testing import SlowLayers
 
 # ---- what cannot move ------------------------------------------------------------------------------------------------
-
-
-class Averaged(torch.optim.SGD):
-    """Keeps averages beside the states of parameters."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.averages = [p.detach().clone() for p in own]
-        return loss
 
 
 class Shared(torch.optim.SGD):
@@ -118,30 +106,12 @@ def test_what_cannot_move_stays_and_is_named_once(ranks: RankPools) -> None:
             assert not outcome.changes, name
             (warning,) = outcome.warnings
             assert OBSTACLES[name] in warning
-            assert "[9, 3] layers per rank would be faster" in warning
+            # the first stages that are asked for, or the second ones if those were found before
+            assert any(f"{layers} layers per rank would be faster" in warning for layers in ([9, 3], [2, 10]))
             assert_close(outcome.parameters, expected[name])
 
 
 # ---- devices that change ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def known_times(factors: Callable[[], list[float]], delay: float) -> Iterator[None]:
-    """Have ranks measure what was predicted times ``factors()``, whatever else runs on this machine.
-
-    Steps in an order of their own take ``delay`` times as long as predicted.
-    """
-
-    def summary(watch: StageWatch, timings: Sequence[StepTiming]) -> WindowTiming:
-        rank, problem = dist.get_rank(), watch._problem
-        own_s = problem.own_s(watch.plan)[rank] * factors()[rank]
-        step_s = problem.step_s(watch.plan, factors()) * (1.0 if problem.way_of(watch.plan) == "1f1b" else delay)
-        assert timings[-1].waiting_s > 0, "ranks of a pipeline wait for each other"
-        return WindowTiming(timings[-1].samples, len(timings), own_s, own_s / 100, step_s - own_s)
-
-    often = mock.patch.object(stage_rebalancer, "steps_between_windows", return_value=0)
-    with mock.patch.object(StageWatch, "summary", summary), often:
-        yield
 
 
 @dataclass
@@ -149,7 +119,7 @@ class Drifted:
     """What a rank has seen of a training with devices that change."""
 
     first: StagePlan
-    changes: list[tuple[int, StagePlan]]
+    changes: list[tuple[int, Any]]
     lines: list[str]
     parameters: list[float]
 
@@ -196,7 +166,7 @@ def drift(folder: str, moving_s: float, *, planned: bool = False, delay: float =
     plans: list[StagePlan] = []
     ended = StageWatch.step_ended
 
-    def note(watch: StageWatch) -> None:
+    def note(watch: StageWatch[Any]) -> None:
         plans.append(watch.plan)
         ended(watch)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 from harness import RankPools
 from lightning.pytorch import Trainer
 from profiles import thorough
-from replica_trainings import Case, Outcome, largest_difference, planned, train
+from replica_trainings import Case, Outcome, largest_difference, planned, train, with_shares
 
 from lightning_hetero import HeteroPipelineStrategy
 from lightning_hetero.balance.pipeline.orders.order import Order
@@ -62,8 +63,11 @@ PLANNED: list[Any] = [
         ((0, 3), (1, 2)), micro_batches=4, schedule="auto", layers=7, tied=(1, 5), terms=True, way="split v",
         trainer=(("gradient_clip_val", 0.05), ("accumulate_grad_batches", 2)),
     ),
-    # a replica of one rank beside one in which gradients of parameters are put off
-    Case(((0, 2), (1,)), micro_batches=3, schedule="auto", batch_size=7, optimizer="sgd", epochs=1, way="split"),
+    # a replica of one rank beside one in which gradients of parameters are put off; the shares change
+    Case(
+        ((0, 2), (1,)), micro_batches=3, schedule="auto", batch_size=7, optimizer="sgd", way="split",
+        plans=tuple(partial(with_shares, shares) for shares in [(1, 3), (40, 1), (2, 1)]),
+    ),
     # three ranks in a V
     often(Case(((0, 2, 1), (3,)), micro_batches=4, schedule="v", layers=6, tied=(0, 2), way="v")),
 ]  # fmt: skip
@@ -87,6 +91,7 @@ def test_replicas_with_planned_orders_train_as_one_device(ranks: RankPools, case
     check(found, train(case))
     assert case.way is not None
     for outcome in found:
+        assert len(outcome.changes) == len(case.plans)
         assert case.way in outcome.ways
         firsts = outcome.plan.replicas[0].stages
         assert (firsts.num_stages > firsts.world_size) == ("v" in case.way.split())
@@ -113,7 +118,7 @@ def test_it_is_said_how_each_replica_runs_and_why() -> None:
     ordered = solve_ordered_replicas(problem)
     lines: list[str] = []
     with mock.patch.object(planning, "say", lambda _, line: lines.append(line)):
-        findings = ReplicaFindings(ordered.solution.plan, problem, ordered.solution, ordered)
+        findings = ReplicaFindings(ordered.solution.plan, problem, ordered.solution, (0.0,) * 12, ordered)
         report_replicas(Trainer(logger=False), findings, None)
     assert re.search(r'\[.*\] layers on ranks \[0, 2, 0\], and 50% of the samples, schedule "v"$', lines[0])
     assert "ranks [1, 3, 1]" in lines[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -106,6 +107,11 @@ class ReplicaPlan:
             )
         )
 
+    def nearest(self, owners: Sequence[int], rank: int) -> int:
+        """Return which of some owners, in ascending order, gives a rank what it has not got: one of its replica."""
+        own = self.replicas[self.replica_of(rank)].ranks
+        return next((owner for owner in owners if owner in own), owners[0])
+
     def runner_of(self, layer: int) -> int:
         """Return the rank of the first replica that runs a layer."""
         first = self.replicas[0]
@@ -123,7 +129,22 @@ class ReplicaPlan:
 
     def samples(self, total: int) -> tuple[int, ...]:
         """Return how many of a batch's ``total`` samples each replica trains on; of a small batch, perhaps none."""
-        return proportional_plan([replica.share for replica in self.replicas], total).samples
+        return _divided(tuple(replica.share for replica in self.replicas), total)
+
+    def trained_samples(self, total: int) -> tuple[int, ...]:
+        """Return the same, but the first replica always gets some, so that rank 0 knows what a step returns."""
+        found = list(self.samples(total))
+        if not found[0]:
+            found[found.index(max(found))] -= 1
+            found[0] = 1
+        return tuple(found)
+
+    def is_redivision_of(self, other: object) -> bool:
+        """Return whether nothing but the shares differs from another plan."""
+        if not isinstance(other, ReplicaPlan) or self == other:
+            return False
+        ours, theirs = ([(one.ranks, one.stages) for one in plan.replicas] for plan in (self, other))
+        return ours == theirs
 
     def to_dict(self) -> dict[str, Any]:
         """Return lists of plain numbers, for JSON."""
@@ -153,3 +174,8 @@ class ReplicaPlan:
                 for state in states
             )
         )
+
+
+@lru_cache(maxsize=256)
+def _divided(shares: tuple[float, ...], total: int) -> tuple[int, ...]:
+    return proportional_plan(shares, total).samples

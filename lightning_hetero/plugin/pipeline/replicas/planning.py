@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any
@@ -15,15 +15,17 @@ from lightning_hetero.balance.pipeline.measured_costs import by_size, split_wher
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.replicas.given import replicas_of_speeds, uniform_groups, uniform_replicas
 from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
+from lightning_hetero.balance.pipeline.replicas.orders.watched_orders import WatchedOrders
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedGroups
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
+from lightning_hetero.balance.pipeline.replicas.watching.problem import WatchedReplicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, WantedSchedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, profile_layers
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, moving_times_s, profile_layers
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links, timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.console import say
@@ -98,6 +100,7 @@ class ReplicaFindings:
         plan: The replicas and their stages.
         problem: The measurements.
         solution: What is predicted for the plan.
+        moving_s: Seconds that each layer takes to move, with its gradients and the state of its optimiser.
         ordered: How each replica is run, if that was chosen; None for the pipeline schedule that the user has named.
         split_layers: Numbers of the layers whose backward pass can be split.
     """
@@ -105,6 +108,7 @@ class ReplicaFindings:
     plan: ReplicaPlan
     problem: ReplicaProblem
     solution: ReplicaSolution
+    moving_s: tuple[float, ...]
     ordered: OrderedReplicas | None = None
     split_layers: tuple[int, ...] = ()
 
@@ -114,6 +118,29 @@ class ReplicaFindings:
         if self.ordered is None:
             return (self.problem.schedule,) * len(self.plan.replicas)
         return tuple(self.problem.schedule if order is None else order for order in self.ordered.orders)
+
+    @property
+    def watched(self) -> WatchedReplicas | WatchedOrders:
+        """The measurements as the watching of the replicas needs them."""
+        if self.ordered is not None and any(self.ordered.orders):
+            return WatchedOrders(self.problem, self.ordered, self.moving_s)
+        return WatchedReplicas(self.problem, self.moving_s)
+
+    def changed(
+        self, plan: ReplicaPlan, factors: Sequence[float], orders: tuple[Order | None, ...] | None = None
+    ) -> ReplicaFindings:
+        """Return the findings for a plan on devices that take ``factors`` times as long as when they were timed.
+
+        Args:
+            plan: The replicas.
+            factors: Factor of each rank, rank 0 first.
+            orders: The passes of each replica; None if they are as they were.
+        """
+        found = self
+        if orders is not None and self.ordered is not None:
+            ordered = replace(self.ordered, orders=orders, solution=replace(self.ordered.solution, plan=plan))
+            found = replace(self, ordered=ordered)
+        return replace(found, plan=plan, solution=found.watched.solution(plan, factors))
 
 
 def first_replicas(
@@ -223,11 +250,12 @@ def _decided(
         nodes=tuple(nodes) if len({*nodes}) > 1 else (),
         replicas=wanted.of_solver,
     )
+    moving_s = moving_times_s(profiles, state_per_parameter)
     if wanted.plans_orders:
         ordered = solve_ordered_replicas(problem, always_v=wanted.schedule == "v")
-        return ReplicaFindings(ordered.solution.plan, problem, ordered.solution, ordered, split_layers)
+        return ReplicaFindings(ordered.solution.plan, problem, ordered.solution, moving_s, ordered, split_layers)
     solution = solve_replicas(problem)
-    return ReplicaFindings(solution.plan, problem, solution)
+    return ReplicaFindings(solution.plan, problem, solution, moving_s)
 
 
 def _costs(profiles: Sequence[LayerProfile]) -> LayerCosts:

@@ -43,6 +43,11 @@ class Seat:
         self.members, self.rank, self.stages = own.ranks, own.ranks.index(rank), own.stages
         self.pipelines = [[one.ranks[of_stage] for of_stage in one.stages.ranks] for one in plan.replicas]
 
+    def divide(self, plan: Plan) -> None:
+        """Divide batches by a plan that differs in nothing but the shares of replicas from now on."""
+        self._plan = plan
+        self._sizes.clear()
+
     @property
     def has_replicas(self) -> bool:
         """Whether several pipelines train the model."""
@@ -77,8 +82,4 @@ class Seat:
     def _of(self, samples: int) -> Sequence[tuple[int, int]]:
         if isinstance(self._plan, StagePlan) or not samples:
             return [(0, samples)]
-        found = list(self._plan.samples(samples))
-        if not found[0]:
-            found[found.index(max(found))] -= 1
-            found[0] = 1
-        return list(enumerate(found))
+        return list(enumerate(self._plan.trained_samples(samples)))

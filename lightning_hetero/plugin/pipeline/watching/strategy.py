@@ -1,4 +1,4 @@
-"""Find the stages before the first step, and watch them during a training."""
+"""Find the stages before the first step, and watch them and the shares of replicas during a training."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ __all__ = ["WatchingStrategy"]
 
 
 class WatchingStrategy(SavingStrategy):
-    """A strategy that finds its stages by measuring, and lets layers move where devices change.
+    """A strategy that finds its stages by measuring, and lets layers and samples move where devices change.
 
     Attributes:
         plan: The stages; None before set-up, and with several replicas.
         replica_plan: The replicas and their stages; None before set-up, and if there is one pipeline.
         findings: The measurements and predictions; None if nothing was measured, and with several replicas.
         replica_findings: The same for replicas.
-        changes: The changes of stages during the training.
+        changes: The changes of stages, and of the shares of replicas, during the training.
     """
 
     splits: Any
@@ -87,8 +87,11 @@ class WatchingStrategy(SavingStrategy):
         # not within a step, which runs inside that of the optimiser
         if self._watcher is not None and self.runtime is not None:
             self._watcher.between_steps(self.optimizers, accumulates=self._accumulates)
-            self.findings = self._watcher.findings
-            self.plan = self.findings.plan
+            found = self._watcher.findings
+            if isinstance(found, ReplicaFindings):
+                self.replica_findings, self.replica_plan = found, found.plan
+            else:
+                self.findings, self.plan = found, found.plan
 
     def _begin_with(self, num_layers: int) -> Plan:
         """Return the stages to begin with, or the replicas and their stages."""
@@ -132,9 +135,14 @@ class WatchingStrategy(SavingStrategy):
         if self.splits != "auto" or self.speeds is not None or self.world_size == 1 or module.trainer.sanity_checking:
             return
         if wants_replicas(self.replicas):
-            self._find_replicas(running, step, args, training=training)
+            if training:  # the first of those to begin with also evaluates
+                known = self.replica_findings
+                if known is None or known.plan != running.placement.plan:  # of a model with other layers
+                    known = self._found_replicas(running, step, args)
+                self._watch(running, known)
             return
-        if self.findings is None or (training and not self.findings.training):
+        known_stages = self.findings is not None and self.findings.plan == running.placement.plan
+        if self.findings is None or not known_stages or (training and not self.findings.training):
             example = running.steps.example(step, args, training=training)
             # the loss is timed with the module's own parameters
             aside = taken_aside(running.placement.parameters)
@@ -156,19 +164,24 @@ class WatchingStrategy(SavingStrategy):
                 running.move(self.plan, self.optimizers)
             if self.verbose:
                 report_findings(module.trainer, self.findings)
-        if training and self.watch_steps and self._watcher is None:
-            self._watcher = StageWatcher(
-                module.trainer, running, self.findings, self.min_gain, self.watch_steps, self.root_device,
-                verbose=self.verbose,
-            )  # fmt: skip
-            self._watcher.changes = self.changes
+        if training:
+            self._watch(running, self.findings)
 
-    def _find_replicas(self, running: Runtime, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
-        """Change to the best stages of each replica before the first training step; the first one also evaluates."""
+    def _watch(self, running: Runtime, findings: PipelineFindings | ReplicaFindings) -> None:
+        """Begin to watch this training, if that is wanted and has not been done."""
+        if not self.watch_steps or self._watcher is not None:
+            return
+        assert self.lightning_module is not None
+        self._watcher = StageWatcher(
+            self.lightning_module.trainer, running, findings, self.min_gain, self.watch_steps, self.root_device,
+            verbose=self.verbose,
+        )  # fmt: skip
+        self._watcher.changes = self.changes
+
+    def _found_replicas(self, running: Runtime, step: Any, args: tuple[Any, ...]) -> ReplicaFindings:
+        """Change to the best stages of each replica before the first training step, and return what was found."""
         module = self.lightning_module
         assert isinstance(module, LightningModule)
-        if self.replica_findings is not None or not training:
-            return
         wanted, reason = self._wanted, None
         if self.replicas == "auto":
             reason = why_one_pipeline(module)
@@ -195,3 +208,4 @@ class WatchingStrategy(SavingStrategy):
             running.move(found.plan, self.optimizers)
         if self.verbose:
             report_replicas(module.trainer, found, reason)
+        return found

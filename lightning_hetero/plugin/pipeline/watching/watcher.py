@@ -1,23 +1,27 @@
-"""Measure the stages during a training, and move layers between two steps where a device has changed."""
+"""Measure the stages during a training, and move samples and layers between two steps where a device has changed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
+from lightning_hetero.balance.pipeline.replicas.watching.wording import changed_replicas
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageDecision
 from lightning_hetero.balance.pipeline.stage_watch import StageReport, StageWatch
-from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.distributed.collectives import all_wait, decide_on_rank_zero
+from lightning_hetero.distributed.pipeline.placement import Plan
 from lightning_hetero.plugin.common.console import say
 from lightning_hetero.plugin.common.loop_progress import TrainingProgress
 from lightning_hetero.plugin.pipeline.planning import PipelineFindings
+from lightning_hetero.plugin.pipeline.replicas.planning import ReplicaFindings
 from lightning_hetero.plugin.pipeline.runtime import Runtime
 
 __all__ = ["StageChange", "StageWatcher"]
@@ -25,23 +29,23 @@ __all__ = ["StageChange", "StageWatcher"]
 
 @dataclass(frozen=True)
 class StageChange:
-    """A change of stages during a training.
+    """A change of stages, or of the shares of replicas, during a training.
 
     Attributes:
-        step: First training step with the new stages.
-        plan: The new stages.
-        reason: Why layers have moved.
+        step: First training step with the new plan.
+        plan: The new stages, or the replicas with their new stages and shares.
+        reason: Why they have changed.
         moving_s: Seconds that it has taken.
     """
 
     step: int
-    plan: StagePlan
+    plan: Plan
     reason: str
     moving_s: float
 
 
 class StageWatcher:
-    """Watches the stages of one training on this rank.
+    """Watches the stages and shares of one training on this rank.
 
     Args:
         trainer: The Trainer of the training.
@@ -53,33 +57,34 @@ class StageWatcher:
         verbose: Whether to print what moves.
 
     Attributes:
-        findings: The measurements and predictions for the current stages.
-        changes: The changes of stages.
+        findings: The measurements and predictions for the current plan.
+        changes: The changes of the plan.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         running: Runtime,
-        findings: PipelineFindings,
+        findings: PipelineFindings | ReplicaFindings,
         min_gain: float,
         watch_steps: int,
         device: torch.device,
         *,
         verbose: bool,
     ) -> None:
-        self.findings = findings
+        self.findings: Any = findings
         self.changes: list[StageChange] = []
         self._trainer = trainer
         self._running = running
         self._verbose = verbose
         self._exchange_s = 0.0
-        self._watch: StageWatch | None = StageWatch(
-            findings.problem, findings.plan, min_gain, watch_steps, asynchronous=device.type != "cpu"
+        problem: Any = findings.watched
+        self._watch: StageWatch[Any] | None = StageWatch(
+            problem, findings.plan, min_gain, watch_steps, asynchronous=device.type != "cpu"
         )
 
     def between_steps(self, optimizers: Sequence[Optimizer], *, accumulates: bool) -> None:
-        """Exchange measurements and move layers, if that is due; every rank must call this at the same point.
+        """Exchange measurements and change the plan, if that is due; every rank must call this at the same point.
 
         Args:
             optimizers: The optimisers.
@@ -100,7 +105,7 @@ class StageWatcher:
         if self._watch is not None:
             self._watch.step_ended()
 
-    def _exchange(self, watch: StageWatch, optimizers: Sequence[Optimizer]) -> None:
+    def _exchange(self, watch: StageWatch[Any], optimizers: Sequence[Optimizer]) -> None:
         progress, timer = TrainingProgress(self._trainer), self._running.timer
         report = StageReport(watch.summary(timer.take()), self._exchange_s, progress.remaining_steps)
         begun_s = time.perf_counter()
@@ -108,56 +113,85 @@ class StageWatcher:
             report.to_numbers(), lambda rows: watch.decide([StageReport.from_numbers(row) for row in rows])
         )
         self._exchange_s = time.perf_counter() - begun_s
-        moves = decision.pays and decision.plan != watch.plan
-        obstacle = self._running.why_not_moved(decision.plan, optimizers) if moves else None
-        reason = watch.follow(decision)
+        before, after = watch.plan, decision.plan
+        moves = decision.pays and after != before and not _is_redivision(before, after)
+        obstacle = self._running.why_not_moved(after, optimizers) if moves else None
+        reason = watch.follow(decision, refused=obstacle is not None)
         if reason is None:
             return
         if obstacle is not None:
-            self._give_up(decision, reason, obstacle)
-        elif moves:
-            self._move(watch, decision, reason, optimizers, progress.step)
+            self._keep_layers(watch, f"{_described(before, after)} would be faster ({reason})", obstacle)
+        elif decision.pays:
+            self._change(watch, before, decision, reason, optimizers, progress.step)
         elif self._verbose:
             say(
                 self._trainer,
-                f"hetero_pipeline: {_layers(decision.plan)} layers per rank would be faster ({reason}), but moving them"
-                f" is predicted to take {decision.moving_s:.2g} s, more than it saves in the"
-                f" {progress.remaining_steps:.0f} steps that are left",
+                f"hetero_pipeline: {_described(before, after)} would be faster ({reason}), but moving them is predicted"
+                f" to take {decision.moving_s:.2g} s, more than it saves in the {progress.remaining_steps:.0f} steps"
+                f" that are left",
             )
 
-    def _move(
-        self, watch: StageWatch, decision: StageDecision, reason: str, optimizers: Sequence[Optimizer], step: int
+    def _change(
+        self,
+        watch: StageWatch[Any],
+        before: Plan,
+        decision: StageDecision[Any],
+        reason: str,
+        optimizers: Sequence[Optimizer],
+        step: int,
     ) -> None:
-        begun_s = time.perf_counter()
-        if decision.order is not None:
-            self._running.reorder(decision.order, self.findings.split_layers)
-        self._running.move(decision.plan, optimizers)
-        all_wait()
+        begun_s, plan = time.perf_counter(), decision.plan
+        is_redivision = _is_redivision(before, plan)
+        if is_redivision:
+            self._running.divide(plan)
+        else:
+            if decision.order is not None:
+                self._running.reorder(decision.order, self.findings.split_layers)
+            self._running.move(plan, optimizers)
+            all_wait()
         seconds = time.perf_counter() - begun_s
         watch.moved_in(seconds, decision)
-        before, self.findings = self.findings, self.findings.changed(decision.plan, decision.factors, decision.order)
-        self.changes.append(StageChange(step, decision.plan, reason, seconds))
+        order = () if decision.order is None else (decision.order,)
+        known, self.findings = self.findings, self.findings.changed(plan, decision.factors, *order)
+        self.changes.append(StageChange(step, plan, reason, seconds))
         if self._verbose:
+            took = "" if is_redivision else f"; moving them took {seconds:.2g} s"
             say(
                 self._trainer,
-                f"hetero_pipeline: {_layers(decision.plan)} layers per rank{_other_way(before, self.findings)} from"
-                f" training step {step} on ({reason}); moving them took {seconds:.2g} s",
+                f"hetero_pipeline: {_described(before, plan)}{_other_way(known, self.findings)} from training step"
+                f" {step} on ({reason}){took}",
             )
 
-    def _give_up(self, decision: StageDecision, reason: str, obstacle: str) -> None:
-        self._watch = None
-        self._running.timer.discard()
+    def _keep_layers(self, watch: StageWatch[Any], advice: str, obstacle: str) -> None:
+        """Let no layer move from now on, and say why."""
+        others = ""
+        if watch.keep_layers():
+            others = " The shares of replicas still follow the devices."
+        else:
+            self._watch = None
+            self._running.timer.discard()
         rank_zero_warn(
-            f"`hetero_pipeline`: {_layers(decision.plan)} layers per rank would be faster ({reason}), but they stay"
-            f" where they are, because {obstacle}. A run that resumes from a checkpoint finds its stages again."
+            f"`hetero_pipeline`: {advice}, but they stay where they are, because {obstacle}.{others} A run that resumes"
+            f" from a checkpoint finds its stages again."
         )
 
 
-def _other_way(before: PipelineFindings, after: PipelineFindings) -> str:
+def _is_redivision(before: Plan, after: Plan) -> bool:
+    """Return whether nothing but the shares of replicas differs."""
+    return isinstance(after, ReplicaPlan) and after.is_redivision_of(before)
+
+
+def _described(before: Plan, after: Plan) -> str:
+    """Return what a plan has instead of another one."""
+    if isinstance(after, ReplicaPlan):
+        assert isinstance(before, ReplicaPlan)
+        return changed_replicas(before, after)
+    return f"{list(after.layers_of_ranks)} layers per rank"
+
+
+def _other_way(before: PipelineFindings | ReplicaFindings, after: PipelineFindings | ReplicaFindings) -> str:
+    if isinstance(before, ReplicaFindings) or isinstance(after, ReplicaFindings):
+        return ""
     if before.choice is None or after.choice is None or before.choice.name == after.choice.name:
         return ""
     return f' and schedule "{after.choice.name}"'
-
-
-def _layers(plan: StagePlan) -> list[int]:
-    return list(plan.layers_of_ranks)

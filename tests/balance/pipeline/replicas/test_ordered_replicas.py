@@ -19,6 +19,7 @@ from lightning_hetero.balance.pipeline.orders.search import plan_order
 from lightning_hetero.balance.pipeline.replicas.orders import group_planner
 from lightning_hetero.balance.pipeline.replicas.orders.group_orders import GroupOrder, OrderTimes
 from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas, solve_ordered_replicas
+from lightning_hetero.balance.pipeline.replicas.orders.watched_orders import WatchedOrders
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import Link, ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.solver import good_solutions, predict_replicas, solve_replicas
@@ -174,3 +175,67 @@ def test_many_ranks(speeds: list[float]) -> None:
     found, known = solve_ordered_replicas(problem), solve_replicas(problem)
     check(problem, found)
     assert found.solution.step_s <= 1.02 * known.step_s
+
+
+def test_shares_follow_devices_that_become_slower() -> None:
+    memory = StageMemory((1.0,) * 12, (0.01,) * 12, (9.0,) * 4)
+    problem = problem_of([2, 2, 1, 1], memory=memory, parameter_bytes=(1e3,) * 12, samples=96)
+    ordered = solve_ordered_replicas(problem)
+    watched, plan, ones = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan, (1.0,) * 4
+    assert watched.step_s(plan, ones) == pytest.approx(ordered.solution.step_s)
+    assert watched.solution(plan, ones).pipelines_s == pytest.approx(ordered.solution.pipelines_s)
+    assert watched.candidates(plan, ones, 0.1, {}) == ()
+    slow = plan.replicas[1].ranks
+    factors = tuple(2.0 if rank in slow else 1.0 for rank in range(4))
+    before, after, *_ = watched.candidates(plan, factors, 0.05, {})
+    assert before == plan
+    assert after.is_redivision_of(plan)
+    assert watched.step_s(after, factors) < 0.8 * watched.step_s(plan, factors)
+    assert watched.allows(plan, after)
+    assert not watched.allows(solve_replicas(problem).plan, plan)
+    assert watched.changing_s(plan, after) == 0.0
+    kept = watched.without_moves(plan)
+    assert kept is not None
+    assert all(one == plan or one.is_redivision_of(plan) for one in kept.candidates(plan, factors, 0.05, {}))
+
+
+def test_layers_of_a_replica_follow_a_rank_that_becomes_slower() -> None:
+    problem = problem_of([1, 1, 1, 1], replicas=((0, 2), (1, 3)), samples=96)
+    ordered = solve_ordered_replicas(problem, always_v=True)
+    watched, plan, factors = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan, (1.0, 1.0, 1.0, 3.0)
+    found = watched.candidates(plan, factors, 0.05, {})
+    best = min(found, key=lambda one: watched.step_s(one, factors))
+    shares = min((one for one in found if one.is_redivision_of(plan)), key=lambda one: watched.step_s(one, factors))
+    assert watched.step_s(best, factors) < 0.95 * watched.step_s(shares, factors)
+    assert len(best.layers_of(3)) < len(plan.layers_of(3))
+    assert [one.stages.ranks for one in best.replicas] == [one.stages.ranks for one in plan.replicas]
+    assert watched.changing_s(plan, best) > 0
+    orders = watched.order_of(best)
+    for order, replica in zip(orders, best.replicas, strict=True):
+        assert order is not None
+        verify_order(order)
+        assert (order.ranks, order.micro_batches) == (replica.stages.ranks, problem.micro_batches)
+    # other ranks learn of the plan and its orders
+    other = WatchedOrders(problem, ordered, (0.01,) * 12)
+    other.use(best, orders)
+    assert other.step_s(best, factors) == watched.step_s(best, factors)
+    assert other.own_s(best) == watched.own_s(best)
+    # and it comes back
+    assert (
+        plan.replicas[0].stages
+        == min(watched.candidates(best, (1.0,) * 4, 0.05, {}), key=lambda one: watched.step_s(one, (1.0,) * 4))
+        .replicas[0]
+        .stages
+    )
+
+
+def test_the_work_of_ranks_is_that_of_their_passes() -> None:
+    problem = problem_of([2, 1, 1], replicas=((0, 1), (2,)))
+    ordered = solve_ordered_replicas(problem, always_v=True)
+    watched, plan = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan
+    own_s = watched.own_s(plan)
+    for replica, n in zip(plan.replicas, ordered.solution.samples, strict=True):
+        for own, rank in enumerate(replica.ranks):
+            layer_s = 0.03 / [2, 1, 1][rank]
+            assert own_s[rank] == pytest.approx(layer_s * len(replica.stages.layers_of(own)) * n / 2.0)
+    assert watched.own_s(plan, 1)[2] < 1e-6, "a replica without samples does nothing"

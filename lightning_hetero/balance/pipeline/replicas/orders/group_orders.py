@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
 from lightning_hetero.balance.pipeline.orders.choice import problem_of_way
+from lightning_hetero.balance.pipeline.orders.listing import Task
 from lightning_hetero.balance.pipeline.orders.order import Order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held
 from lightning_hetero.balance.pipeline.orders.search import OrderProblem
-from lightning_hetero.balance.pipeline.replicas.plan import Replica
+from lightning_hetero.balance.pipeline.replicas.division import divide_samples
+from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
+from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
+from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution
 from lightning_hetero.balance.pipeline.simulation import simulate_order
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
 __all__ = ["GroupOrder", "OrderTimes"]
 
+_ROUNDS = 2  # of dividing samples
+_APART = 8  # the second point of a line is this part of the samples away
+_NEARLY_NONE = 1e-9  # share of a replica without samples
 _HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 
 
@@ -88,6 +96,55 @@ class OrderTimes:
             self._ends_s[key] = self._simulated_s(one, samples) if samples else (0.0,) * one.stages.num_stages
         return self._ends_s[key]
 
+    def own_s(self, one: GroupOrder, samples: int) -> tuple[float, ...]:
+        """Return the seconds of all passes of each rank of a group."""
+        if not samples:
+            return (0.0,) * len(one.ranks)
+        order, task = self._order(one, samples), self._task(one, samples)
+        return tuple(sum(map(task.times.seconds, own)) for own in order.actions)
+
+    def solution(self, groups: Sequence[GroupOrder], samples: Sequence[int]) -> ReplicaSolution | None:
+        """Return what is predicted for some groups with their samples; None if these do not fit into memory."""
+        if not all(map(self.fits, groups, samples)):
+            return None
+        ends_s = list(map(self.ends_s, groups, samples))
+        plan = ReplicaPlan(tuple(one.replica(max(n, _NEARLY_NONE)) for one, n in zip(groups, samples, strict=True)))
+        step_s = reduced_s(self._problem, plan.replicas, ends_s)
+        return ReplicaSolution(plan, tuple(samples), step_s, tuple(map(max, ends_s)), self._problem.bound_s)
+
+    def divided(self, groups: Sequence[GroupOrder], samples: Sequence[int]) -> ReplicaSolution | None:
+        """Return what is predicted for groups with the samples with which they end together.
+
+        Args:
+            groups: The groups.
+            samples: Samples of each of them to begin with.
+
+        Returns:
+            The prediction; None if the samples do not fit into memory, neither those nor others that were tried.
+        """
+        best = self.solution(groups, samples)
+        for _ in range(_ROUNDS if len(groups) > 1 else 0):
+            lines = [self._line(one, max(n, 1)) for one, n in zip(groups, samples, strict=True)]
+            division = divide_samples(lines, self._problem.samples, [max(n, 1) for n in samples])
+            found = None if division is None else self.solution(groups, division)
+            if division is None or found is None or (best is not None and found.step_s >= best.step_s * (1 - 1e-9)):
+                break
+            best, samples = found, division
+        return best
+
+    def _line(self, one: GroupOrder, known: int) -> Callable[[int], float]:
+        """Return a function that gives the seconds of a group with some samples, on a line near what is known."""
+        other = known + max(known // _APART, 1)
+        here_s, there_s = (max(self.ends_s(one, n)) for n in (known, other))
+        slope_s = (there_s - here_s) / (other - known)
+
+        def step_s(samples: int) -> float:
+            if min(samples, known) < self._problem.micro_batches:
+                return self.step_s(one, samples)
+            return here_s + slope_s * (samples - known) if self.fits(one, samples) else inf
+
+        return step_s
+
     def fits(self, one: GroupOrder, samples: int) -> bool:
         """Return whether the ranks of a group have memory for some samples."""
         memory = self._problem.memory
@@ -114,17 +171,22 @@ class OrderTimes:
         return min((room / n * (1 + 1e-9) for room, n in rows if n > 0), default=inf)
 
     def _simulated_s(self, one: GroupOrder, samples: int) -> tuple[float, ...]:
-        stages = one.stages
-        searched = problem_of_way(self.searched(one.ranks, samples), one.name)
-        task = replace(searched, memory=None, most_held=None).task(stages)
-        assert task is not None, "memory does not matter to it"
-        count = self._count(samples)
-        order = known_order(stages.ranks, count, "1f1b") if one.order is None else one.order.first(count)
+        stages, times = one.stages, self._task(one, samples).times
         ends_s = [0.0] * stages.world_size
-        for p in simulate_order(order, task.times, self._transfers_s(one, samples)).passes:
+        for p in simulate_order(self._order(one, samples), times, self._transfers_s(one, samples)).passes:
             rank = stages.ranks[p.stage]
             ends_s[rank] = max(ends_s[rank], p.end_s)
         return tuple(ends_s[rank] for rank in stages.ranks)
+
+    def _task(self, one: GroupOrder, samples: int) -> Task:
+        searched = problem_of_way(self.searched(one.ranks, samples), one.name)
+        task = replace(searched, memory=None, most_held=None).task(one.stages)
+        assert task is not None, "memory does not matter to it"
+        return task
+
+    def _order(self, one: GroupOrder, samples: int) -> Order:
+        count = self._count(samples)
+        return known_order(one.stages.ranks, count, "1f1b") if one.order is None else one.order.first(count)
 
     def _transfers_s(self, one: GroupOrder, samples: int) -> list[float]:
         problem, factor = self._problem, self._factor(samples)

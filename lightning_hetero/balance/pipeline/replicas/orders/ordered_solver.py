@@ -12,20 +12,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 
 from lightning_hetero.balance.pipeline.orders.choice import NEARLY
 from lightning_hetero.balance.pipeline.orders.order import Order
-from lightning_hetero.balance.pipeline.replicas.division import divide_samples
 from lightning_hetero.balance.pipeline.replicas.kinds import with_fewer_kinds
 from lightning_hetero.balance.pipeline.replicas.orders.group_orders import GroupOrder, OrderTimes
 from lightning_hetero.balance.pipeline.replicas.orders.group_planner import WAYS, GroupPlanner, is_v
-from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
-from lightning_hetero.balance.pipeline.replicas.reduction import reduced_s
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, good_solutions
 
 __all__ = ["OrderedReplicas", "solve_ordered_replicas"]
@@ -35,8 +31,6 @@ _EFFORT = 300_000  # passes that are scheduled to compare groupings, and as many
 _LEAST_EFFORT, _MOST_EFFORT = 500, 20_000  # of one search
 _REFINED = 2  # groupings that are planned again
 _MOST_REFINED = 60_000  # effort of one search then
-_ROUNDS = 2  # of dividing samples
-_APART = 8  # the second point of a line is this part of the samples away
 
 
 @dataclass(frozen=True)
@@ -170,50 +164,13 @@ class _Search:
             )
             if found and groups == found[-1].groups:
                 continue
-            plan = self._predicted(groups, divided.samples, max(WAYS.index(one.name) for one in groups))
-            if plan is not None:
-                found.append(plan)
+            solution = self._times.divided(groups, divided.samples)
+            if solution is not None:
+                found.append(_Plan(groups, solution, max(WAYS.index(one.name) for one in groups)))
         return found
 
     def _step_s(self, one: GroupOrder, samples: int) -> float:
         return self._times.step_s(one, samples)
-
-    def _predicted(self, groups: tuple[GroupOrder, ...], samples: Sequence[int], level: int) -> _Plan | None:
-        """Return groups with the samples with which they end together; None if they do not fit into memory."""
-        best = self._solution(groups, samples)
-        division = tuple(samples)
-        for _ in range(_ROUNDS if len(groups) > 1 else 0):
-            lines = [self._line(one, n) for one, n in zip(groups, division, strict=True)]
-            divided = divide_samples(lines, self._problem.samples, division)
-            if divided is None:
-                break
-            division = divided
-            found = self._solution(groups, division)
-            if found is None or (best is not None and found.step_s >= best.step_s * (1 - 1e-9)):
-                break
-            best = found
-        return None if best is None else _Plan(groups, best, level)
-
-    def _line(self, one: GroupOrder, known: int) -> Callable[[int], float]:
-        """Return a function that gives the seconds of a group with some samples, on a line near what is known."""
-        other = known + max(known // _APART, 1)
-        here_s, there_s = (max(self._times.ends_s(one, n)) for n in (known, other))
-        slope_s = (there_s - here_s) / (other - known)
-
-        def step_s(samples: int) -> float:
-            if min(samples, known) < self._problem.micro_batches:
-                return self._times.step_s(one, samples)
-            return here_s + slope_s * (samples - known) if self._times.fits(one, samples) else inf
-
-        return step_s
-
-    def _solution(self, groups: tuple[GroupOrder, ...], samples: Sequence[int]) -> ReplicaSolution | None:
-        if any(not self._times.fits(one, n) for one, n in zip(groups, samples, strict=True)):
-            return None
-        ends_s = [self._times.ends_s(one, n) for one, n in zip(groups, samples, strict=True)]
-        plan = ReplicaPlan(tuple(one.replica(float(n)) for one, n in zip(groups, samples, strict=True)))
-        step_s = reduced_s(self._problem, plan.replicas, ends_s)
-        return ReplicaSolution(plan, tuple(samples), step_s, tuple(map(max, ends_s)), self._problem.bound_s)
 
 
 def _reason(plans: Sequence[_Plan], chosen: _Plan, shortest_s: float) -> str:
