@@ -5,9 +5,10 @@ Run it with
     python benchmarks/choices.py
 
 Devices are virtual: a layer sleeps for each sample, in forward and backward passes, as long as it takes on a device of
-its rank's speed.  A pipeline gets the stages that were predicted.  A case with a link puts two ranks on nodes of their
-own, see `link.py`, and is left out where that is not allowed.  Memory is not enforced: a strategy that would not fit is
-not run.
+its rank's speed, see `sleeping.py`.  As a user does, it first measures the model with `lightning-hetero profile`, on a
+device of speed 1.  Each strategy then trains with the argument that `plan` prints for it.  A case with a link puts two
+ranks on nodes of their own, see `link.py`, and is left out where that is not allowed.  Memory is not enforced: a
+strategy that would not fit is not run.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import Any
 
 from link import available, linked_nodes
 
 from lightning_hetero.command.plan.auto.choice import AutoCluster, AutoDevice, Candidate, predict_all
-from lightning_hetero.command.plan.auto.model import Model, ModelLayer
-from lightning_hetero.command.plan.pipeline.pipeline_cluster import predict_pipeline
+from lightning_hetero.command.plan.auto.model import Model
+from lightning_hetero.command.plan.auto.model_file import read_profile
 
-LAYERS, STEPS, LAST = 12, 45, 10
-FORWARD_S = 0.0002  # per sample and layer; twice that backward
+STEPS, LAST = 45, 10
 WAIT_S = 180.0
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,17 @@ class Case:
     memory_gb: float | None = None
     megabits_per_s: int | None = None
 
-    @property
-    def cluster(self) -> AutoCluster:
+    def cluster(self, model: Model) -> AutoCluster:
         """The same as `plan` reads it."""
-        layer = ModelLayer(
-            FORWARD_S, 2 * FORWARD_S, parameter_bytes=4 * self.parameters, activation_bytes=1e3, output_bytes=256
-        )
         memory = None if self.memory_gb is None else 1e9 * self.memory_gb
         devices = tuple(AutoDevice(f"rank {i}", 1, speed, memory) for i, speed in enumerate(self.speeds))
         bandwidth = None if self.megabits_per_s is None else 1e6 * self.megabits_per_s
-        return AutoCluster(devices, Model((layer,) * LAYERS, 0.0), self.batch, bits_per_s=bandwidth)
+        return AutoCluster(devices, model, self.batch, bits_per_s=bandwidth)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the model reads."""
+        return {"SLEEPING_PARAMETERS": str(self.parameters), "SLEEPING_BATCH": str(self.batch)}
 
 
 CASES = (
@@ -75,6 +77,7 @@ CASES = (
     Case("1:2, slow link", (1, 2), parameters=1_000_000, megabits_per_s=1000),
     Case("1:2, too large for one", (1, 2), parameters=100_000, memory_gb=0.009),
     Case("1:2, too large for one, slow link", (1, 2), parameters=250_000, memory_gb=0.023, megabits_per_s=200),
+    Case("2:2:1:1, too large for one", (2, 2, 1, 1), batch=192, parameters=100_000, memory_gb=0.009),
 )
 
 
@@ -82,12 +85,12 @@ def main() -> None:
     """Print a row per case and strategy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--argument", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", type=int, default=list(range(len(CASES))), help="numbers of cases")
     options = parser.parse_args()
     if options.rank is not None:
-        number, strategy = options.run
-        train(CASES[int(number)], strategy, options.rank)
+        train(CASES[int(options.run)], options.argument, options.rank)
         return
     print("| case | strategy | predicted ms | measured ms | |")
     print("|---|---|---|---|---|")
@@ -99,11 +102,11 @@ def main() -> None:
 
 def compare(number: int, case: Case) -> None:
     """Run all strategies that can train a case, and print them."""
-    found = predict_all(case.cluster)
-    measured = {one.strategy: measure(number, case, one) for one in found.candidates if _is_run(one)}
+    found = predict_all(case.cluster(profiled(case)))
+    measured = {one.strategy: measure(number, case, one) for one in found.candidates if one.step_s is not None}
     best = min(measured, key=lambda strategy: measured[strategy])
     for one in found.candidates:
-        if not _is_run(one):
+        if one.step_s is None:
             continue
         real_s = measured[one.strategy]
         marks = [f"{100 * (one.step_s / real_s - 1):+.1f} %"]
@@ -114,8 +117,20 @@ def compare(number: int, case: Case) -> None:
         )
 
 
-def _is_run(one: Candidate) -> bool:
-    return one.step_s is not None and one.strategy != "replicas"
+def profiled(case: Case) -> Model:
+    """Return what `lightning-hetero profile` measures."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.json"
+        command = [sys.executable, "-m", "lightning_hetero", "profile", "sleeping:Net", "--accelerator", "cpu"]
+        subprocess.run(
+            [*command, "--json", str(file)],
+            env={**os.environ, **case.environment, "OMP_NUM_THREADS": "1"},
+            cwd=_HERE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
+        return read_profile(file)
 
 
 def measure(number: int, case: Case, one: Candidate) -> float:
@@ -127,9 +142,11 @@ def measure(number: int, case: Case, one: Candidate) -> float:
             environment = {
                 **os.environ,
                 **{"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(len(places)), "NODE_RANK": str(rank)},
-                **{"LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"},
+                **{"LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "SLEEPING_SPEED": str(case.speeds[rank])},
+                **case.environment,
             }
-            arguments = [sys.executable, __file__, "--rank", str(rank), "--run", str(number), one.strategy]
+            run = ["--rank", str(rank), "--run", str(number), "--argument", str(one.argument)]
+            arguments = [sys.executable, __file__, *run]
             processes.append(
                 subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
             )
@@ -158,83 +175,36 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def train(case: Case, name: str, rank: int) -> None:
-    """Train on one rank, and print the seconds of a step."""
+def train(case: Case, argument: str, rank: int) -> None:
+    """Train on one rank with what `plan` says that a Trainer takes, and print the seconds of a step."""
     import logging
     import warnings
 
-    import torch
+    import sleeping
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch import Trainer
     from timing import QUIET, StepClock
-    from torch import Tensor, nn
-    from torch.utils.data import DataLoader, TensorDataset
 
-    from lightning_hetero import HeteroDDPStrategy, HeteroFSDPStrategy, HeteroPipelineStrategy, LoadBalancer
+    import lightning_hetero
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.manual_seed(1)
-    seconds = FORWARD_S / case.speeds[rank]
-
-    class Sleeps(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-            time.sleep(seconds * len(x))
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-            time.sleep(2 * seconds * len(gradients[0]))
-            return gradients[0].clone()
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(case.parameters))
-
-        def forward(self, x: Tensor) -> Tensor:
-            """Return the input, after a sleep; the weights count, and take little time."""
-            slept: Tensor = Sleeps.apply(x)  # type: ignore[no-untyped-call]
-            return slept + self.weight.mean()
-
-    class Net(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = nn.Sequential(*(Layer() for _ in range(LAYERS)))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            """Return the loss."""
-            loss: Tensor = self.model(batch[0]).square().mean()
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            """Return SGD."""
-            return torch.optim.SGD(self.parameters(), 0.01)
-
     ranks = len(case.speeds)
-    splits = [stage.first_layer for stage in predict_pipeline(case.cluster.of_stages).stages[1:]]
-    strategies: dict[str, Any] = {
-        "ddp": DDPStrategy,
-        "hetero_ddp": HeteroDDPStrategy,
-        "hetero_fsdp": lambda: HeteroFSDPStrategy(shard_weights=[1.0] * ranks, units=[Layer]),
-        "hetero_pipeline": lambda: HeteroPipelineStrategy(splits, num_microbatches=8),
-    }
-    balances = name in ("hetero_ddp", "hetero_fsdp")
+    # names as a script has them after `from lightning_hetero import *`
+    strategy = eval(argument, {name: getattr(lightning_hetero, name) for name in lightning_hetero.__all__})
     clock = StepClock()
-    options: dict[str, Any] = {**QUIET, "max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0}
+    balances = "Pipeline" not in argument and argument != '"ddp"'
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         num_nodes=ranks,
         plugins=[LightningEnvironment()],
-        strategy=strategies[name](),
-        callbacks=[clock, *([LoadBalancer(verbose=False, record=False)] if balances else [])],
-        **options,
+        strategy=strategy,
+        callbacks=[clock, *([lightning_hetero.LoadBalancer(verbose=False, record=False)] if balances else [])],
+        **{**QUIET, "max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0},
     )
-    size = case.batch if name == "hetero_pipeline" else -(-case.batch // ranks)
-    trainer.fit(Net(), DataLoader(TensorDataset(torch.randn(case.batch * STEPS, 64)), size))
+    size = case.batch if "Pipeline" in argument else -(-case.batch // ranks)
+    trainer.fit(sleeping.Net(), sleeping.loader(case.batch * STEPS, size))
     if rank == 0:
         print(json.dumps(median(clock.seconds()[-LAST:])), flush=True)
 

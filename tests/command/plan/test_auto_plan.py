@@ -69,7 +69,7 @@ def test_replicas_of_unequal_pipelines_are_named_where_they_are_fastest() -> Non
     # 64 samples in one pipeline and 32 in the other, half of the layers on each device, and then an average of 2.4 GB
     passes_s = 9 / 8 * 64 * 6 * 0.003 / 2 + 2 * (8 * 8 * 1e5 / 1e12)
     assert replicas.step_s == pytest.approx(passes_s + 8 * 2.4 * GB / 1e12, rel=1e-3)
-    assert (replicas.step_s or 0.0) < 0.9 * (
+    assert (replicas.step_s or 0.0) < 0.91 * (
         steps(cluster(*devices, block=large, bits_per_s=1e12))["hetero_pipeline"] or 0.0
     )
     assert replicas.needed_bytes is not None

@@ -20,6 +20,7 @@ from lightning_hetero.command.plan.pipeline.pipeline_cluster import (
     PipelineDevice,
     predict_pipeline,
 )
+from lightning_hetero.command.plan.pipeline.planned_order import predict_order
 from lightning_hetero.command.plan.shards.prediction import ShardedCluster, predict_shards
 from lightning_hetero.exceptions import HeteroError, InfeasiblePlanError
 
@@ -308,8 +309,10 @@ def _hetero_fsdp(cluster: AutoCluster) -> _Found:
 def _hetero_pipeline(cluster: AutoCluster) -> _Found:
     if cluster.world_size == 1:
         raise InfeasiblePlanError("there is only one device")
-    found = predict_pipeline(cluster.of_stages)
-    by_rank = {stage.rank: stage.needed_bytes for stage in found.stages}
+    found, planned = predict_pipeline(cluster.of_stages), predict_order(cluster.of_stages)
+    step_s, by_rank = found.advice.step_s, {stage.rank: stage.needed_bytes for stage in found.stages}
+    if planned is not None:
+        step_s, by_rank = planned.step_s, dict(enumerate(planned.needed_bytes or [None] * cluster.world_size))
     needed, first = [], 0
     for device in cluster.devices:
         of_kind = [by_rank[rank] or 0.0 for rank in range(first, first + device.count)]
@@ -317,7 +320,7 @@ def _hetero_pipeline(cluster: AutoCluster) -> _Found:
         first += device.count
     known = any(value is not None for value in by_rank.values())
     argument = f"HeteroPipelineStrategy(num_microbatches={cluster.micro_batches})"
-    return _Found(found.advice.step_s, tuple(needed) if known else None, argument)
+    return _Found(step_s, tuple(needed) if known else None, argument)
 
 
 def _replicas(cluster: AutoCluster, alone_s: float) -> Candidate | None:

@@ -91,6 +91,11 @@ class PipelineCluster:
         )
 
     @property
+    def is_refined(self) -> bool:
+        """Whether stages are improved in a simulation, which takes long for many ranks and layers."""
+        return len(self.devices) ** 2 * self.micro_batches * len(self.layers) <= _MAX_REFINED
+
+    @property
     def memory(self) -> StageMemory | None:
         """Memory needs of the layers and budgets of the ranks; None if no device's memory is known."""
         sizes = [device.memory_bytes for device in self.devices]
@@ -165,7 +170,7 @@ def predict_pipeline(cluster: PipelineCluster) -> PipelinePrediction:
         )
     costs, memory = cluster.costs, cluster.memory
     size = costs.world_size
-    is_refined = size**2 * cluster.micro_batches * costs.num_layers <= _MAX_REFINED
+    is_refined = cluster.is_refined
     uniform = uniform_stages(costs.num_layers, size)
     uniform_fits = None if memory is None else memory.allows(uniform)
     if is_refined:
