@@ -8,7 +8,7 @@ single device would. Everything else raises: nothing is computed on a part as if
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
@@ -36,18 +37,18 @@ __all__ = ["Division", "ShardTensor"]
 aten: Any = torch.ops.aten
 # They do not look at the values of other elements, but torch does not mark them as such.
 _ELEMENTWISE = {
-    aten.alias,
     aten.clone,
-    aten.detach,
     aten.empty_like,
     aten.fill_,
     aten.full_like,
-    aten.lift_fresh,
     aten.ones_like,
     aten.zero_,
     aten.zeros_like,
     CONVERT,
 }
+
+# They return the same memory.
+_ALIASES = {aten.alias, aten.detach, aten.lift_fresh}
 
 _OF_WHOLE = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 _NO_HOOKS = (
@@ -76,19 +77,10 @@ class Division:
     sizes: tuple[int, ...]
     rank: int
 
-    @property
-    def begin(self) -> int:
-        """The index of this rank's first number."""
-        return sum(self.sizes[: self.rank])
-
-    @property
-    def end(self) -> int:
-        """The index after that of this rank's last number."""
-        return self.begin + self.sizes[self.rank]
-
     def part_of(self, whole: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor, as a view where that is possible."""
-        return whole.reshape(-1)[self.begin : self.end]
+        begin = sum(self.sizes[: self.rank])
+        return whole.reshape(-1)[begin : begin + self.sizes[self.rank]]
 
 
 class ShardTensor(Tensor):
@@ -97,20 +89,23 @@ class ShardTensor(Tensor):
     Args:
         local: The part, in one dimension.
         division: How the whole is divided.
+        owner: Tensor of the same memory that counts its changes; ``local`` by default.
     """
 
     local: Tensor
     division: Division
+    owner: Tensor
 
     @staticmethod
     @override
-    def __new__(cls, local: Tensor, division: Division) -> ShardTensor:
+    def __new__(cls, local: Tensor, division: Division, owner: Tensor | None = None) -> ShardTensor:
         """Make a tensor that has the shape of the whole and no memory besides the part."""
         shard: ShardTensor = wrapper_of(cls, division.shape, local)
         shard.local, shard.division = local, division
+        shard.owner = local if owner is None else owner
         return shard
 
-    def __init__(self, local: Tensor, division: Division) -> None:
+    def __init__(self, local: Tensor, division: Division, owner: Tensor | None = None) -> None:
         """Do nothing: ``__new__`` has set everything, and an object passes here again if it becomes a parameter."""
 
     @override
@@ -193,6 +188,8 @@ class ShardTensor(Tensor):
             return (_copy if operator is aten.copy_ else _equal)(*args, **kwargs)
         if operator is aten.view_as_real:
             return _as_real(args[0])
+        if operator in _ALIASES:
+            return ShardTensor(func(args[0].local), args[0].division, args[0].owner)
         if operator is FOREACH_NORM:
             return _norms(args[0], *args[1:2])
         if operator is UNSCALE:
@@ -223,6 +220,7 @@ def _elementwise(func: Any, name: str, args: Any, kwargs: Any, *, of_lists: bool
     local = partial(_local, division=division)
     result = func(*tree_map(local, args), **tree_map(local, kwargs))
     if in_place:
+        _note_change(args[:1])
         return args[0]
     return tree_map(lambda value: ShardTensor(value, division) if isinstance(value, Tensor) else value, result)
 
@@ -242,8 +240,14 @@ def _over_lists(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
     result = func(*map(local, args), **{key: local(value) for key, value in kwargs.items()})
     if result is None or name.endswith("_"):
+        _note_change(lists[0])
         return result
     return [ShardTensor(value, division) for value, division in zip(result, divisions, strict=True)]
+
+
+def _note_change(shards: Iterable[Any]) -> None:
+    """Count a change of parts: below autograd torch counts none, and gives each alias a count of its own."""
+    increment_version([shard.owner for shard in shards])
 
 
 def _common_division(name: str, values: Sequence[Any]) -> Division:
@@ -271,7 +275,7 @@ def _as_real(shard: ShardTensor) -> ShardTensor:
     """Return a view of complex numbers as pairs of real ones, as optimisers compute with them."""
     division = shard.division
     pairs = Division((*division.shape, 2), tuple(2 * size for size in division.sizes), division.rank)
-    return ShardTensor(torch.view_as_real(shard.local).flatten(), pairs)
+    return ShardTensor(torch.view_as_real(shard.local).flatten(), pairs, shard.owner)
 
 
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
@@ -279,13 +283,13 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
         raise UnsupportedFeatureError(_why_not("copy_"))
     if isinstance(source, ShardTensor):
         _common_division("copy_", [target, source])
-        target.local.copy_(_local(source, target.division), non_blocking)
-    elif not source.dim():
-        target.local.copy_(source)
-    elif source.shape == target.shape:  # a whole tensor that every rank has, for example from a checkpoint
-        target.local.copy_(target.division.part_of(source), non_blocking)
-    else:
-        raise UnsupportedFeatureError(_why_not("copy_"))
+        source = _local(source, target.division)
+    elif source.dim():  # a whole tensor that every rank has, for example from a checkpoint
+        if source.shape != target.shape:
+            raise UnsupportedFeatureError(_why_not("copy_"))
+        source = target.division.part_of(source)
+    target.local.copy_(source, non_blocking)
+    _note_change([target])
     return target
 
 
@@ -300,11 +304,8 @@ def _reduced(value: Tensor, operation: Any) -> Tensor:
 def _sum(_: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
     _check_whole("sum", dim, keepdim)
     local = shard.local.sum(dtype=torch.float32 if _is_half(shard.local) else dtype)
-    return _reduced(local, dist.ReduceOp.SUM).to(dtype or _dtype_of_sum(shard.local))
-
-
-def _dtype_of_sum(local: Tensor) -> torch.dtype:
-    return local.dtype if local.is_floating_point() else torch.int64
+    usual = shard.dtype if shard.is_floating_point() else torch.int64
+    return _reduced(local, dist.ReduceOp.SUM).to(dtype or usual)
 
 
 def _mean(_: Any, shard: ShardTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -380,14 +381,9 @@ def _is_half(tensor: Tensor) -> bool:
 _REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
     aten.sum: _sum,
     aten.mean: _mean,
-    aten.norm: _norm,
-    aten.linalg_vector_norm: _norm,
-    aten.max: _extremum,
-    aten.min: _extremum,
-    aten.amax: _extremum,
-    aten.amin: _extremum,
-    aten.any: _truth,
-    aten.all: _truth,
+    **dict.fromkeys((aten.norm, aten.linalg_vector_norm), _norm),
+    **dict.fromkeys((aten.max, aten.min, aten.amax, aten.amin), _extremum),
+    **dict.fromkeys((aten.any, aten.all), _truth),
 }
 
 

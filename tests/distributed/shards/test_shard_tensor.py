@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_hetero.distributed.shards.reductions import total_norm
 from lightning_hetero.distributed.shards.released import become_released, become_whole
 from lightning_hetero.distributed.shards.shard_tensor import Division, ShardTensor
+from lightning_hetero.distributed.torch_private import version_of
 from lightning_hetero.exceptions import UnsupportedFeatureError
 
 SHAPE = (4, 3)
@@ -110,6 +111,45 @@ def results(sizes: tuple[int, int]) -> dict[str, Any]:
     both = total_norm([shard, shard], torch.device("cpu"))
     found["total norm"] = torch.allclose(both, (2 * whole(5).square().sum()).sqrt(), rtol=1e-12)
     return found
+
+
+def adam(parameter: Any, **options: Any) -> None:
+    parameter.grad = shard_of(whole(2), parameter.division.sizes)
+    torch.optim.AdamW([parameter], **options).step()
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "one": lambda p: p.mul_(0.5),
+    "of a list": lambda p: torch._foreach_add_([p], 1.0),
+    "filled": lambda p: p.zero_(),
+    "copied": lambda p: p.copy_(whole(3)),
+    "copied from a part": lambda p: p.copy_(2 * p),
+    "data": lambda p: setattr(p, "data", whole(4)),
+    "of data": lambda p: p.data.add_(1),
+    "initialised": nn.init.ones_,
+    "by an optimiser": lambda p: adam(p, foreach=False),
+    "by one of lists": lambda p: adam(p, foreach=True),
+    "by a fused one": lambda p: adam(p, fused=True),
+}
+
+
+def writes_that_are_not_counted(sizes: tuple[int, int]) -> list[str]:
+    missed = []
+    for name, write in WRITES.items():
+        division = Division(SHAPE, sizes, dist.get_rank())
+        own = division.part_of(whole()).clone()
+        parameter: Any = nn.Parameter(ShardTensor(own, division))
+        before = version_of(own)
+        with torch.no_grad():
+            write(parameter)
+        if version_of(own) == before:
+            missed.append(name)
+    return missed
+
+
+def test_every_change_of_a_part_is_counted(ranks: RankPools) -> None:
+    """A unit that is whole meanwhile is gathered again, and must not write over it."""
+    assert ranks.run(2, writes_that_are_not_counted, (8, 4)) == [[], []]
 
 
 def asked_while_released(sizes: tuple[int, int]) -> dict[str, Any]:

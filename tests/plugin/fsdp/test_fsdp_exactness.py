@@ -49,11 +49,16 @@ class Adversarial(Module):
 
 
 class PastLightning(Manual):
-    """Steps torch's optimisers, of whose steps Lightning does not tell, and uses the model again in the same step."""
+    """Uses the model again after it has written parameters, and after steps of which Lightning does not tell."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizers: Any = self.optimizers(use_pl_optimizer=False)
         for optimizer in optimizers:
+            with torch.no_grad():
+                self.step(batch)
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(0.9)
             optimizer.zero_grad()
             self.manual_backward(self.step(batch))
             optimizer.step()
