@@ -105,7 +105,7 @@ def drawn_case(seed: int) -> Case:
         borders = [sorted(generator.sample(range(1, layers), len(ranks) - 1)) for ranks in groups]
         shares = [generator.choice([1.0, 1.5, 2.0, 5.0, 40.0]) for _ in groups]
         if number and generator.random() < 0.4:
-            borders = [one.stages.ends[:-1] for one in plans[-1].replicas]
+            borders = [list(one.stages.ends[:-1]) for one in plans[-1].replicas]
         shares[0] += number / 100  # each plan is another one
         plans.append(plan_of(groups, borders, shares, layers))
     options: list[tuple[str, Any]] = []
