@@ -102,7 +102,7 @@ def drawn_case(seed: int) -> Case:
     layers = generator.randint(5, 9)
     plans: list[ReplicaPlan] = []
     for number in range(generator.randint(3, 6)):
-        borders = [tuple(sorted(generator.sample(range(1, layers), len(ranks) - 1))) for ranks in groups]
+        borders = [sorted(generator.sample(range(1, layers), len(ranks) - 1)) for ranks in groups]
         shares = [generator.choice([1.0, 1.5, 2.0, 5.0, 40.0]) for _ in groups]
         if number and generator.random() < 0.4:
             borders = [list(one.stages.ends[:-1]) for one in plans[-1].replicas]
