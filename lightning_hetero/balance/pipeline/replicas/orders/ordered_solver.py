@@ -40,7 +40,7 @@ class OrderedReplicas:
     Attributes:
         solution: The replicas, which may have several stages per rank, and what is predicted for them.
         orders: The passes of the ranks of each replica, for as many micro-batches as it may have; None for "1f1b".
-        names: Short name of the way in which each replica is run, as in :class:`PipelineChoice`.
+        names: Short name of the way in which each replica is run, as those of one pipeline.
         reason: What was compared, for the user.
     """
 
