@@ -23,6 +23,8 @@ _RETURN_AFTER_RESET_S = 30.0
 # At first rank 0 may not listen yet, but a rank that has no connection cannot be missed.
 _FIRST_RETRY_S, _RETRY_S = 0.05, 1.0
 _HELLO_S = 10.0
+# Where rank 0 has left, the run ends here too, and torch prints a page if the store is asked that ends with rank 0.
+_LEFT_S = 2.0
 
 _DIED = (
     "rank {} has died without a message: it was killed, for lack of memory for example, or crashed outside Python."
@@ -276,6 +278,7 @@ class Spoke(Link):
             elif kind == "leaves":
                 self._drop()
                 self._place, self._was_welcome = None, False
+                self._retry_at = time.monotonic() + _LEFT_S
                 return
 
     @override

@@ -59,6 +59,7 @@ class Ranks:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(peer_links, "_RETURN_S", 0.3)
     monkeypatch.setattr(peer_links, "_RETRY_S", 0.05)
+    monkeypatch.setattr(peer_links, "_LEFT_S", 0.3)
     its = Ranks()
     yield its
     its.close()
@@ -163,6 +164,19 @@ def test_who_leaves_has_not_died_and_may_come_back(ranks: Ranks) -> None:
     ranks.place = published
     ranks.until(lambda: len(ranks.hub.connections()) == 2)
     assert {its.failed for its in (old, ranks.hub, again, second)} == {None}
+
+
+def test_the_store_is_not_asked_right_after_rank_0_has_left(ranks: Ranks) -> None:
+    """It may end with the process of rank 0."""
+    asked: list[None] = []
+    spoke = ranks.spoke(1)
+    spoke._announced = lambda: asked.append(None)
+    old, ranks.hub = ranks.hub, ranks.new_hub()
+    old.close()
+    ranks.until(lambda: not spoke.connections())
+    ranks.until(seconds=0.15)
+    assert not asked
+    ranks.until(lambda: asked)
 
 
 def test_strangers_are_not_believed(ranks: Ranks) -> None:
