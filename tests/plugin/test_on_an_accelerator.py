@@ -344,7 +344,7 @@ def test_a_device_trains_as_the_host_does(name: str, accelerated: RankPools, ran
 
 def moved(folder: str, *, accelerated: bool) -> Outcome:
     with scripted([StagePlan((1, 0), ends) for ends in ((1, 6), (5, 6), (3, 6))]):
-        return trained(Case("hetero_pipeline", {"watch_steps": 1}), folder, accelerated=accelerated)
+        return trained(Case("hetero_pipeline", {"schedule": "1f1b", "watch_steps": 1}), folder, accelerated=accelerated)
 
 
 def replicas(folder: str, *, accelerated: bool) -> Outcome:

@@ -123,7 +123,7 @@ def test_overheads_and_times_per_sample_are_told_apart(
     # sleeping takes at least as long; a busy machine only adds to it
     assert fixed["forward_overhead_s"] + 16 * fixed["forward_s"] >= 0.02
     assert fixed["forward_overhead_s"] > 0.01 > 16 * fixed["forward_s"]
-    assert 16 * growing["forward_s"] > 0.05 > growing["forward_overhead_s"]
+    assert 16 * growing["forward_s"] > 0.04 > growing["forward_overhead_s"]
     assert fixed["parameter_bytes"] == 4 * (64 + 8)
     assert fixed["constant_bytes"] == 4 * 100
     assert fixed["output_bytes"] == 4 * 8
