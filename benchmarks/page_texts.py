@@ -108,9 +108,9 @@ pipelines of a fast and a slow rank each, with equal numbers of layers and sampl
 REAL_PIPELINE = """
 ## A transformer in stages
 
-Eight blocks of width {width}, {micro_batches} micro-batches, on processors with quotas; medians of {rounds} rounds. The
-limit is what the times of the layers allow. A quota that refills while a rank waits makes layers seem faster than they
-are.
+Eight blocks of width {width}, {micro_batches} micro-batches, on processors with quotas; the last steps, medians of
+{rounds} rounds. The limit is what the times of the layers allow. A quota refills while a rank waits, so a rank that waits
+less computes more slowly.
 
 """
 DRIFT = """
