@@ -73,9 +73,11 @@ def test_equal_stages_and_those_found_train_alike() -> None:
     printed = run_example("--steps", "5", "--seconds-per-sample", "0.001", name="characters")
     (equal, found) = re.findall(r"layers per rank\s*│\s*(\d+, \d+)\s*│\s*(\d+, \d+)", printed)[0]
     assert equal == "6, 6"
-    assert found in ("7, 5", "8, 4", "9, 3")
+    fast, slow = map(int, found.split(", "))
+    assert fast >= slow
+    assert fast + slow in (12, 13, 14), "at each border of a V, both ranks may have the layer"
     (difference,) = re.findall(r"largest difference of a parameter ([\d.e+-]+)", printed)
-    assert float(difference) < 1e-5
+    assert float(difference) < 1e-4, "AdamW scales up what other orders of additions round"
     assert "hetero_pipeline: predicted" in printed
 
 
