@@ -109,8 +109,8 @@ REAL_PIPELINE = """
 ## A transformer in stages
 
 Eight blocks of width {width}, {micro_batches} micro-batches, on processors with quotas; the last steps, medians of
-{rounds} rounds. The limit is what the times of the layers allow. A quota refills while a rank waits, so a rank that waits
-less computes more slowly.
+{rounds} rounds. The limit is what the times of the layers allow. A quota refills while a rank waits, so a rank that
+waits less computes more slowly.
 
 """
 DRIFT = """
