@@ -19,6 +19,8 @@ __all__ = ["LayerRuns", "PassSeconds", "typical_times"]
 _SHARED = 1.15
 # The part of the layers, those with the longest runs for their kind, that counts as disturbed.
 _DISTURBED = 0.1
+# Of so many layers or more, at least one counts so.
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _times_as_long(layers: Sequence[LayerRuns]) -> float:
         if short_s > 0:
             rows.append((sum(layer.forward_s) + sum(layer.backward_s), short_s))
     rows.sort(key=lambda row: row[0] / row[1])
-    kept = rows[: len(rows) - int(_DISTURBED * len(rows))]
+    kept = rows[: len(rows) - max(round(_DISTURBED * len(rows)), 1)] if len(rows) >= _FEW else rows
     return sum(all_s for all_s, _ in kept) / sum(short_s for _, short_s in kept) if kept else 1.0
 
 

@@ -62,3 +62,10 @@ def test_layers_that_take_no_time_have_none() -> None:
     nothing = LayerRuns((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     assert typical_times([nothing]) == [PassSeconds(0.0, 0.0, 0.0, 0.0)]
     assert typical_times([]) == []
+
+
+@pytest.mark.parametrize("layers", [3, 5, 12])
+def test_one_disturbed_run_of_a_small_model_says_nothing_about_the_device(layers: int) -> None:
+    steady = LayerRuns((0.010,) * 3, (0.020,) * 3)
+    disturbed = LayerRuns((0.010, 0.210, 0.010), (0.020,) * 3)
+    assert set(typical_times([*[steady] * (layers - 1), disturbed])) == {PassSeconds(0.010, 0.020, 0.020, 0.0)}
