@@ -9,11 +9,18 @@ import pytest
 from profiles import drawn, thorough
 from simulation.watched_stages import simulate
 
+from lightning_hetero.balance.pipeline import ordered_stages
 from lightning_hetero.balance.pipeline.moves import LayerMove, layer_moves
 from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
-from lightning_hetero.balance.pipeline.orders.order import known_order
+from lightning_hetero.balance.pipeline.orders.order import forward_order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import verify_order
-from lightning_hetero.balance.pipeline.orders.search import OrderProblem, plan_order, straight_shapes, v_shapes
+from lightning_hetero.balance.pipeline.orders.search import (
+    OrderPlan,
+    OrderProblem,
+    plan_order,
+    straight_shapes,
+    v_shapes,
+)
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
@@ -190,3 +197,15 @@ def test_both_ways_follow_a_device_that_changes() -> None:
     best = plan_pipeline(problem.costs.times((1.0, 2.0)), 8, "1f1b", problem.transfer_s)
     assert problem.own_s(last) == pytest.approx(problem.own_s(best), rel=0.15)
     assert last != run.plans[190]
+
+
+def test_stages_of_one_forward_one_backward_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search may find the same stages, for which only one order can be known."""
+    problem = with_one_by_one(problem_of((2.0, 1.0), v=True, shares=False))
+    first, other = problem.orders
+    order = problem.orders[other]
+    found = OrderPlan(other, forward_order(other.ranks, 8), 0.1, 0.1)
+    monkeypatch.setattr(ordered_stages, "plan_order", lambda *_, **__: found)
+    assert other in problem.candidates(first, (1.0, 3.0), 0.05, {})
+    assert problem.order_of(other) == order
+    assert problem.way_of(other) == "1f1b"
