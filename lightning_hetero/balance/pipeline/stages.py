@@ -11,11 +11,16 @@ from typing import Any, Literal
 from lightning_hetero.balance.checked import as_ints, as_list, as_mapping, entry
 from lightning_hetero.exceptions import ConfigurationError
 
-__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes", "WantedSchedule"]
+__all__ = ["Kind", "LayerCosts", "Schedule", "StagePlan", "StageTimes", "WantedSchedule", "known_schedule"]
 
 Schedule = Literal["gpipe", "1f1b"]
 WantedSchedule = Literal["auto", "v", "gpipe", "1f1b"]
 Kind = Literal["forward", "backward", "input", "weight"]
+
+
+def known_schedule(wanted: WantedSchedule) -> Schedule:
+    """Return the pipeline schedule that runs until an order of passes is planned, and where none is."""
+    return "gpipe" if wanted == "gpipe" else "1f1b"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hetero.balance.pipeline.stages import LayerCosts
 from lightning_hetero.balance.pipeline.typical_times import LayerRuns, PassSeconds, typical_times
 from lightning_hetero.distributed.collectives import all_wait
 from lightning_hetero.distributed.pipeline.borrowed import borrowed, state_kept
@@ -29,7 +30,7 @@ from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.distributed.pipeline.structure import Call, flatten, mapped, tensors_of
 from lightning_hetero.hardware.timed_call import timed_call
 
-__all__ = ["LayerProfile", "moving_times_s", "profile_layers"]
+__all__ = ["LayerProfile", "costs_of", "moving_times_s", "profile_layers"]
 
 _FEWEST_TIMES, _MOST_TIMES = 3, 10
 _ENOUGH_S = 0.05
@@ -83,6 +84,16 @@ class LayerProfile:
         parameters, constants, activations, boundaries = (tuple(int(value) for value in row) for row in (a, b, c, d))
         sizes = (parameters, constants, activations, boundaries)
         return cls(forward_s, backward_s, *sizes, input_s, weight_s, tuple(map(bool, shared)), copy_s, transfer_s)
+
+
+def costs_of(profiles: Sequence[LayerProfile]) -> LayerCosts:
+    """Return what each layer takes on each rank, given the profiles of all ranks."""
+    return LayerCosts(
+        tuple(p.forward_s for p in profiles),
+        tuple(p.backward_s for p in profiles),
+        tuple(p.input_s for p in profiles),
+        tuple(p.weight_s for p in profiles),
+    )
 
 
 def moving_times_s(profiles: Sequence[LayerProfile], state_per_parameter: float) -> tuple[float, ...]:

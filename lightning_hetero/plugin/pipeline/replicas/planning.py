@@ -22,10 +22,10 @@ from lightning_hetero.balance.pipeline.replicas.problem import Wanted as WantedG
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution, solve_replicas
 from lightning_hetero.balance.pipeline.replicas.watching.problem import WatchedReplicas
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
-from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, WantedSchedule
+from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, WantedSchedule, known_schedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, moving_times_s, profile_layers
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, costs_of, moving_times_s, profile_layers
 from lightning_hetero.distributed.pipeline.passes.links import pairs_of_links, timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.plugin.common.console import say
@@ -54,7 +54,7 @@ class Wanted:
     @property
     def known_schedule(self) -> Schedule:
         """The pipeline schedule with which groupings are found, and which runs until orders are planned."""
-        return "gpipe" if self.schedule == "gpipe" else "1f1b"
+        return known_schedule(self.schedule)
 
     @property
     def plans_orders(self) -> bool:
@@ -123,7 +123,7 @@ class ReplicaFindings:
     def watched(self) -> WatchedReplicas | WatchedOrders:
         """The measurements as the watching of the replicas needs them."""
         if self.ordered is not None and any(self.ordered.orders):
-            return WatchedOrders(self.problem, self.ordered, self.moving_s)
+            return WatchedOrders(self.problem, self.moving_s, self.ordered)
         return WatchedReplicas(self.problem, self.moving_s)
 
     def changed(
@@ -231,7 +231,7 @@ def _decided(
     within, between = (None if pair is None else rows[pair[0]] for pair in pairs_of_links(nodes))
     link = Link() if within is None else Link(*within[2:4])
     with_loss = [bool(row[1]) for row in rows]
-    times, split_layers = split_where_possible([with_loss_everywhere(_costs(of), with_loss) for of in of_sizes])
+    times, split_layers = split_where_possible([with_loss_everywhere(costs_of(of), with_loss) for of in of_sizes])
     costs, overheads = times[0], None
     if len(examples) > 1:
         costs, overheads = by_size(times[0], times[1], examples[0].size / examples[1].size)
@@ -256,15 +256,6 @@ def _decided(
         return ReplicaFindings(ordered.solution.plan, problem, ordered.solution, moving_s, ordered, split_layers)
     solution = solve_replicas(problem)
     return ReplicaFindings(solution.plan, problem, solution, moving_s)
-
-
-def _costs(profiles: Sequence[LayerProfile]) -> LayerCosts:
-    return LayerCosts(
-        tuple(p.forward_s for p in profiles),
-        tuple(p.backward_s for p in profiles),
-        tuple(p.input_s for p in profiles),
-        tuple(p.weight_s for p in profiles),
-    )
 
 
 def report_replicas(trainer: Trainer, findings: ReplicaFindings, why_one: str | None) -> None:

@@ -181,7 +181,7 @@ def test_shares_follow_devices_that_become_slower() -> None:
     memory = StageMemory((1.0,) * 12, (0.01,) * 12, (9.0,) * 4)
     problem = problem_of([2, 2, 1, 1], memory=memory, parameter_bytes=(1e3,) * 12, samples=96)
     ordered = solve_ordered_replicas(problem)
-    watched, plan, ones = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan, (1.0,) * 4
+    watched, plan, ones = WatchedOrders(problem, (0.01,) * 12, ordered), ordered.solution.plan, (1.0,) * 4
     assert watched.step_s(plan, ones) == pytest.approx(ordered.solution.step_s)
     assert watched.solution(plan, ones).pipelines_s == pytest.approx(ordered.solution.pipelines_s)
     assert watched.candidates(plan, ones, 0.1, {}) == ()
@@ -202,7 +202,7 @@ def test_shares_follow_devices_that_become_slower() -> None:
 def test_layers_of_a_replica_follow_a_rank_that_becomes_slower() -> None:
     problem = problem_of([1, 1, 1, 1], replicas=((0, 2), (1, 3)), samples=96)
     ordered = solve_ordered_replicas(problem, always_v=True)
-    watched, plan, factors = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan, (1.0, 1.0, 1.0, 3.0)
+    watched, plan, factors = WatchedOrders(problem, (0.01,) * 12, ordered), ordered.solution.plan, (1.0, 1.0, 1.0, 3.0)
     found = watched.candidates(plan, factors, 0.05, {})
     best = min(found, key=lambda one: watched.step_s(one, factors))
     shares = min((one for one in found if one.is_redivision_of(plan)), key=lambda one: watched.step_s(one, factors))
@@ -216,7 +216,7 @@ def test_layers_of_a_replica_follow_a_rank_that_becomes_slower() -> None:
         verify_order(order)
         assert (order.ranks, order.micro_batches) == (replica.stages.ranks, problem.micro_batches)
     # other ranks learn of the plan and its orders
-    other = WatchedOrders(problem, ordered, (0.01,) * 12)
+    other = WatchedOrders(problem, (0.01,) * 12, ordered)
     other.use(best, orders)
     assert other.step_s(best, factors) == watched.step_s(best, factors)
     assert other.own_s(best) == watched.own_s(best)
@@ -232,7 +232,7 @@ def test_layers_of_a_replica_follow_a_rank_that_becomes_slower() -> None:
 def test_the_work_of_ranks_is_that_of_their_passes() -> None:
     problem = problem_of([2, 1, 1], replicas=((0, 1), (2,)))
     ordered = solve_ordered_replicas(problem, always_v=True)
-    watched, plan = WatchedOrders(problem, ordered, (0.01,) * 12), ordered.solution.plan
+    watched, plan = WatchedOrders(problem, (0.01,) * 12, ordered), ordered.solution.plan
     own_s = watched.own_s(plan)
     for replica, n in zip(plan.replicas, ordered.solution.samples, strict=True):
         for own, rank in enumerate(replica.ranks):

@@ -10,18 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from typing_extensions import Self
-
-from lightning_hetero.balance.pipeline.moves import moving_s
 from lightning_hetero.balance.pipeline.orders.choice import problem_of_way
 from lightning_hetero.balance.pipeline.orders.order import Order
 from lightning_hetero.balance.pipeline.orders.search import plan_order
 from lightning_hetero.balance.pipeline.replicas.orders.group_orders import GroupOrder, OrderTimes
 from lightning_hetero.balance.pipeline.replicas.orders.ordered_solver import OrderedReplicas
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
-from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
 from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution
-from lightning_hetero.balance.pipeline.replicas.watching.problem import on_devices
+from lightning_hetero.balance.pipeline.replicas.watching.problem import KnownReplicas, on_devices
 from lightning_hetero.balance.pipeline.stages import StagePlan
 from lightning_hetero.balance.pipeline.watched_problem import LEAST_OWN_S
 
@@ -36,32 +32,19 @@ _Stages = tuple[StagePlan, ...]
 
 
 @dataclass(frozen=True)
-class WatchedOrders:
+class WatchedOrders(KnownReplicas):
     """What is known about replicas with planned orders before the first step.
 
-    The ranks of each replica, the order of its stages, and the way in which it is run, stay as they are.
-
     Attributes:
-        measured: The layers, the ranks, the links, and the batch.
         ordered: The first replicas and how each of them is run.
-        moving_s: Seconds that each layer takes to move, with its gradients and the state of its optimiser.
-        layers_move: Whether layers can move; if not, only shares change.
     """
 
-    measured: ReplicaProblem
     ordered: OrderedReplicas
-    moving_s: tuple[float, ...]
-    layers_move: bool = True
     _times: dict[tuple[float, ...], OrderTimes] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[_Stages, tuple[GroupOrder, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.use(self.ordered.solution.plan, self.ordered.orders)
-
-    @property
-    def samples(self) -> int:
-        """Number of samples per step."""
-        return self.measured.samples
 
     def step_s(self, plan: ReplicaPlan, factors: Sequence[float]) -> float:
         """Return the seconds of a step on devices that take ``factors`` times as long, shape ``(world_size,)``."""
@@ -83,18 +66,9 @@ class WatchedOrders:
                 own_s[rank] = max(seconds, LEAST_OWN_S)
         return tuple(own_s)
 
-    def changing_s(self, before: ReplicaPlan, after: ReplicaPlan) -> float:
-        """Return the seconds that it takes to move layers from one plan to another; 0 if only shares change."""
-        return moving_s(before, after, self.moving_s)
-
     def order_of(self, plan: ReplicaPlan) -> _Orders:
         """Return the order of each replica; None for "1f1b"."""
         return tuple(one.order for one in self._groups(plan))
-
-    @property
-    def has_ways(self) -> bool:
-        """False: each replica keeps its way."""
-        return False
 
     def way_of(self, plan: ReplicaPlan) -> str:  # noqa: ARG002
         """Return the names of the ways of all replicas."""
@@ -159,10 +133,6 @@ class WatchedOrders:
             and _stages_of(plan) in self._found
             and all(map(fits, self._groups(plan), plan.samples(self.samples)))
         )
-
-    def without_moves(self, plan: ReplicaPlan) -> Self | None:
-        """Return the problem for layers that cannot move; None if there is one pipeline, which has no shares."""
-        return None if len(plan.replicas) == 1 else replace(self, layers_move=False)
 
     def _groups(self, plan: ReplicaPlan) -> tuple[GroupOrder, ...]:
         return self._found[_stages_of(plan)]

@@ -14,16 +14,16 @@ from lightning_hetero.balance.pipeline.replicas.solver import ReplicaSolution
 from lightning_hetero.balance.pipeline.replicas.watching.search import PlanSearch
 from lightning_hetero.balance.pipeline.watched_problem import LEAST_OWN_S
 
-__all__ = ["WatchedReplicas", "on_devices"]
+__all__ = ["KnownReplicas", "WatchedReplicas", "on_devices"]
 
 _KNOWN = 8  # speeds of devices for which what was computed is kept
 
 
 @dataclass(frozen=True)
-class WatchedReplicas:
-    """What is known about the layers of replicas before the first step.
+class KnownReplicas:
+    """What is known about the layers of replicas before the first step, whatever the order of their passes.
 
-    The ranks of each replica, and the order of its stages, stay as they are.
+    The ranks of each replica, and the order of its stages, stay as they are, and so does the way in which it is run.
 
     Attributes:
         measured: The layers, the ranks, the links, and the batch.
@@ -33,13 +33,32 @@ class WatchedReplicas:
 
     measured: ReplicaProblem
     moving_s: tuple[float, ...]
-    layers_move: bool = True
-    _searches: dict[tuple[float, ...], PlanSearch] = field(default_factory=dict, repr=False, compare=False)
+    layers_move: bool = field(default=True, kw_only=True)
 
     @property
     def samples(self) -> int:
         """Number of samples per step."""
         return self.measured.samples
+
+    def changing_s(self, before: ReplicaPlan, after: ReplicaPlan) -> float:
+        """Return the seconds that it takes to move layers from one plan to another; 0 if only shares change."""
+        return moving_s(before, after, self.moving_s)
+
+    @property
+    def has_ways(self) -> bool:
+        """False: each replica keeps its way."""
+        return False
+
+    def without_moves(self, plan: ReplicaPlan) -> Self | None:
+        """Return the problem for layers that cannot move; None if there is one pipeline, which has no shares."""
+        return None if len(plan.replicas) == 1 else replace(self, layers_move=False)
+
+
+@dataclass(frozen=True)
+class WatchedReplicas(KnownReplicas):
+    """What is known about replicas that run as the pipeline schedule says."""
+
+    _searches: dict[tuple[float, ...], PlanSearch] = field(default_factory=dict, repr=False, compare=False)
 
     def step_s(self, plan: ReplicaPlan, factors: Sequence[float]) -> float:
         """Return the seconds of a step on devices that take ``factors`` times as long, shape ``(world_size,)``."""
@@ -64,17 +83,8 @@ class WatchedReplicas:
                 own_s[rank] = max(seconds, LEAST_OWN_S)
         return tuple(own_s)
 
-    def changing_s(self, before: ReplicaPlan, after: ReplicaPlan) -> float:
-        """Return the seconds that it takes to move layers from one plan to another; 0 if only shares change."""
-        return moving_s(before, after, self.moving_s)
-
     def order_of(self, plan: ReplicaPlan) -> None:
         """Return None: all plans run in the order of the pipeline schedule."""
-
-    @property
-    def has_ways(self) -> bool:
-        """False: all plans run as the pipeline schedule says."""
-        return False
 
     def way_of(self, plan: ReplicaPlan) -> str:  # noqa: ARG002
         """Return the name of the pipeline schedule."""
@@ -110,10 +120,6 @@ class WatchedReplicas:
             for replica, n in zip(plan.replicas, plan.samples(self.samples), strict=True)
             for memory in [self.measured.memory_of(replica.ranks, max(n, 1))]
         )
-
-    def without_moves(self, plan: ReplicaPlan) -> Self | None:
-        """Return the problem for layers that cannot move; None if there is one pipeline, which has no shares."""
-        return None if len(plan.replicas) == 1 else replace(self, layers_move=False, _searches={})
 
     def _search(self, factors: Sequence[float]) -> PlanSearch:
         key = tuple(factors)
