@@ -11,17 +11,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hetero.balance.pipeline.advice import PipelineAdvice, advise_pipeline
+from lightning_hetero.balance.pipeline.measured_costs import split_where_possible
 from lightning_hetero.balance.pipeline.ordered_stages import OrderedStageProblem
 from lightning_hetero.balance.pipeline.orders.choice import PipelineChoice, choose_order, problem_of_way
 from lightning_hetero.balance.pipeline.orders.order import Order, known_order
-from lightning_hetero.balance.pipeline.orders.search import OrderProblem
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, most_held_by_default
 from lightning_hetero.balance.pipeline.plan import plan_pipeline
 from lightning_hetero.balance.pipeline.stage_rebalancer import StageProblem
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory, solve_stages, uniform_stages
-from lightning_hetero.balance.pipeline.stages import LayerCosts, Schedule, StagePlan, WantedSchedule
+from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan, WantedSchedule, known_schedule
 from lightning_hetero.distributed.collectives import decide_on_rank_zero
 from lightning_hetero.distributed.pipeline.chain import LayerCalls
-from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, moving_times_s, profile_layers
+from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile, costs_of, moving_times_s, profile_layers
 from lightning_hetero.distributed.pipeline.passes.links import timed_link
 from lightning_hetero.distributed.pipeline.placement import TensorPlacement
 from lightning_hetero.exceptions import ConfigurationError
@@ -32,7 +33,6 @@ from lightning_hetero.plugin.pipeline.step import Example
 __all__ = ["PipelineFindings", "budget_bytes", "find_stages", "first_plan", "report_findings"]
 
 _MEMORY_FRACTION = 0.92
-_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,13 @@ def find_stages(
 def _decision(
     last_rank: int, example: Example, wanted: WantedSchedule, micro_batches: int, state_per_parameter: float
 ) -> Callable[[list[list[float]]], PipelineFindings]:
-    schedule: Schedule = "gpipe" if wanted == "gpipe" else "1f1b"
+    schedule = known_schedule(wanted)
 
     def decide(rows: list[list[float]]) -> PipelineFindings:
         profiles = [LayerProfile.from_numbers(row[2:]) for row in rows]
-        backward = [p.backward_s if example.training else (0.0,) * len(p.backward_s) for p in profiles]
-        costs = LayerCosts(
-            tuple(p.forward_s for p in profiles),
-            tuple(backward),
-            tuple(p.input_s for p in profiles),
-            tuple(p.weight_s for p in profiles),
-        )
-        split_layers = tuple(i for i in range(costs.num_layers) if min(p.weight_s[i] for p in profiles) > 0)
+        (costs,), split_layers = split_where_possible([costs_of(profiles)])
+        if not example.training:
+            costs = replace(costs, backward_s=tuple((0.0,) * costs.num_layers for _ in profiles))
         budgets, byte_s = tuple(row[0] for row in rows), rows[0][1]
         memory, kept = None, profiles[0]
         of_layers = zip(kept.parameter_bytes, kept.constant_bytes, strict=True)
@@ -152,7 +147,7 @@ def _decision(
         transfer_s = profiles[0].transfer_s
         choice = problem = None
         if example.training and wanted in ("auto", "v"):
-            most = None if memory is not None else max(_HELD_UNKNOWN, 2 * len(profiles))
+            most = most_held_by_default(len(profiles), memory)
             shared = tuple(i for i in range(costs.num_layers) if all(p.can_be_shared[i] for p in profiles))
             # their gradients are added up, and after the optimiser's step one rank sends the other its parameters
             sharing_s = tuple(2 * n * byte_s for n in kept.parameter_bytes)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.simulation import Timeline
+from lightning_hetero.balance.pipeline.stages import known_schedule
 from lightning_hetero.balance.record.run_record import RunEnd, RunPasses, RunStages
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.exceptions import UnsupportedFeatureError
@@ -163,7 +164,7 @@ def _stages(strategy: HeteroPipelineStrategy, time_s: float) -> RunStages:
         forward_s=() if times is None else times.forward_s,
         backward_s=() if times is None else times.backward_s,
         micro_batches=strategy.num_microbatches,
-        schedule=strategy.known_schedule if found is None or found.choice is None else found.choice.name,
+        schedule=known_schedule(strategy.schedule) if found is None or found.choice is None else found.choice.name,
         transfer_s=0.0 if found is None else found.transfer_s,
         step_s=0.0 if found is None else found.advice.step_s,
         uniform_step_s=0.0 if found is None else found.advice.uniform_step_s,

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.simulation import Timeline
-from lightning_hetero.balance.pipeline.stages import WantedSchedule
+from lightning_hetero.balance.pipeline.stages import WantedSchedule, known_schedule
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.plugin.common import arguments
 from lightning_hetero.plugin.common.lightning_private import samplers_stay
@@ -240,7 +240,7 @@ class HeteroPipelineStrategy(WatchingStrategy):
             return self.replica_findings.orders
         if self.findings is not None and self.findings.order is not None and self.plan == self.findings.plan:
             return self.findings.order
-        return self.known_schedule
+        return known_schedule(self.schedule)
 
     @override
     def _context_of(self, *, training: bool) -> AbstractContextManager[None]:

@@ -1,7 +1,8 @@
-"""From measurements of all ranks to replicas, and what is printed of them; without ranks."""
+"""From measurements of all ranks to stages and replicas, and what is printed of them; without ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from lightning_hetero.distributed.pipeline.layer_profile import LayerProfile
 from lightning_hetero.distributed.pipeline.passes import copies
+from lightning_hetero.plugin.pipeline import planning as stages
 from lightning_hetero.plugin.pipeline.refusals import why_one_pipeline
 from lightning_hetero.plugin.pipeline.replicas import planning
 from lightning_hetero.plugin.pipeline.replicas.planning import Wanted, first_replicas
@@ -47,6 +49,24 @@ def row(budget: float, seconds: float) -> list[float]:
         transfer_s=0.0,
     )
     return [budget, 1.0, 0.0, 0.0, 0.0, 0.0, *profile.to_numbers()]
+
+
+def test_layers_that_one_rank_cannot_split_are_whole_for_all() -> None:
+    """Also in the prediction, which would otherwise be better than what runs."""
+    halves, wholes = (0.005, 0.005, 0.005, 0.005), (0.005, 0.005, 0.0, 0.005)
+    rows = []
+    for weights in (halves, wholes):
+        numbers = LayerProfile.from_numbers(row(inf, 0.01)[6:])
+        inputs = tuple(0.01 - w for w in weights)
+        rows.append([inf, 0.0, *replace(numbers, input_s=inputs, weight_s=weights).to_numbers()])
+    example: Any = SimpleNamespace(samples=8, size=1.0, micro_batches=8, training=True)
+    found = stages._decision(0, example, "auto", 8, 2.0)(rows)
+    assert found.split_layers == (0, 1, 3)
+    assert found.costs.weight_s == (wholes, wholes)
+    assert found.costs.input_s == ((0.005, 0.005, 0.01, 0.005),) * 2
+    example.training = False
+    evaluated = stages._decision(0, example, "auto", 8, 2.0)(rows)
+    assert evaluated.costs.backward_s == ((0.0,) * LAYERS,) * 2
 
 
 def decided(*budgets: float) -> list[list[int]]:

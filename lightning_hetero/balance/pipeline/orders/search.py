@@ -23,7 +23,7 @@ from lightning_hetero.balance.pipeline.simulation import PassTimes
 from lightning_hetero.balance.pipeline.stage_solver import StageMemory
 from lightning_hetero.balance.pipeline.stages import LayerCosts, StagePlan
 
-__all__ = ["OrderPlan", "OrderProblem", "plan_order", "straight_shapes", "v_shapes"]
+__all__ = ["OrderPlan", "OrderProblem", "most_held_by_default", "plan_order", "straight_shapes", "v_shapes"]
 
 _EFFORT = 60_000  # passes that are scheduled in a search: a few tenths of a second
 _BISECTIONS = 40
@@ -31,7 +31,19 @@ _PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)  # of its work, that a rank with both e
 _CLOSE = 1.001  # of the bound: nothing is to be gained
 _PLAIN = (Choices(), Choices(forward_first=True), Choices(fills=1.0))
 _KEPT = 2  # plans that were the best before: splitting may cost them less
+_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 _NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
+
+
+def most_held_by_default(world_size: int, memory: StageMemory | None) -> int | None:
+    """Return how many micro-batches a rank may hold at a time; None for as many as its memory allows, if it is known.
+
+    Example:
+        >>> from lightning_hetero.balance.pipeline.orders.search import most_held_by_default
+        >>> most_held_by_default(3, memory=None)
+        6
+    """
+    return max(_HELD_UNKNOWN, 2 * world_size) if memory is None else None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class PipelineCluster:
         optimizer_states: Numbers that the optimiser keeps for each parameter: 2 for Adam, 0 for plain SGD.
 
     Raises:
-        ConfigurationError: There are more devices than layers, or more than can be planned for.
+        ConfigurationError: There are more devices than can be planned for.
     """
 
     devices: tuple[PipelineDevice, ...]

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 
 from lightning_hetero.balance.pipeline.orders.choice import choose_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held
-from lightning_hetero.balance.pipeline.orders.search import OrderProblem
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, most_held_by_default
 from lightning_hetero.command.plan.pipeline.pipeline_cluster import PipelineCluster
 from lightning_hetero.exceptions import InfeasiblePlanError
 
 __all__ = ["OrderPrediction", "predict_order"]
-
-_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def predict_order(cluster: PipelineCluster) -> OrderPrediction | None:
     if not cluster.is_refined:
         return None
     memory, size = cluster.memory, len(cluster.devices)
-    most = None if memory is not None else max(_HELD_UNKNOWN, 2 * size)
+    most = most_held_by_default(size, memory)
     problem = OrderProblem(cluster.costs, cluster.micro_batches, 0, cluster.transfer_s, memory, most)
     try:
         choice = choose_order(problem)
@@ -56,10 +54,9 @@ def predict_order(cluster: PipelineCluster) -> OrderPrediction | None:
         return None
     needed = None
     if memory is not None:
-        nothing = replace(problem, memory=replace(memory, budgets_bytes=(0.0,) * size))
-        assert nothing.memory is not None
         task = problem.task(choice.stages)
         assert task is not None, "it was planned"
-        constant = [-left for left in nothing.memory.left_bytes(choice.stages)]
-        needed = tuple(a + b for a, b in zip(constant, most_held(choice.order, task.held), strict=True))
+        # with no memory at all, what is left is what is missing
+        left = replace(memory, budgets_bytes=(0.0,) * size).left_bytes(choice.stages)
+        needed = tuple(held - less for held, less in zip(most_held(choice.order, task.held), left, strict=True))
     return OrderPrediction(choice.name, choice.step_s, needed)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from typing_extensions import override
 
 from lightning_hetero.balance.pipeline.replicas.plan import ReplicaPlan
-from lightning_hetero.balance.pipeline.stages import Schedule, StagePlan, WantedSchedule
+from lightning_hetero.balance.pipeline.stages import StagePlan, WantedSchedule
 from lightning_hetero.distributed.collectives import all_gather
 from lightning_hetero.distributed.group.failure import failure_of_peers
 from lightning_hetero.distributed.pipeline.placement import Plan
@@ -107,11 +107,6 @@ class WatchingStrategy(SavingStrategy):
     @property
     def _wanted(self) -> Wanted:
         return Wanted(self.replicas, self.num_microbatches, self.schedule)
-
-    @property
-    def known_schedule(self) -> Schedule:
-        """The pipeline schedule where passes have no planned order."""
-        return "gpipe" if self.schedule == "gpipe" else "1f1b"
 
     def _prepare(self, step: Any, args: tuple[Any, ...], *, training: bool) -> None:
         """Find the stages before the first step, and measure others if that is due."""

@@ -11,7 +11,7 @@ from lightning_hetero.balance.pipeline.orders.choice import problem_of_way
 from lightning_hetero.balance.pipeline.orders.listing import Task
 from lightning_hetero.balance.pipeline.orders.order import Order, known_order
 from lightning_hetero.balance.pipeline.orders.proof import most_held
-from lightning_hetero.balance.pipeline.orders.search import OrderProblem
+from lightning_hetero.balance.pipeline.orders.search import OrderProblem, most_held_by_default
 from lightning_hetero.balance.pipeline.replicas.division import divide_samples
 from lightning_hetero.balance.pipeline.replicas.plan import Replica, ReplicaPlan
 from lightning_hetero.balance.pipeline.replicas.problem import ReplicaProblem
@@ -26,7 +26,6 @@ __all__ = ["GroupOrder", "OrderTimes"]
 _ROUNDS = 2  # of dividing samples
 _APART = 8  # the second point of a line is this part of the samples away
 _NEARLY_NONE = 1e-9  # share of a replica without samples
-_HELD_UNKNOWN = 4  # micro-batches that a rank holds, or two per rank, if its memory is unknown
 
 
 @dataclass(frozen=True, eq=False)  # comparing orders of passes would take long
@@ -37,7 +36,7 @@ class GroupOrder:
         ranks: The ranks of the group. Its stages number them in this order, from 0; the first one has the last stage.
         stages: The stages.
         order: The passes of each rank, for as many micro-batches as a replica may have; None for "1f1b".
-        name: Short name of the way, as in :class:`PipelineChoice`.
+        name: Short name of the way, as those of one pipeline.
     """
 
     ranks: tuple[int, ...]
@@ -69,8 +68,7 @@ class OrderTimes:
             ranks: The ranks of the group, first the one that has the last stage.
             samples: Samples of the group per step.
         """
-        problem, size = self._problem, len(ranks)
-        factor = self._factor(samples)
+        problem, factor = self._problem, self._factor(samples)
         # one time for all borders, until the stages are known
         output_bytes = sum(problem.output_bytes) / problem.num_layers
         around = [*ranks[1:], ranks[0]]
@@ -81,7 +79,7 @@ class OrderTimes:
             problem.micro_batches,
             transfer_s=sum(between_s) / len(between_s) if between_s else 0.0,
             memory=memory,
-            most_held=max(_HELD_UNKNOWN, 2 * size) if memory is None else None,
+            most_held=most_held_by_default(len(ranks), memory),
             split=any(map(any, problem.costs.weight_s)),
         )
 
